@@ -1,0 +1,252 @@
+"""Time, memory and accuracy of cross-entropy + TMKL from hidden states, against its peers.
+
+    python benchmarks/head.py                       # T = 2048, V = 32768, D = 512, fp32, CPU
+    python benchmarks/head.py --rounds 10 --samples 3 --json head.json
+
+How it measures. Every sample is a fresh process, the contestants take turns round by round, and
+each process times its contestant and the floor alternately: the unit is the floor, three matrix
+products (h W^T, h0 W^T, G W) in chunks of 256 tokens, the least that a frozen head needs. A ratio
+is of neighbouring runs, so that a busy machine slows both. Forward and backward are timed together.
+
+Memory is the high-water mark of resident memory during the first call, less what was resident
+before it (inputs made, the thread pool and the library's buffers warmed up by the floor): Linux
+lets a process reset the mark through /proc/self/clear_refs. The gradient that is handed out is
+counted; inputs are not.
+
+The gradient's error is relative, over the first 64 rows, against fp64 autograd written plainly. A
+contestant that cannot mask the target (liger) runs plain cross-entropy + KL or JSD and is compared
+with nothing; it also forms dW, which a frozen head does not need, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CHUNK = 256
+FLOOR = "three GEMMs"
+NOTES = {
+    "eager": "all logits at once, autograd",
+    "checkpoint": f"chunks of {CHUNK} tokens, recomputed in the backward",
+    "liger": "plain CE + JSD (no mask), forms dW as shipped, uncompiled",
+    "ours": "linear_tmkl_loss",
+    "ours, CE alone": "linear_tmkl_loss, kl_weight=0: two products",
+}
+
+
+def main() -> None:
+    """Run the contestants in turns and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5, help="processes per contestant")
+    parser.add_argument("--samples", type=int, default=2, help="timed pairs per process")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", choices=list(NOTES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contestant:
+        print(json.dumps(measure(args)))
+        return
+    names = args.only or list(NOTES)
+    if importlib.util.find_spec("liger_kernel") is None and "liger" in names:
+        names.remove("liger")
+        print("liger: not installed (pip install liger-kernel), left out")
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    for i in range(args.rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            runs[name].append(in_fresh_process(name, args))
+            print(f"round {i + 1}/{args.rounds} {name}: {runs[name][-1]}", file=sys.stderr)
+    print(table(runs, args))
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": runs}))
+
+
+def in_fresh_process(name: str, args: argparse.Namespace) -> dict:
+    """One sample of one contestant."""
+    command = [sys.executable, __file__, "--contestant", name]
+    for option in ("tokens", "vocab", "hidden", "samples", "threads"):
+        command += [f"--{option}", str(getattr(args, option))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
+    """Median with p20 and p80 of the ratio; the largest memory and error."""
+    lines = [
+        f"T={args.tokens} V={args.vocab} D={args.hidden} fp32, {args.threads} threads, forward + "
+        f"backward; unit: {FLOOR} in chunks of {CHUNK}; {args.rounds} processes x {args.samples}",
+        "",
+        "| contestant | time / floor (p20-p80) | extra memory MiB | gradient error | |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in runs.items():
+        ratios = sorted(ratio for run in found for ratio in run["ratios"])
+        low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.8))
+        memory = max(run["extra_mib"] for run in found)
+        errors = [run["error"] for run in found if run["error"] is not None]
+        error = f"{max(errors):.1e}" if errors else "-"
+        lines.append(
+            f"| {name} | {statistics.median(ratios):.2f} ({low:.2f}-{high:.2f}) | {memory:.0f} "
+            f"| {error} | {NOTES[name]} |"
+        )
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- inside one process
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Ratios to the floor, memory above the inputs, and the gradient's error."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    generator = torch.Generator().manual_seed(0)
+    t, d, v = args.tokens, args.hidden, args.vocab
+    hidden = torch.empty(t, d).normal_(generator=generator)
+    reference = torch.empty(t, d).normal_(0, 0.1, generator=generator).add_(hidden)
+    weight = torch.empty(v, d).normal_(0, 4 / d**0.5, generator=generator)
+    targets = torch.randint(0, v, (t,), generator=generator)
+    hidden.requires_grad_()
+    loss_fn = contestant(args.contestant, weight)
+
+    def run() -> float:
+        hidden.grad = None
+        start = time.perf_counter()
+        loss_fn(hidden, reference, targets).backward()
+        return time.perf_counter() - start
+
+    floor(hidden.detach(), reference, weight, rows=CHUNK)
+    release_free_memory()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    extra = resident("VmHWM") - before
+    assert hidden.grad is not None
+    error = None
+    if args.contestant != "liger":
+        rows = min(64, t)
+        exact = exact_gradient(
+            hidden[:rows], reference[:rows], weight, targets[:rows], "CE" in args.contestant
+        )
+        found = hidden.grad[:rows].double() * (t / rows)
+        error = float((found - exact).norm() / exact.norm())
+    ratios = []
+    for _ in range(args.samples):
+        unit = floor(hidden.detach(), reference, weight, rows=t)
+        seconds = run()
+        unit = (unit + floor(hidden.detach(), reference, weight, rows=t)) / 2
+        ratios.append(seconds / unit)
+    return {"ratios": ratios, "extra_mib": extra, "error": error}
+
+
+def contestant(name: str, weight) -> Callable:
+    """A function (hidden, reference, targets) -> loss."""
+    import torch
+    from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
+
+    def dense(hidden, reference, targets):
+        policy = hidden @ weight.T
+        with torch.no_grad():
+            base = (reference @ weight.T).scatter_(1, targets[:, None], -1e30)
+            log_q = base.log_softmax(-1)
+            del base
+        ce = functional.cross_entropy(policy, targets, reduction="sum")
+        log_p = policy.scatter(1, targets[:, None], -1e30).log_softmax(-1)
+        return ce + functional.kl_div(log_p, log_q, log_target=True, reduction="sum")
+
+    def chunked(hidden, reference, targets):
+        chunks = zip(*(x.split(CHUNK) for x in (hidden, reference, targets)), strict=True)
+        return sum(checkpoint(dense, *chunk, use_reentrant=False) for chunk in chunks)
+
+    if name == "eager":
+        return lambda h, h0, y: dense(h, h0, y) / len(y)
+    if name == "checkpoint":
+        return lambda h, h0, y: chunked(h, h0, y) / len(y)
+    if name == "liger":
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        liger = LigerFusedLinearJSDLoss(compiled=False, chunk_size=CHUNK)
+        student = weight.clone().requires_grad_()
+
+        def run_liger(h, h0, y):
+            out = liger(h, student, h0, weight, y)
+            return out[0] if isinstance(out, tuple) else out
+
+        return run_liger
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+    from moored.head import linear_tmkl_loss
+
+    if name == "ours":
+        return lambda h, h0, y: linear_tmkl_loss(h, h0, weight, y).loss
+    return lambda h, h0, y: linear_tmkl_loss(h, None, weight, y, kl_weight=0.0).loss
+
+
+def floor(hidden, reference, weight, rows: int) -> float:
+    """Seconds of the three products over `rows` tokens, into buffers made beforehand."""
+    import torch
+
+    logits, grad = torch.empty(CHUNK, len(weight)), torch.empty(CHUNK, weight.shape[1])
+    logits.zero_()
+    start = time.perf_counter()
+    for i in range(0, rows, CHUNK):
+        n = min(CHUNK, rows - i)
+        torch.mm(hidden[i : i + n], weight.T, out=logits[:n])
+        torch.mm(reference[i : i + n], weight.T, out=logits[:n])
+        torch.mm(logits[:n], weight, out=grad[:n])
+    return time.perf_counter() - start
+
+
+def exact_gradient(hidden, reference, weight, targets, ce_alone: bool):
+    """fp64 autograd of the mean loss over these rows."""
+    import torch
+    from torch.nn import functional
+
+    exact = hidden.detach().double().requires_grad_()
+    weight = weight.double()
+    policy, base = exact @ weight.T, reference.double() @ weight.T
+    loss = functional.cross_entropy(policy, targets)
+    if not ce_alone:
+        keep = torch.ones_like(policy, dtype=torch.bool).scatter_(1, targets[:, None], False)
+        shape = len(targets), -1
+        log_p = policy[keep].view(shape).log_softmax(-1)
+        log_q = base[keep].view(shape).log_softmax(-1)
+        loss = loss + (log_q.exp() * (log_q - log_p)).sum() / len(targets)
+    loss.backward()
+    return exact.grad
+
+
+def resident(field: str) -> float:
+    """MiB of resident memory, now (VmRSS) or at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {field} in /proc/self/status: Linux is needed")
+
+
+def release_free_memory() -> None:
+    """Give freed pages back, so that reusing them counts as extra."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        print("no glibc: freed pages may hide some memory", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

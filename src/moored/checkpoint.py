@@ -1,0 +1,201 @@
+"""Checkpoints: atomic, verified, the same whatever the mesh and the ZeRO stage were.
+
+A checkpoint holds whole tensors: the adapter as PEFT writes it, Adam's moments and step per
+parameter, the data cursor. Nothing pickled is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from moored import sealed
+from moored.errors import UserError
+from moored.model import PolicyModel
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+FILES = {"state.json", "optimizer.safetensors", "adapter/adapter_model.safetensors"}
+PREFIX = "causal_lm."  # of the PEFT model's parameters inside PolicyModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What is needed to go on as if nothing had happened.
+
+    Attributes:
+        step: updates applied or refused so far.
+        optimizer: `Engine.optimizer_tensors`, the adapter's fp32 masters among them.
+        state: JSON-able rest: the data cursor, counters, seed.
+    """
+
+    step: int
+    optimizer: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def save_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], model: PeftModel, base_name: str
+) -> None:
+    """Write an adapter that stock PEFT loads; `folder` must not exist.
+
+    Args:
+        folder: the adapter's folder.
+        tensors: whole tensors by the policy's parameter names.
+        model: the PEFT model, for its configuration.
+        base_name: what the adapter's card names as its base.
+    """
+    folder.mkdir(parents=True)
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    if not state or any(tensor.numel() == 0 for tensor in state.values()):
+        raise RuntimeError("the adapter to save has no or empty tensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = model.peft_config["default"]
+    before = config.inference_mode, config.base_model_name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, base_name
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode, config.base_model_name_or_path = before
+
+
+def replace_adapter(
+    folder: Path, tensors: dict[str, torch.Tensor], model: PeftModel, base_name: str
+) -> None:
+    """Write an adapter beside `folder`, read it back bit for bit, and put it in its place.
+
+    Raises:
+        OSError: it could not be written.
+        RuntimeError: what was read back is not what was written.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_adapter(temporary, tensors, model, base_name)
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    expected = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    written = load_file(temporary / "adapter_model.safetensors")
+    if written.keys() != expected.keys() or any(
+        not torch.equal(written[name], expected[name]) for name in written
+    ):
+        raise RuntimeError(f"{temporary}: the adapter read back is not the one written")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    sealed.fsync_directory(folder.parent)
+
+
+def load_masters(optimizer: dict[str, torch.Tensor], policy: PolicyModel) -> None:
+    """Put a checkpoint's fp32 masters into the policy, before an engine is built around it.
+
+    Raises:
+        UserError: they do not fit the recipe's adapter.
+    """
+    masters = masters_of(optimizer)
+    own = policy.trainable()
+    wrong = sorted(
+        name
+        for name in own.keys() | masters.keys()
+        if name not in own or name not in masters or own[name].shape != masters[name].shape
+    )
+    if wrong:
+        raise UserError(
+            f"checkpoint: {len(wrong)} tensors do not fit the recipe's adapter (first: "
+            f"{wrong[0]}): resume with the recipe that wrote it"
+        )
+    for name, parameter in own.items():
+        parameter.data.copy_(masters[name])
+
+
+def masters_of(optimizer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter in fp32 by the policy's parameter names, from the optimizer's tensors."""
+    return {
+        name.removesuffix(".master"): tensor
+        for name, tensor in optimizer.items()
+        if name.endswith(".master")
+    }
+
+
+def write(folder: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str) -> None:
+    """Write a checkpoint so that a crash at any moment leaves the old ones or the new one, whole.
+
+    Every file is flushed, then the manifest with sizes and SHA-256 sums, then the folder gets its
+    name.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True, mode=0o700)
+    masters = masters_of(checkpoint.optimizer)
+    save_adapter(temporary / "adapter", masters, model, base_name)
+    save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
+    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    sealed.seal(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(temporary, folder)
+    sealed.fsync_directory(folder.parent)
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None when every byte is as it was written."""
+    fault = sealed.fault_of(folder)
+    if fault is not None:
+        return fault
+    missing = FILES - sealed.read_manifest(folder)["files"].keys()
+    return f"{sorted(missing)[0]} is not in the manifest" if missing else None
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint (by step) that verifies; broken ones are set aside, loudly."""
+    if not checkpoints.is_dir():
+        return None
+    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder
+        aside = folder.with_name(f"broken-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+        log.warning("checkpoint %s is broken (%s): set aside as %s", folder, fault, aside.name)
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: checkpoint format {state.get('format')}, this version reads {FORMAT}: "
+            "resume with the version that wrote it"
+        )
+    return state
+
+
+def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors of a checkpoint."""
+    return load_file(folder / "optimizer.safetensors")
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; the newest one is verified first."""
+    folders = sorted(checkpoints.glob("step-*"), reverse=True)
+    if len(folders) > keep and fault_of(folders[0]) is None:
+        for folder in folders[keep:]:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""The same run for several regularisers, and one report over them.
+
+Each arm is an ordinary run below the comparison's own directory; nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from moored import train
+from moored.config import Config, arm_names
+from moored.lifecycle import ending, open_together
+from moored.log import setup
+from moored.mesh import leave_mesh, start_mesh
+from moored.report import Report, merge, show, write
+from moored.rundir import RunDirectory
+from moored.track import Tracker
+from moored.track.journal import metrics
+
+
+def run(config: Config, *, restart: bool = False) -> Path:
+    """Train every arm of `config.compare` and report on them together.
+
+    An interrupted comparison goes on where it stopped; finished arms are not run again.
+
+    Returns:
+        The comparison's directory: `arms/NAME/` are run directories, `report/` is over all.
+
+    Raises:
+        MooredError: an arm's; the arms before it are kept.
+    """
+    os.umask(0o077)
+    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    path = (config.output.dir / config.name).absolute()
+    names = arm_names(config.compare)
+    with contextlib.ExitStack() as stack:
+        stack.callback(leave_mesh)
+        directory, attempt = open_together(stack, config, path, mesh, restart=restart)
+        setup(mesh.world.rank, path)
+        tracker = Tracker.start(config, path, attempt=attempt, is_main=mesh.is_main)
+        stack.enter_context(ending(directory, tracker, mesh))
+        base_match = None  # generated once, by the first arm
+        for name, regularizer in zip(names, config.compare, strict=True):
+            if mesh.is_main:
+                Console(stderr=True).rule(f"arm {name}")
+            arm = config.model_copy(update={"regularizer": regularizer})
+            done = train.run(
+                arm, path=path / "arms" / name, arm=name, parent=path, base_match=base_match
+            )
+            base_match = Report.read(done / "report/report.json").base.adaptation_exact_match
+        if mesh.is_main:
+            _report(directory, names, tracker)
+        mesh.world.barrier()
+    return path
+
+
+def _report(directory: RunDirectory, names: list[str], tracker: Tracker) -> None:
+    arms = {name: RunDirectory(directory.path / "arms" / name) for name in names}
+    report = merge([Report.read(arm.report / "report.json") for arm in arms.values()])
+    curves = {name: metrics(arm.path) for name, arm in arms.items()}
+    write(report, directory.report, curves=curves)
+    tracker.artifact(directory.report, "report")
+    show(report, sys.stdout)

@@ -1,0 +1,381 @@
+"""`load_config`: recipe file and overrides -> one frozen, checked `Config`.
+
+The keys themselves are in `schema.py`, the YAML reading in `recipe.py`; nothing here loads torch
+or opens the data and the model that a recipe names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from moored.config import recipe as recipes
+from moored.config.recipe import Key, Recipe, dotted_key
+from moored.config.schema import (
+    CORPUS_NAME,
+    NAME,
+    AdapterConfig,
+    Corpus,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    OutputConfig,
+    ParallelConfig,
+    Regularizer,
+    Source,
+    TrackConfig,
+    TrainConfig,
+)
+from moored.config.section import Relation, Section
+from moored.config.validation import remove, validate
+
+__all__ = [
+    "AdapterConfig",
+    "Config",
+    "Corpus",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "OutputConfig",
+    "ParallelConfig",
+    "Regularizer",
+    "Source",
+    "TrackConfig",
+    "TrainConfig",
+    "arm_names",
+    "load_config",
+]
+
+# What changes no number of a run: its name, where it writes, and how often.
+_COSMETIC: tuple[Key, ...] = (
+    ("name",),
+    ("track",),
+    ("output",),
+    ("compare",),
+    ("train", "save_every"),
+    ("train", "keep_checkpoints"),
+    ("train", "log_every"),
+)
+
+
+class Config(Section):
+    """A whole recipe, resolved: what every room of the package is given."""
+
+    name: Annotated[str, Field(pattern=NAME, max_length=120)] = Field(
+        description="of the run and its folder"
+    )
+    model: ModelConfig = Field(description="the base: name_or_path at least")
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = Field(description="what is learned: a list of sources under train")
+    regularizer: Regularizer = Regularizer()
+    retention: dict[Annotated[str, Field(pattern=CORPUS_NAME, max_length=60)], Corpus] = Field(
+        default_factory=dict, description="name -> text that must not be forgotten"
+    )
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = Field(
+        description="steps or epochs, and global_batch_sequences or global_batch_tokens"
+    )
+    evaluation: EvaluationConfig = EvaluationConfig()
+    track: TrackConfig = TrackConfig()
+    output: OutputConfig = OutputConfig()
+    compare: Annotated[list[Regularizer], Field(min_length=1)] = Field(
+        default_factory=lambda: [Regularizer(kind=k) for k in ("none", "kl", "tmkl")],
+        validate_default=True,
+        description="arms of `moored compare`; what one leaves out is taken from regularizer",
+    )
+
+    @field_validator("compare", mode="after")
+    @classmethod
+    def _inherit(cls, arms: list[Regularizer], info: ValidationInfo) -> list[Regularizer]:
+        base = info.data.get("regularizer")
+        if not isinstance(base, Regularizer):
+            return arms
+        inherited = {name: getattr(base, name) for name in base.model_fields_set}
+        full: list[Regularizer] = []
+        for arm in arms:
+            own: dict[str, Any] = {name: getattr(arm, name) for name in arm.model_fields_set}
+            own["kind"] = own.get("kind", base.kind)
+            values = own if own["kind"] == "none" else inherited | own
+            full.append(Regularizer.model_validate(values))
+        return full
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Config:
+        broken = list(self._relations())
+        if broken:
+            text = "\n".join(f"{dotted_key(r.key)}: {r.message}" for r in broken)
+            # As text, not as template: a brace in it must not be taken for a placeholder.
+            raise PydanticCustomError("relations", "{text}", {"text": text, "broken": broken})
+        return self
+
+    def _sections(self) -> Iterator[tuple[Key, Section]]:
+        for name in type(self).model_fields:
+            value: Any = getattr(self, name)
+            if isinstance(value, DataConfig):
+                for part in ("train", "eval"):
+                    for index, source in enumerate(getattr(value, part)):
+                        yield (name, part, index), source
+            if isinstance(value, Section):
+                yield (name,), value
+            elif isinstance(value, dict):
+                for label, corpus in cast("dict[str, Corpus]", value).items():
+                    yield (name, label), corpus
+            elif isinstance(value, list):
+                for index, arm in enumerate(cast("list[Regularizer]", value)):
+                    yield (name, index), arm
+
+    def _without_effect(self) -> Iterator[Relation]:
+        """Options that do nothing, whether somebody set them or not."""
+        for key, section in self._sections():
+            for field, switches, why in section.ignored():
+                message = f"would be ignored, since {why}: remove it"
+                yield Relation((*key, field), message, switches=tuple((*key, s) for s in switches))
+        for index in range(len(self.data.eval)):
+            yield Relation(
+                ("data", "eval", index, "weight"),
+                "would be ignored, since evaluation reads every source once: remove it",
+            )
+
+    def _relations(self) -> Iterator[Relation]:
+        for relation in self._without_effect():
+            section: Any = self
+            for part in relation.key[:-1]:
+                is_item = isinstance(section, (list, dict))
+                section = section[part] if is_item else getattr(section, str(part))
+            if relation.key[-1] in section.model_fields_set:
+                yield relation
+        for key, section in self._sections():
+            for field, message, names in section.problems():
+                where = (*key, *field.split(".")) if field else key
+                involves = (where, *((*key, name) for name in names)) if field else ()
+                # An arm's inherited option is reported where it was given.
+                inherited = key[0] == "compare" and any(
+                    field == name for name, *_ in self.regularizer.problems()
+                )
+                if not inherited:
+                    yield Relation(where, message, involves or tuple((*key, n) for n in names))
+        yield from self._across_sections()
+
+    def _across_sections(self) -> Iterator[Relation]:
+        data, train, evaluation = self.data, self.train, self.evaluation
+        if train.steps is not None and self.optim.warmup_steps >= train.steps:
+            yield Relation(
+                ("optim", "warmup_steps"),
+                f"{self.optim.warmup_steps} is not less than train.steps {train.steps}, so the "
+                "learning rate would never reach its peak: lower warmup_steps or raise steps",
+                (("train", "steps"),),
+            )
+        if train.global_batch_tokens is not None and train.global_batch_tokens < data.max_length:
+            yield Relation(
+                ("train", "global_batch_tokens"),
+                f"{train.global_batch_tokens} is less than data.max_length {data.max_length}, so "
+                "one sample may not fit in an update: raise it, or lower data.max_length",
+                (("data", "max_length"),),
+            )
+        if train.epochs is not None and any(source.streaming for source in data.train):
+            yield Relation(
+                ("train", "epochs"),
+                "the length of a streaming source is not known: set train.steps instead",
+                (("data", "train"),),
+            )
+        if evaluation.exact_match and all(source.format == "text" for source in data.eval):
+            reason = "every source of data.eval has format text" if data.eval else "it is empty"
+            yield Relation(
+                ("evaluation", "exact_match"),
+                f"needs prompts and answers in data.eval, but {reason}: add a source with messages "
+                "or prompt_completion, or set exact_match to false",
+                (("data", "eval"),),
+            )
+        if evaluation.every is not None and not data.eval and not self.retention:
+            yield Relation(
+                ("evaluation", "every"),
+                "there is nothing to evaluate: add data.eval or retention, or remove it",
+                (("data", "eval"), ("retention",)),
+            )
+        for index, arm in enumerate(self.compare):
+            first = self.compare.index(arm)
+            if first < index:
+                yield Relation(
+                    ("compare", index),
+                    f"is the same regularizer as compare.{first}: change or remove one",
+                    (("compare",), ("regularizer",)),
+                )
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that has an effect, defaults included, as plain JSON values."""
+        values = self.model_dump(mode="json")
+        for relation in self._without_effect():
+            remove(values, relation.key)
+        return _without_null(values)
+
+    def dump_yaml(self) -> str:
+        """The resolved recipe as YAML; loading it gives an equal `Config`."""
+        return recipes.dump(self.resolved())
+
+    def flat(self) -> dict[str, str | int | float | bool | None]:
+        """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`."""
+        out: dict[str, str | int | float | bool | None] = {}
+
+        def visit(key: Key, value: Any) -> None:
+            if isinstance(value, dict):
+                for name, inner in cast("dict[str, Any]", value).items():
+                    visit((*key, name), inner)
+            elif isinstance(value, list):
+                items = cast("list[Any]", value)
+                if any(isinstance(item, dict) for item in items):
+                    for index, inner in enumerate(items):
+                        visit((*key, index), inner)
+                else:
+                    out[dotted_key(key)] = json.dumps(items)
+            else:
+                out[dotted_key(key)] = value
+
+        visit((), self.resolved())
+        return out
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what determines the numbers of a run; names and places are left out."""
+        values = self.resolved()
+        for key in _COSMETIC:
+            remove(values, key)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def changed_keys(self, other: Config) -> list[str]:
+        """The dotted keys that make two fingerprints differ, for a message to the user."""
+        mine, theirs = self.flat(), other.flat()
+        cosmetic = tuple(dotted_key(key) for key in _COSMETIC)
+        return sorted(
+            key
+            for key in mine.keys() | theirs.keys()
+            if mine.get(key) != theirs.get(key)
+            and not any(key == c or key.startswith(f"{c}.") for c in cosmetic)
+        )
+
+
+def arm_names(arms: Sequence[Regularizer]) -> list[str]:
+    """Folder-safe names: the kind, and what differs among arms of that kind."""
+    labels = {"weight": "weight", "direction": "", "temperature": "temperature", "every": "every"}
+    names: list[str] = []
+    for arm in arms:
+        same = [other for other in arms if other.kind == arm.kind]
+        name: str = arm.kind
+        for field, label in labels.items():
+            if arm.kind != "none" and len({getattr(other, field) for other in same}) > 1:
+                value: Any = getattr(arm, field)
+                name += f"-{label}{value:g}" if label else f"-{value}"
+        names.append(name)
+    return names
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads, overrides, resolves and checks a recipe.
+
+    Relative paths resolve against the folder of the recipe; those of overrides, and the default
+    `output.dir`, against the current folder. An override that switches something off takes the
+    file's options of it along; it is an error to set them on the command line as well.
+
+    Raises:
+        UserErrors: everything that is wrong, each in one line with its place and its fix.
+    """
+    recipe = recipes.read(path, overrides)
+    if recipe.data.get("name") is None:
+        recipe.data["name"] = _default_name(Path(path))
+    _resolve_paths(recipe)
+    return validate(Config, recipe, _PLACEHOLDERS, extra=_secrets)
+
+
+def _secrets(config: Config) -> Iterator[Relation]:
+    """The recipe is copied into the run directory and to MLflow: no password may be in it."""
+    if re.search(r"://[^/\s]*@", config.track.uri or ""):
+        yield Relation(
+            ("track", "uri"),
+            "holds a user or password, and recipes are copied to where the results go: put them "
+            "into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole URI into "
+            "MLFLOW_TRACKING_URI",
+        )
+
+
+# Stand-ins for what a recipe must have, so that its other parts are still checked without it.
+_PLACEHOLDERS: Mapping[Key, Any] = {
+    ("name",): "x",
+    ("model",): {"name_or_path": "x"},
+    ("model", "name_or_path"): "x",
+    ("data",): {"train": [{"path": "x"}]},
+    ("data", "train"): [{"path": "x"}],
+    ("train",): {},
+}
+
+
+def _without_null(values: dict[str, Any]) -> dict[str, Any]:
+    """Drops what is null because nobody set it; `max_grad_norm: null` says something."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _without_null(cast("dict[str, Any]", value))
+        return [clean(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
+
+    return {k: clean(v) for k, v in values.items() if v is not None or k == "max_grad_norm"}
+
+
+def _default_name(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
+
+
+_PATHS: tuple[Key, ...] = (
+    ("model", "name_or_path"),
+    ("data", "chat_template"),
+    ("data", "train", "*", "path"),
+    ("data", "eval", "*", "path"),
+    ("retention", "*", "path"),
+    ("output", "dir"),
+)
+
+
+def _resolve_paths(recipe: Recipe) -> None:
+    data = recipe.data
+    output = data.setdefault("output", {})
+    if isinstance(output, dict) and "dir" not in output:
+        output["dir"] = os.path.abspath("runs")
+    for pattern in _PATHS:
+        for holder, last, key in _matches(data, pattern, ()):
+            value = holder[last]
+            if not isinstance(value, str) or not value:
+                continue
+            folder = Path.cwd() if recipe.is_overridden(key) else recipe.folder
+            full = os.path.abspath(folder / os.path.expanduser(value))
+            if key != ("model", "name_or_path") or _is_local(value, full):
+                holder[last] = full
+
+
+def _is_local(name: str, full: str) -> bool:
+    """Whether a model is a path rather than a hub name."""
+    marked = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return marked or os.path.exists(full)
+
+
+def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:
+    part, rest = pattern[0], pattern[1:]
+    if part == "*":
+        if isinstance(at, list):
+            names: list[Any] = list(range(len(at)))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            names = list(at) if isinstance(at, dict) else []  # pyright: ignore[reportUnknownArgumentType]
+    else:
+        names = [part] if isinstance(at, dict) and part in at else []
+    for name in names:
+        if rest:
+            yield from _matches(at[name], rest, (*key, name))
+        else:
+            yield at, name, (*key, name)

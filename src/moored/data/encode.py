@@ -1,0 +1,246 @@
+"""Records to tokens: lengths, windows of whole documents, what is dropped and why.
+
+Which sources there are is `samples.py`'s matter, templates and masks are `chat.py`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moored.batch import Sample
+from moored.data.chat import ChatEncoder, Layout, TemplateError, Tokens
+from moored.data.records import Record, read_template
+from moored.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from moored.config import DataConfig
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 256  # records tokenised together
+
+
+class Encoder:
+    """Records to tokens, by the recipe's lengths and the tokenizer's template.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        data: of the recipe.
+        vocab_size: rows of the model's embedding; token ids past it are refused.
+    """
+
+    def __init__(self, tokenizer: Any, data: DataConfig, vocab_size: int | None = None):
+        problems: list[str] = []
+        template = read_template(data.chat_template, problems)
+        if problems:
+            raise UserErrors(problems)
+        self.chat = ChatEncoder(tokenizer, template)
+        self.data = data
+        self.vocab_size = vocab_size
+
+    def encode(self, records: Sequence[Record]) -> Iterator[tuple[str, Record, Tokens | str]]:
+        """(sample id, record, tokens or what is wrong) of each; documents give several."""
+        layouts: list[tuple[Layout | str, bool]] = [self._layout(record) for record in records]
+        encoded: dict[bool, Iterator[Tokens | str]] = {
+            chat: iter(
+                self.chat.encode(
+                    [lay for lay, of in layouts if of is chat and isinstance(lay, Layout)],
+                    chat=chat,
+                )
+            )
+            for chat in (True, False)
+        }
+        for record, (layout, chat) in zip(records, layouts, strict=True):
+            if isinstance(layout, str):
+                yield record.sample_id, record, layout
+                continue
+            tokens = next(encoded[chat])
+            if record.document and isinstance(tokens, Tokens):
+                for number, window in enumerate(self._windows(tokens)):
+                    yield f"{record.sample_id}.{number}", record, window
+            else:
+                yield record.sample_id, record, tokens
+
+    def _layout(self, record: Record) -> tuple[Layout | str, bool]:
+        if record.kind == "text":
+            return Layout(text=record.text, spans=((0, len(record.text)),)), False
+        if self.chat.template:
+            try:
+                return self.chat.layout(record.messages, record.tools), True
+            except TemplateError as error:
+                return str(error), True
+        if record.kind == "messages":
+            return "the tokenizer has no chat template: set data.chat_template to a file", True
+        prompt, completion = (message["content"] for message in record.messages)
+        return Layout(
+            text=prompt + completion, spans=((len(prompt), len(prompt + completion)),)
+        ), False
+
+    def _windows(self, tokens: Tokens) -> Iterator[Tokens]:
+        """A whole file has no samples of its own: it is cut at max_length, nothing is lost."""
+        prefix = self.chat.prefix
+        ids = tokens.input_ids[len(prefix) :]
+        size = self.data.max_length - len(prefix)
+        for start in range(0, len(ids), size):
+            window = np.concatenate([np.array(prefix, np.int32), ids[start : start + size]])
+            if len(window) > 1:
+                yield Tokens(input_ids=window, label_mask=np.ones(len(window), dtype=bool))
+
+
+@dataclass(slots=True, kw_only=True)
+class Drops:
+    """Samples that were met but are not used (truncated ones are used)."""
+
+    met: int = 0
+    too_long: int = 0
+    no_target: int = 0
+    truncated: int = 0
+    unreadable: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> int:
+        """How many are not used."""
+        return self.too_long + self.no_target + self.unreadable
+
+    def check(self, where: str, data: DataConfig) -> None:
+        """Says what was dropped.
+
+        Raises:
+            UserError: too many, or all.
+        """
+        if self.truncated:
+            logger.info("%s: %d samples cut to %d tokens", where, self.truncated, data.max_length)
+        if not self.dropped and self.met:
+            return
+        reasons = [
+            f"{count} {reason}"
+            for count, reason in (
+                (self.too_long, f"longer than data.max_length={data.max_length}"),
+                (self.no_target, "without a token to learn"),
+                (self.unreadable, "not as they must be"),
+            )
+            if count
+        ]
+        line = f"{where}: {self.dropped} of {self.met} samples dropped ({', '.join(reasons)})"
+        fraction = self.dropped / max(1, self.met)
+        if fraction <= data.max_dropped_fraction and self.dropped < self.met:
+            logger.warning("%s", line)
+            return
+        raise UserError(
+            f"{line}, more than data.max_dropped_fraction={data.max_dropped_fraction:g} allows: "
+            f"{self._fix(data)}"
+        )
+
+    def _fix(self, data: DataConfig) -> str:
+        if self.too_long + self.no_target == 0:
+            return "mend the data"
+        lengths = sorted(self.lengths)
+        keep = max(1, math.ceil(len(lengths) * (1 - data.max_dropped_fraction)))
+        longer = f"set data.max_length={lengths[keep - 1]} or more" if lengths else "mend the data"
+        return longer if data.too_long == "truncate" else f"{longer}, or data.too_long=truncate"
+
+
+class HeldSource(Sequence[Sample]):
+    """The samples of one source (or of one block of a stream), held in flat arrays."""
+
+    def __init__(self, name: str, parts: Sequence[tuple[str, Tokens]], drops: Drops):
+        self.name = name
+        self.drops = drops
+        self.sample_ids = [sample_id for sample_id, _ in parts]
+        lengths = [len(tokens.input_ids) for _, tokens in parts]
+        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        empty = [np.zeros(0, dtype=np.int32)]
+        self._ids = np.concatenate(empty + [tokens.input_ids for _, tokens in parts])
+        self._mask = np.concatenate(
+            [m.astype(bool) for m in empty] + [t.label_mask for _, t in parts]
+        )
+        self._ids.flags.writeable = self._mask.flags.writeable = False
+        self._digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        start, stop = self._offsets[index], self._offsets[index + 1]
+        return Sample(
+            sample_id=self.sample_ids[index],
+            input_ids=self._ids[start:stop],
+            label_mask=self._mask[start:stop],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all samples."""
+        return len(self._ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are predicted and learned."""
+        return int(np.count_nonzero(self._mask) - np.count_nonzero(self._mask[self._offsets[:-1]]))
+
+    def digest(self) -> str:
+        """SHA-256 of ids, tokens and masks."""
+        if self._digest is None:
+            sha = hashlib.sha256("\0".join(self.sample_ids).encode())
+            for array in (self._offsets, self._ids, self._mask):
+                sha.update(array.tobytes())
+            self._digest = sha.hexdigest()
+        return self._digest
+
+
+def build(
+    name: str, records: Iterable[Record], encoder: Encoder, problems: list[str], drops: Drops
+) -> HeldSource:
+    """Tokenises records; those that cannot be go to `problems`, those not to be used to `drops`."""
+    data, parts = encoder.data, []
+    records = iter(records)
+    while chunk := list(itertools.islice(records, CHUNK)):
+        for sample_id, record, tokens in encoder.encode(chunk):
+            if isinstance(tokens, str):
+                problems.append(f"{record.where}: {tokens}")
+                continue
+            problem = _vocabulary_problem(tokens, encoder)
+            if problem:
+                problems.append(f"{record.where}: {problem}")
+                continue
+            drops.met += 1
+            length = len(tokens.input_ids)
+            drops.lengths.append(length)
+            if length > data.max_length:
+                if data.too_long == "drop":
+                    drops.too_long += 1
+                    continue
+                drops.truncated += 1
+                tokens = Tokens(
+                    input_ids=tokens.input_ids[: data.max_length],
+                    label_mask=tokens.label_mask[: data.max_length],
+                )
+            if not tokens.label_mask[1:].any():
+                drops.no_target += 1
+                continue
+            parts.append((sample_id, tokens))
+    return HeldSource(name, parts, drops)
+
+
+def _vocabulary_problem(tokens: Tokens, encoder: Encoder) -> str | None:
+    size, highest = encoder.vocab_size, int(tokens.input_ids.max(initial=0))
+    if size is None or highest < size:
+        return None
+    token = encoder.chat.tokenizer.convert_ids_to_tokens(highest)
+    return (
+        f"token {token!r} has id {highest}, outside the model's vocabulary of {size}: use the "
+        "tokenizer that belongs to the model"
+    )

@@ -1,0 +1,373 @@
+"""Finding data: the files or hub dataset of a source, and their rows, each with a stable id.
+
+How a file is decoded is in `formats.py`, what rows mean as samples in `records.py`. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moored.data.formats import PLAIN, STRUCTURED, kind_of, read_file
+from moored.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from moored.config import Corpus, Source
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One row of a source: `value`, or else the `problem` that kept it from being read.
+
+    Attributes:
+        key: stable id, unique among the sources opened together: `train.jsonl:12`.
+        where: for messages: the path as the user knows it, and the line (or row).
+        plain: the row is a whole txt or md file.
+    """
+
+    key: str
+    where: str
+    value: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """One source, found but not yet read.
+
+    Attributes:
+        label: where the recipe names it: `data.train.0`.
+        name: prefix of its rows' keys; unique among the sources opened together.
+        files: (path, name of the file within the source); empty for a hub dataset.
+    """
+
+    label: str
+    name: str
+    files: tuple[tuple[Path, str], ...] = ()
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    limit: int | None = None
+    columns: tuple[str, ...] = ()
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        """All rows after the first `skip`, up to `limit`; reads on demand, holds one block."""
+        stop = self.limit
+        if self.hub is not None:
+            yield from _hub_rows(self, skip, stop)
+        else:
+            rows = itertools.chain.from_iterable(self._file(*entry) for entry in self.files)
+            yield from itertools.islice(rows, skip, stop)
+
+    def _file(self, path: Path, name: str) -> Iterator[Row]:
+        shown = display(path)
+        suffix = path.suffix.lower()
+        empty = True
+        try:
+            for number, value in read_file(path, self.columns):
+                empty = False
+                key, where = f"{name}:{number}", f"{shown}:{number}"
+                if isinstance(value, str):
+                    yield Row(key=key, where=where, problem=value)
+                else:
+                    yield Row(key=key, where=where, value=value, plain=suffix in PLAIN)
+        except OSError as error:
+            yield Row(key=name, where=f"{shown}:1", problem=f"cannot be read: {error.strerror}")
+            return
+        if empty:
+            problem = "the file is empty: fill it or take it out of the recipe"
+            yield Row(key=name, where=f"{shown}:1", problem=problem)
+
+
+def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -> list[Reader]:
+    """Finds the files of each source; what cannot be found goes to `problems`.
+
+    Args:
+        sources: of the recipe.
+        section: their place in the recipe, for messages: `data.train`.
+        problems: one line each is appended.
+    """
+    readers: list[Reader] = []
+    names: set[str] = set()
+    for index, source in enumerate(sources):
+        label = f"{section}.{index}"
+        columns = tuple(source.fields.get(name, name) for name in CANONICAL)
+        reader = _open(
+            label,
+            source.path,
+            source.hub,
+            source.subset,
+            source.split,
+            source.revision,
+            columns,
+            names,
+            problems,
+            streaming=source.streaming,
+            limit=source.limit,
+        )
+        if reader is None:
+            continue
+        suffixes = {path.suffix.lower() for path, _ in reader.files}
+        if source.streaming and suffixes & {".json", *PLAIN}:
+            problems.append(
+                f"{label}.streaming: only jsonl, parquet and hub sources can be streamed, got "
+                f"{', '.join(sorted(suffixes))}: write one object a line to a .jsonl file"
+            )
+        if suffixes and suffixes <= set(PLAIN) and (source.fields or source.format == "messages"):
+            option = "fields" if source.fields else "format"
+            problems.append(
+                f"{label}.{option}: a {sorted(suffixes)[0]} file is plain text: remove {option}"
+            )
+        readers.append(reader)
+    return readers
+
+
+CANONICAL = ("messages", "prompt", "completion", "text", "tools")
+
+
+def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
+    """The documents of a retention corpus, in order; blank ones are left out.
+
+    Raises:
+        UserError: it cannot be found or read, or holds no text.
+    """
+    if corpus.builtin is not None:
+        return _builtin(corpus.builtin, label)
+    problems: list[str] = []
+    reader = _open(
+        label,
+        corpus.path,
+        corpus.hub,
+        corpus.subset,
+        corpus.split,
+        corpus.revision,
+        (corpus.text_field,),
+        set(),
+        problems,
+    )
+    documents: list[str] = []
+    for row in reader.rows() if reader else ():
+        text = row.value.get("text" if row.plain else corpus.text_field)
+        if row.problem is None and not row.plain and corpus.text_field not in row.value:
+            problem = missing_problem(corpus.text_field, row.value, f"{label}.text_field={{}}")
+        else:
+            problem = row.problem or text_problem(text, corpus.text_field, blank_is_fine=True)
+        if problem:
+            problems.append(f"{row.where}: {problem}")
+        elif isinstance(text, str) and text.strip():
+            documents.append(text)
+    if problems:
+        raise UserErrors(problems)
+    if not documents:
+        raise UserError(f"{label}: holds no text: give another path, hub or split")
+    return documents
+
+
+def text_problem(text: Any, name: str, *, blank_is_fine: bool = False) -> str | None:
+    """What is wrong with a text field, in words, or None."""
+    if not isinstance(text, str):
+        fix = "fill it or remove the row" if text is None else "convert it to a string"
+        return f"{name}: holds {kind_of(text)}, not text: {fix}"
+    if not blank_is_fine and not text.strip():
+        return f"{name}: is empty: fill it or remove the row"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(text[error.start]):04x}"
+            return (
+                f"{name}: holds half a character (lone surrogate {code} at character "
+                f"{error.start + 1}): repair the text where it was cut"
+            )
+    return None
+
+
+def missing_problem(column: str, row: dict[str, Any], fix: str) -> str:
+    """That a row lacks a column, what it has instead, and how to say so (`fix` holds `{}`)."""
+    names = [key for key in row if key is not None]
+    close = difflib.get_close_matches(column, names, 1, cutoff=0.6)
+    found = ", ".join(repr(name) for name in names[:8]) or "nothing"
+    meant = f"; did you mean {close[0]!r}? Then" if close else ":"
+    return (
+        f"no field {column!r}, found {found}{meant} set {fix.format(close[0] if close else '...')}"
+    )
+
+
+def display(path: Path) -> str:
+    """The path as short as it stays clear: relative below the working directory."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _open(
+    label: str,
+    path: str | None,
+    hub: str | None,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    columns: tuple[str, ...],
+    names: set[str],
+    problems: list[str],
+    *,
+    streaming: bool = False,
+    limit: int | None = None,
+) -> Reader | None:
+    if path is None:
+        if hub is None:
+            problems.append(f"{label}: neither path nor hub is given: set one of them")
+            return None
+        base = "/".join(part for part in (hub.strip("/").split("/")[-1], subset, split) if part)
+        return Reader(
+            label=label,
+            name=_unique(base, names),
+            hub=hub,
+            subset=subset,
+            split=split,
+            revision=revision,
+            streaming=streaming,
+            limit=limit,
+            columns=columns,
+        )
+    found = _find(Path(path), label, problems)
+    if found is None:
+        return None
+    name = _unique(Path(path).name, names)
+    files = tuple((file, name if file == Path(path) else f"{name}/{rest}") for file, rest in found)
+    return Reader(
+        label=label, name=name, files=files, streaming=streaming, limit=limit, columns=columns
+    )
+
+
+def _unique(base: str, names: set[str]) -> str:
+    """Two sources of one name would give two samples one id."""
+    name, count = base, 1
+    while name in names:
+        count += 1
+        name = f"{base}#{count}"
+    names.add(name)
+    return name
+
+
+def _find(path: Path, label: str, problems: list[str]) -> list[tuple[Path, str]] | None:
+    known = ", ".join((*STRUCTURED, *PLAIN))
+    try:
+        if path.is_dir():
+            files = sorted(
+                (entry.relative_to(path).as_posix(), entry)
+                for entry in path.rglob("*")
+                if entry.suffix.lower() in STRUCTURED + PLAIN
+                and not any(part.startswith(".") for part in entry.relative_to(path).parts)
+            )
+            # A README.md beside data files describes them; it is not one of them.
+            data = [item for item in files if item[1].suffix.lower() in STRUCTURED] or files
+            if not data:
+                problems.append(f"{label}.path={display(path)}: no {known} file in this directory")
+                return None
+            if len(data) < len(files):
+                logger.info(
+                    "%s: %d txt/md files beside data files are not read",
+                    display(path),
+                    len(files) - len(data),
+                )
+            return [(file, name) for name, file in data]
+        if not path.exists():
+            near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+            close = difflib.get_close_matches(path.name, near, 1, cutoff=0.6)
+            hint = f"did you mean {close[0]}?" if close else "check the path"
+            problems.append(f"{label}.path={display(path)}: no such file or directory; {hint}")
+            return None
+        if not path.is_file():
+            problems.append(f"{label}.path={display(path)}: not a regular file: copy it to one")
+            return None
+    except OSError as error:
+        problems.append(f"{label}.path={display(path)}: cannot be read: {error.strerror}")
+        return None
+    if path.suffix.lower() not in STRUCTURED + PLAIN:
+        problems.append(
+            f"{label}.path={display(path)}: unknown kind of file {path.suffix!r}: "
+            f"convert it to one of {known}"
+        )
+        return None
+    return [(path, path.name)]
+
+
+def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
+    dataset = _hub_dataset(reader)
+    names = getattr(dataset, "column_names", None)
+    wanted = [name for name in names or () if name in reader.columns]
+    if wanted:
+        dataset = dataset.select_columns(wanted)
+    number = skip
+    rows = iter(dataset.skip(skip) if skip else dataset)
+    where = f"{reader.hub}[{reader.split}]"
+    while stop is None or number < stop:
+        try:
+            value = next(rows)
+        except StopIteration:
+            break
+        except Exception as error:  # the reader of some remote format
+            raise UserError(f"{where}:{number + 1}: {_first_line(error)}: {_HUB_FIX}") from error
+        number += 1
+        yield Row(key=f"{reader.name}:{number}", where=f"{where}:{number}", value=dict(value))
+    if number == 0:
+        problem = "the split is empty: choose another"
+        yield Row(key=reader.name, where=f"{where}:1", problem=problem)
+
+
+_HUB_FIX = (
+    "load it once where the hub can be reached (HF_TOKEN if it is gated), or give a local copy "
+    "as path"
+)
+
+
+def _hub_dataset(reader: Reader) -> Any:
+    import datasets
+
+    assert reader.hub is not None
+    where = f"{reader.label}.hub={reader.hub}"
+    local = Path(reader.hub)
+    try:
+        if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+            saved = datasets.load_from_disk(local)  # made by Dataset.save_to_disk
+            if isinstance(saved, datasets.DatasetDict):
+                if reader.split not in saved:
+                    raise ValueError(f"Unknown split {reader.split!r}, there are {list(saved)}")
+                saved = saved[reader.split]
+            return saved
+        return datasets.load_dataset(
+            reader.hub,
+            reader.subset,
+            split=reader.split,
+            revision=reader.revision,
+            streaming=reader.streaming,
+        )
+    except ValueError as error:  # an unknown subset or split
+        fix = f"check {reader.label}.subset and .split"
+        raise UserError(f"{where}: {_first_line(error)}: {fix}") from error
+    except Exception as error:  # datasets lets through what its network libraries raise
+        raise UserError(f"{where}: {_first_line(error)}: {_HUB_FIX}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": .")
+
+
+def _builtin(name: str, label: str) -> list[str]:
+    if name != "python-reference":
+        raise UserError(f"{label}.builtin={name}: unknown; the only one is python-reference")
+    from pydoc_data.topics import topics
+
+    return [topics[topic] for topic in sorted(topics)]

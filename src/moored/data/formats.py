@@ -1,0 +1,224 @@
+"""Decoding one local file: jsonl, json, parquet, txt or md to numbered rows.
+
+Which files belong to a source is `files.py`'s matter, what the rows mean `records.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STRUCTURED = (".jsonl", ".json", ".parquet")
+PLAIN = (".txt", ".md")
+MAX_LINE_BYTES = 64 * 2**20  # one sample; a longer line is a file of another format
+_MAGIC = {
+    b"\x1f\x8b": "is gzip-compressed: decompress it first (gunzip)",
+    b"PK\x03\x04": "is a zip archive: unpack it first",
+    b"\x28\xb5\x2f\xfd": "is zstd-compressed: decompress it first (unzstd)",
+    b"PAR1": "is a parquet file: rename it to .parquet",
+    b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
+
+Numbered = Iterator[tuple[int, dict[str, Any] | str]]  # (line or row, value or problem)
+
+
+def read_file(path: Path, columns: tuple[str, ...]) -> Numbered:
+    """The rows of a file, read on demand (a .json file at once).
+
+    Args:
+        path: a regular file with a suffix of STRUCTURED or PLAIN.
+        columns: the only ones wanted; saves reading the others of a parquet file.
+
+    Yields:
+        Line or row number from 1, and the row, or in its place what is wrong, in words.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}.get(
+        path.suffix.lower(), _plain
+    )
+    return reader(path, columns)
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's type in words, for messages."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return f"the number {value!r:.40}"
+    words = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
+    return words.get(type(value), f"a {type(value).__name__}")
+
+
+def _binary(head: bytes) -> str | None:
+    for magic, problem in _MAGIC.items():
+        if head.startswith(magic):
+            return problem
+    return "is not a text file (it holds NUL bytes)" if b"\0" in head else None
+
+
+def _jsonl(path: Path, columns: tuple[str, ...]) -> Numbered:
+    with path.open("rb") as file:
+        head = file.read(8192)
+        if problem := _binary(head):
+            yield 1, problem
+            return
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            yield (
+                1,
+                "starts with '[', so it is one JSON list, not one object a line: rename to .json",
+            )
+            return
+        file.seek(0)
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+                yield number, f"longer than {MAX_LINE_BYTES >> 20} MiB: write one sample a line"
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _object(line)
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}): convert it"
+    except json.JSONDecodeError as error:
+        return f"broken JSON at column {error.colno} ({error.msg}): write one JSON object a line"
+    except (ValueError, RecursionError) as error:
+        return f"unusable JSON ({str(error)[:80]}): write one flat JSON object a line"
+    if not isinstance(value, dict):
+        return f'holds {kind_of(value)}, not an object: write {{"field": "value"}}'
+    return value
+
+
+def _json(path: Path, columns: tuple[str, ...]) -> Numbered:
+    content = path.read_bytes()
+    if problem := _binary(content[:8192]):
+        yield 1, problem
+        return
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield line, f"not UTF-8 (byte 0x{content[error.start]:02x}): convert the file"
+        return
+    start = len(text) - len(text.lstrip())
+    if not text[start:]:
+        return
+    if text[start] == "[":
+        yield from _json_list(text, start + 1)
+    elif text[start] == "{" and _is_one_object(text):
+        yield (
+            1,
+            "holds one object, not a list: write [{...}, ...], or .jsonl with one object a line",
+        )
+    else:
+        yield from _jsonl(path, columns)  # one object a line under the name .json is common
+
+
+def _is_one_object(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text.lstrip().split("\n", 1)[0].strip() == "{"  # spread over lines, and broken
+    return text.strip().count("\n") > 0  # a single line is also a .jsonl of one sample
+
+
+def _json_list(text: str, position: int) -> Numbered:
+    """Items one by one, so that each has the line it starts in."""
+    decoder = json.JSONDecoder()
+    counted, line = 0, 1
+
+    def space(position: int) -> int:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    position = space(position)
+    while position < len(text) and text[position] != "]":
+        line += text.count("\n", counted, position)
+        counted = position
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield error.lineno, f"broken JSON at column {error.colno} ({error.msg}): mend it here"
+            return
+        except (ValueError, RecursionError) as error:
+            yield line, f"unusable JSON ({str(error)[:80]}): write flat objects"
+            return
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            yield line, f'holds {kind_of(value)}, not an object: write {{"field": "value"}}'
+        position = space(end)
+        if text[position : position + 1] == ",":
+            position = space(position + 1)
+        elif text[position : position + 1] != "]":
+            break
+    if text[position : position + 1] != "]" or text[position + 1 :].strip():
+        line += text.count("\n", counted, position)
+        yield line, "broken JSON (the list does not end with ']' here): mend it here"
+
+
+def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.stat().st_size:
+        return
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            wanted = [name for name in schema.names if name in columns]
+            for name in wanted:
+                if problem := _column_problem(name, schema.field(name).type):
+                    yield 1, problem
+                    return
+            number = 0
+            # Without a wanted column, whole rows go out: the message then names what there is.
+            for batch in file.iter_batches(batch_size=256, columns=wanted or None):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pa.ArrowException, OSError) as error:
+        yield 1, f"not a readable parquet file ({str(error).splitlines()[0][:120]}): write it again"
+
+
+def _column_problem(name: str, kind: Any) -> str | None:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    if is_list or is_text or types.is_null(kind) or types.is_struct(kind):
+        return None  # judged row by row
+    return f"column {name!r} holds {kind}, not text: convert the column"
+
+
+def _plain(path: Path, columns: tuple[str, ...]) -> Numbered:
+    content = path.read_bytes()
+    if problem := _binary(content[:8192]):
+        yield 1, problem
+        return
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        yield line, f"not UTF-8 (byte 0x{content[error.start]:02x}): convert the file"
+        return
+    if text.strip():
+        yield 1, {"text": text.replace("\r\n", "\n")}

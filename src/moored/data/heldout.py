@@ -1,0 +1,204 @@
+"""What is evaluated, not trained on: held-out batches, prompts, windows of retention corpora.
+
+How files are read and chats are masked is in the rooms behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from moored.batch import Batch, Sample, batches_of
+from moored.data.chat import ChatEncoder, TemplateError, Tokens
+from moored.data.encode import Encoder
+from moored.data.files import open_sources, resolve_text
+from moored.data.records import Record, read_records
+from moored.data.samples import load_samples
+from moored.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from moored.config import Config, Corpus
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def eval_samples(config: Config, tokenizer: Any, *, vocab_size: int | None = None) -> list[Sample]:
+    """The samples of data.eval, at most `evaluation.max_examples`, taken evenly from its sources.
+
+    Raises:
+        UserError: a file, field or sample is not as it must be; all problems at once.
+    """
+    samples = load_samples(
+        config.data.eval, tokenizer, config.data, vocab_size, section="data.eval"
+    )
+    return _evenly(samples.held, config.evaluation.max_examples)
+
+
+def eval_batches(
+    samples: Iterable[Sample],
+    *,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    pad_token_id: int,
+    vocab_size: int | None = None,
+) -> list[Batch]:
+    """This rank's batches of some samples, padded in groups of like length.
+
+    Every rank gets the same number of them, some perhaps without targets.
+    """
+    return batches_of(
+        [[sample] for sample in samples],
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        pad_token_id=pad_token_id,
+        vocab_size=vocab_size,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A question to be answered by generation, and the answer it is compared with.
+
+    Attributes:
+        sample_id: of the held-out sample.
+        input_ids: up to where the answer begins, the assistant's header included.
+        completion: the reference answer, as text.
+        stop_token_ids: what ends an answer: the template's end of turn, and end of sequence.
+    """
+
+    sample_id: str
+    input_ids: list[int]
+    completion: str
+    stop_token_ids: tuple[int, ...]
+
+
+def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
+    """The last answer of each sample of data.eval, as a question.
+
+    Those longer than data.max_length, which training would not see either, are left out.
+
+    Raises:
+        UserError: a sample is plain text, or not as it must be.
+    """
+    encoder = Encoder(tokenizer, config.data)
+    problems: list[str] = []
+    per_source: list[list[Record]] = []
+    for reader in open_sources(config.data.eval, "data.eval", problems):
+        source = config.data.eval[int(reader.label.rsplit(".", 1)[1])]
+        records = read_records(reader, source, problems)
+        per_source.append(list(itertools.islice(records, config.evaluation.max_examples)))
+    records = _evenly(per_source, config.evaluation.max_examples)
+    found: list[Prompt] = []
+    for sample_id, record, tokens in encoder.encode(records):
+        if record.kind == "text":
+            problems.append(
+                f"{record.where}: exact match needs a prompt, this is plain text: set "
+                "evaluation.exact_match=false"
+            )
+        elif isinstance(tokens, str):
+            problems.append(f"{record.where}: {tokens}")
+        else:
+            try:
+                found.append(_prompt(encoder.chat, sample_id, record, tokens))
+            except TemplateError as error:
+                problems.append(f"{record.where}: {error}")
+    if problems:
+        raise UserErrors(problems)
+    short = [prompt for prompt in found if len(prompt.input_ids) <= config.data.max_length]
+    if len(short) < len(found):
+        dropped = len(found) - len(short)
+        logger.warning("data.eval: %d prompts longer than data.max_length left out", dropped)
+    if not short:
+        raise UserError("data.eval: no prompt is left for exact match: raise data.max_length")
+    return short
+
+
+def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -> Prompt:
+    *asked, answer = record.messages
+    if chat.template:
+        ids = chat.prompt_ids(asked, record.tools)
+    else:
+        ids = chat.text_ids(asked[0]["content"])
+    end = int(tokens.input_ids[np.flatnonzero(tokens.label_mask)[-1]])
+    return Prompt(
+        sample_id=sample_id,
+        input_ids=ids,
+        completion=answer.get("content") or "",
+        stop_token_ids=tuple(dict.fromkeys((end, chat.eos))),
+    )
+
+
+def retention_samples(name: str, corpus: Corpus, tokenizer: Any) -> list[Sample]:
+    """A retention corpus as samples.
+
+    With target `all`, the documents are joined and cut into windows of `window_tokens`, of which
+    every token but the first is a target. With `last_word` (LAMBADA), each document is a sample, of
+    which only the tokens of its last word are targets. Both stop at `max_tokens`.
+
+    Raises:
+        UserError: it cannot be read, or is too short.
+    """
+    label = f"retention.{name}"
+    documents = resolve_text(corpus, label)
+    chat = ChatEncoder(tokenizer)
+    make = _windows if corpus.target == "all" else _last_words
+    samples = list(make(name, documents, corpus, chat))
+    if not samples:
+        need = "two words in a document" if corpus.target == "last_word" else "two tokens"
+        raise UserError(f"{label}: too short, {need} are the least: give another text")
+    return samples
+
+
+def _windows(
+    name: str, documents: list[str], corpus: Corpus, chat: ChatEncoder
+) -> Iterator[Sample]:
+    # No text has more than 32 characters a token for long: enough for max_tokens, and no more.
+    text = "\n\n".join(document.strip("\n") for document in documents)[: 32 * corpus.max_tokens]
+    start = len(chat.prefix)
+    ids = chat.text_ids(text)[start : start + corpus.max_tokens]
+    size = max(1, corpus.window_tokens - start)
+    for number, first in enumerate(range(0, len(ids), size)):
+        window = np.array([*chat.prefix, *ids[first : first + size]], dtype=np.int32)
+        if len(window) > 1:
+            mask = np.arange(len(window)) > 0
+            yield Sample(sample_id=f"{name}:{number}", input_ids=window, label_mask=mask)
+
+
+def _last_words(
+    name: str, documents: list[str], corpus: Corpus, chat: ChatEncoder
+) -> Iterator[Sample]:
+    total = 0
+    for number, document in enumerate(documents, 1):
+        text = document.strip()
+        word = text.split()[-1]
+        start = len(text[: -len(word)].rstrip())  # the space before it is the word's
+        if start == 0:
+            continue
+        encoded = chat.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = np.array([*chat.prefix, *encoded["input_ids"]], dtype=np.int32)
+        stops = [0] * len(chat.prefix) + [stop for _, stop in encoded["offset_mapping"]]
+        mask = np.array(stops) > start
+        # A passage longer than a window keeps its end.
+        ids, mask = ids[-corpus.window_tokens :], mask[-corpus.window_tokens :]
+        total += len(ids)
+        if total > corpus.max_tokens:
+            return
+        if mask[1:].any():
+            yield Sample(sample_id=f"{name}:{number}", input_ids=ids, label_mask=mask)
+
+
+def _evenly(sources: Sequence[Sequence[_T]], limit: int | None) -> list[_T]:
+    """The first of each source, then the second of each, ..."""
+    rounds = itertools.zip_longest(*sources, fillvalue=None)
+    found = [item for round_ in rounds for item in round_ if item is not None]
+    return found[:limit]

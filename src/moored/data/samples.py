@@ -1,0 +1,233 @@
+"""The samples of a recipe: all its sources, tokenised, with counts and fingerprints.
+
+The order in which training meets them is `stream.py`'s matter; a streamed source is tokenised block
+by block, the others at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moored.batch import Sample
+from moored.data.encode import Drops, Encoder, HeldSource, build
+from moored.data.files import Reader, Row, open_sources
+from moored.data.records import Record, parse, read_records
+from moored.errors import UserError, UserErrors
+
+if TYPE_CHECKING:
+    from moored.config import DataConfig, Source
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 2048  # rows of a streamed source that are shuffled together and held in memory
+MIN_JUDGED = 100  # rows of a later block of a stream, below which its drops are not judged
+
+
+class StreamedSource:
+    """A source that is read as training goes: blocks of BLOCK rows, in the order of the file.
+
+    Every row is validated once at the start if it is local, only the first block of a hub dataset;
+    what proves unusable later is dropped and counted.
+    """
+
+    def __init__(self, reader: Reader, source: Source, encoder: Encoder, problems: list[str]):
+        self.name = reader.name
+        self.reader = reader
+        self.source = source
+        self.encoder = encoder
+        self.num_rows: int | None = source.limit
+        self._rows: Iterator[Row] = iter(())
+        self._next = -1
+        self._digest: str | None = None
+        count = len(problems)
+        if reader.hub is None:
+            self.num_rows = sum(1 for _ in read_records(reader, source, problems))
+        if len(problems) > count:
+            return
+        first, drops = self._block(0, problems)
+        if len(problems) > count:
+            return
+        if first is None:
+            problems.append(f"{reader.label}: holds no sample: fill it or take it out")
+            return
+        drops.check(reader.label, encoder.data)
+        self.first_digest = first.digest()
+
+    def block(self, number: int) -> HeldSource | None:
+        """The samples of rows [number * BLOCK, ...), None past the end; cheap in sequence.
+
+        Raises:
+            UserError: too many of them cannot be used.
+        """
+        problems: list[str] = []
+        samples, drops = self._block(number, problems)
+        for problem in problems[:10]:
+            logger.warning("dropped: %s", problem)
+        drops.unreadable += len(problems)
+        drops.met += len(problems)
+        if samples is not None and drops.dropped and (drops.met >= MIN_JUDGED or not samples):
+            first = number * BLOCK + 1
+            drops.check(f"{self.reader.label}, rows from {first}", self.encoder.data)
+        return samples
+
+    def _block(self, number: int, problems: list[str]) -> tuple[HeldSource | None, Drops]:
+        if number != self._next:
+            self._rows = self.reader.rows(skip=number * BLOCK)
+        rows = list(itertools.islice(self._rows, BLOCK))
+        self._next = number + 1
+        drops = Drops()
+        if not rows:
+            return None, drops
+        records = []
+        for row in rows:
+            found = parse(row, self.source, self.reader.label)
+            if isinstance(found, Record):
+                records.append(found)
+            else:
+                problems += [f"{row.where}: {problem}" for problem in found]
+        return build(self.name, records, self.encoder, problems, drops), drops
+
+    def digest(self) -> str:
+        """SHA-256 of the files, or of a hub dataset's name, revision and first block."""
+        if self._digest is None:
+            sha = hashlib.sha256(f"{self.reader.hub}@{self.reader.revision}".encode())
+            sha.update(self.first_digest.encode())
+            for path, name in self.reader.files:
+                with path.open("rb") as file:
+                    sha.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+            self._digest = sha.hexdigest()
+        return self._digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSet:
+    """All sources of a section of the recipe, tokenised.
+
+    Attributes:
+        section: `data.train` or `data.eval`.
+        sources: in the recipe's order.
+        weights: of each: passes over it in one epoch.
+        vocab_size: rows of the model's embedding, against which token ids are checked.
+    """
+
+    section: str
+    sources: tuple[HeldSource | StreamedSource, ...]
+    weights: tuple[float, ...]
+    vocab_size: int | None = None
+
+    @property
+    def held(self) -> list[HeldSource]:
+        """The sources held in memory: all but the streamed ones."""
+        return [source for source in self.sources if isinstance(source, HeldSource)]
+
+    @property
+    def name(self) -> str:
+        """Of all sources, for tracking."""
+        return ", ".join(source.name for source in self.sources)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples held; those of streamed sources are not counted."""
+        return sum(len(source) for source in self.held)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held; those of streamed sources are not counted."""
+        return sum(source.num_tokens for source in self.held)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Sample]:
+        return itertools.chain.from_iterable(self.held)
+
+    def example(self) -> Sample:
+        """The first sample, to be looked at."""
+        first = self.sources[0]
+        if isinstance(first, HeldSource):
+            return first[0]
+        block = first.block(0)
+        if not block:
+            raise UserError(f"{first.reader.label}: holds no sample any more")
+        return block[0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that will be learned; equal on all ranks, or they differ."""
+        sha = hashlib.sha256()
+        for source, weight in zip(self.sources, self.weights, strict=True):
+            sha.update(f"{source.name}\0{weight!r}\0{source.digest()}\0".encode())
+        return sha.hexdigest()
+
+    def describe(self) -> list[Mapping[str, str | int | float | None]]:
+        """For tracking: name, counts and digest of each source."""
+        return [
+            {
+                "name": source.name,
+                "weight": weight,
+                "num_samples": len(source) if isinstance(source, HeldSource) else source.num_rows,
+                "num_tokens": source.num_tokens if isinstance(source, HeldSource) else None,
+                "num_targets": source.num_targets if isinstance(source, HeldSource) else None,
+                "num_dropped": source.drops.dropped if isinstance(source, HeldSource) else None,
+                "num_truncated": source.drops.truncated if isinstance(source, HeldSource) else None,
+                "digest": source.digest(),
+            }
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
+
+
+def load_samples(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    data: DataConfig,
+    vocab_size: int | None = None,
+    *,
+    section: str = "data.train",
+) -> SampleSet:
+    """Reads, validates and tokenises the sources of a section.
+
+    Args:
+        sources: of the recipe.
+        tokenizer: a fast Hugging Face tokenizer, the model's.
+        data: lengths, template, and how much may be dropped.
+        vocab_size: rows of the model's embedding.
+        section: where the sources stand in the recipe, for messages.
+
+    Raises:
+        UserErrors: every problem of every source, `file:line: field: what and how to mend it`.
+        UserError: too many samples are too long or have nothing to learn.
+    """
+    encoder = Encoder(tokenizer, data, vocab_size)
+    problems: list[str] = []
+    loaded: list[HeldSource | StreamedSource] = []
+    total = Drops()
+    for reader in open_sources(sources, section, problems):
+        source = sources[int(reader.label.rsplit(".", 1)[1])]
+        if source.streaming:
+            loaded.append(StreamedSource(reader, source, encoder, problems))
+            continue
+        drops = Drops()
+        loaded.append(
+            build(reader.name, read_records(reader, source, problems), encoder, problems, drops)
+        )
+        for name in ("met", "too_long", "no_target", "truncated", "lengths"):
+            setattr(total, name, getattr(total, name) + getattr(drops, name))
+    if problems:
+        raise UserErrors(problems)
+    if any(isinstance(source, HeldSource) for source in loaded):
+        total.check(section, data)
+    for source in loaded:
+        if isinstance(source, HeldSource) and not len(source):
+            raise UserError(f"{section}: no sample of {source.name} is left: raise data.max_length")
+    weights = tuple(source.weight for source in sources)
+    return SampleSet(section=section, sources=tuple(loaded), weights=weights, vocab_size=vocab_size)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills rows; which one does not matter, since padding is known by its place."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)

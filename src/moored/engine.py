@@ -1,0 +1,265 @@
+"""DeepSpeed ZeRO around the policy: forward, backward, update, and the state to save.
+
+The only importer of deepspeed. No loss and no schedule is decided here.
+
+Precision is ours, not DeepSpeed's: adapters, gradients and moments are fp32 (so the adapter is its
+own fp32 master), the base computes in its own dtype, and DeepSpeed's bf16 mode stays off, which
+would cast the packed 4-bit bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from moored.batch import Batch
+from moored.config import Config
+from moored.errors import UserError
+from moored.head import DriftSums
+from moored.mesh import Mesh
+from moored.model import LossArguments, PolicyModel
+from moored.reference import adapters_off, dropout_off
+from moored.tmkl import LossSums
+
+os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+log = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def zero_config(config: Config) -> dict[str, Any]:
+    """DeepSpeed's configuration for a recipe (pure).
+
+    Micro-batch and accumulation are fixed at 1: the step sets the boundary itself, because the
+    number of micro-batches differs from step to step.
+    """
+    stage = config.parallel.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if config.parallel.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if stage == 3:
+        # Let go of a layer after its use: by default up to 1e9 elements stay gathered for reuse.
+        zero["stage3_max_reuse_distance"] = 0
+    if stage in (1, 2):
+        zero |= {"overlap_comm": False, "contiguous_gradients": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Stage 0 is clipped in `Engine.step`, where its norm is computed anyway.
+        "gradient_clipping": (config.optim.max_grad_norm or 0.0) if stage else 0.0,
+        "zero_optimization": zero,
+        # One AdamW (torch's) on every stage, so that all stages compute the same update.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """The policy under ZeRO, and the optimizer that moves its adapters.
+
+    Attributes:
+        policy: the model; its parameters may be partitioned (stage 3).
+        stage: the ZeRO stage.
+    """
+
+    def __init__(self, policy: PolicyModel, config: Config, mesh: Mesh):
+        deepspeed_logger.setLevel(logging.ERROR)
+        _skip_shared_memory_extension()
+        self.policy, self.mesh, self.stage = policy, mesh, config.parallel.zero_stage
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._trainable = policy.trainable()
+        if not self._trainable:
+            raise UserError("adapter: no module matches adapter.target_modules: nothing to train")
+        optimizer = torch.optim.AdamW(
+            list(self._trainable.values()),
+            lr=config.optim.learning_rate,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            foreach=False,
+        )
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        self._engine: Any = deepspeed.initialize(
+            model=policy,
+            optimizer=optimizer,
+            config=zero_config(config),
+            dist_init_required=False,
+        )[0]
+
+    # -- forward and backward ---------------------------------------------------------------
+
+    def reference(self, batch: Batch) -> torch.Tensor:
+        """The base's final hidden states at the batch's targets, [N, D]: adapters off, no grad."""
+        with adapters_off(self.policy):
+            return self._engine.module(batch)
+
+    def forward(
+        self, batch: Batch, reference_hidden: torch.Tensor | None, loss: LossArguments
+    ) -> tuple[torch.Tensor, LossSums]:
+        """The micro-batch's share of the global loss (0-dim, with grad) and its detached sums."""
+        return self._engine(batch, reference_hidden=reference_hidden, loss=loss)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate gradients that come out *summed* over the data-parallel axis.
+
+        Args:
+            loss: this rank's share of the global loss.
+            last: whether it is the update's last micro-batch on this rank.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # ZeRO averages gradients over dp; shares of one global loss must be summed.
+        self._engine.backward(loss * self.mesh.dp.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the accumulated gradients, or refuse them on every rank alike.
+
+        Args:
+            learning_rate: of this update.
+
+        Returns:
+            The global gradient norm before clipping. If it is not finite (inf or nan), nothing
+            was changed but the gradients, which are gone.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            return self._step_unpartitioned()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if self._engine.was_step_applied() else float("nan")
+
+    def _step_unpartitioned(self) -> float:
+        grads = [p.grad for p in self._trainable.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            for parameter in self._trainable.values():
+                parameter.grad = None
+            return float("nan")
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._trainable.values(), self._max_grad_norm, norm
+            )
+        self._engine.step()
+        return float(norm)
+
+    # -- evaluation -------------------------------------------------------------------------
+
+    def drift(self, batch: Batch) -> DriftSums:
+        """Policy against base on a batch, row by row: no grad, no dropout."""
+        reference_hidden = self.reference(batch)
+        with torch.no_grad(), dropout_off(self.policy):
+            return self._engine.module(batch, reference_hidden=reference_hidden, drift=True)
+
+    def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
+        """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""
+        batch: Any = None
+        arguments["synced_gpus"] = self.stage == 3 and self.mesh.dp.size > 1
+        off = adapters_off(self.policy) if base else contextlib.nullcontext()
+        with torch.no_grad(), dropout_off(self.policy), off:
+            return self._engine.module(batch, generate=arguments)
+
+    # -- state to save and to load ------------------------------------------------------------
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """Every adapter parameter, whole and in fp32 on the CPU. Collective under ZeRO-3."""
+        tensors = {}
+        for name, parameter in self._trainable.items():
+            with self._whole(parameter):
+                tensors[name] = parameter.detach().float().cpu().clone()
+        return tensors
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The fp32 master, Adam's moments and step per parameter, whole, on the CPU. Collective."""
+        tensors = {f"{name}.master": tensor for name, tensor in self.adapter_tensors().items()}
+        for name, parameter in self._trainable.items():
+            for key in MOMENTS:
+                tensors[f"{name}.{key}"] = self._get_moment(parameter, key).cpu()
+            tensors[f"{name}.step"] = torch.tensor(self._steps_taken(), dtype=torch.float32)
+        return tensors
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up moments and step as `optimizer_tensors` gave them, before the first step.
+
+        The masters go into the policy before the engine is built (`checkpoint.load_masters`).
+        """
+        steps = tensors[f"{next(iter(self._trainable))}.step"]
+        self._create_optimizer_state(float(steps))
+        for name, parameter in self._trainable.items():
+            for key in MOMENTS:
+                self._set_moment(parameter, key, tensors[f"{name}.{key}"])
+
+    @property
+    def _flat_parameters(self) -> list[torch.Tensor]:
+        """What torch's AdamW really steps: parameters, or this rank's flat fp32 partitions."""
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            return list(self._trainable.values())
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    @property
+    def _adam_state(self) -> Any:
+        optimizer = self._engine.optimizer
+        return optimizer.state if self.stage == 0 else optimizer.optimizer.state
+
+    def _steps_taken(self) -> float:
+        state = self._adam_state.get(self._flat_parameters[0], {})
+        return float(state.get("step", 0.0))
+
+    def _create_optimizer_state(self, steps: float) -> None:
+        # DeepSpeed has none before its first step, and its setters need it to exist.
+        for flat in self._flat_parameters:
+            self._adam_state[flat] = {
+                "step": torch.tensor(steps, dtype=torch.float32),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _get_moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        if not self._adam_state.get(self._flat_parameters[0]):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            return torch.zeros(shape, dtype=torch.float32)
+        if self.stage == 0:
+            return self._adam_state[parameter][key].detach().clone()
+        whole = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None
+        return whole.detach().clone()
+
+    def _set_moment(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+        value = value.to(self.mesh.device)
+        if self.stage == 0:
+            self._adam_state[parameter][key].copy_(value)
+        else:
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    @contextlib.contextmanager
+    def _whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield
+        else:
+            yield
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
+        self._engine.destroy()
+
+
+def _skip_shared_memory_extension() -> None:
+    # On CPUs DeepSpeed would compile a C++ extension (over a minute) at the first collective.
+    with contextlib.suppress(ImportError, AttributeError):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

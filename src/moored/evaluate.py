@@ -1,0 +1,386 @@
+"""What a policy learned, forgot and drifted: perplexities, KL to the base, exact match.
+
+Never trains, and draws nothing: figures go into the dataclasses of `moored.report`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moored.base import Located, locate
+from moored.batch import Batch
+from moored.config import Config, EvaluationConfig, load_config
+from moored.data import (
+    Prompt,
+    eval_batches,
+    eval_samples,
+    pad_token_id,
+    prompts,
+    retention_samples,
+)
+from moored.engine import Engine
+from moored.errors import UserError
+from moored.mesh import Mesh, leave_mesh, start_mesh
+from moored.model import load_policy
+from moored.report import (
+    ArmResult,
+    BaseResult,
+    Report,
+    increase_pct,
+    settings_of,
+    show,
+    write,
+)
+from moored.rundir import RunDirectory
+from moored.sources import ResolvedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFigures:
+    """Policy and base on one text, over its scored tokens.
+
+    Attributes:
+        num_tokens: scored tokens.
+        policy_ppl: exp of the policy's mean cross-entropy.
+        base_ppl: the same of the base.
+        kl: mean KL(base || policy) over the whole vocabulary, nats per token.
+        tmkl: the same with the true token removed from both, nats per token.
+        top1_agreement: share of positions at which both prefer the same token.
+    """
+
+    num_tokens: int
+    policy_ppl: float
+    base_ppl: float
+    kl: float
+    tmkl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """What is evaluated, tokenised before the model loads; the same on every rank.
+
+    Attributes:
+        adaptation: this rank's batches of the new task's held-out data; None without data.eval.
+        retention: this rank's batches per corpus.
+        prompts: all prompts of the exact-match task, empty without one.
+    """
+
+    adaptation: list[Batch] | None
+    retention: Mapping[str, list[Batch]]
+    prompts: Sequence[Prompt]
+
+    def without_prompts(self) -> Suite:
+        """The same without the generation of answers, which is slow."""
+        return replace(self, prompts=())
+
+    def only_prompts(self) -> Suite:
+        """Nothing but the generation of answers."""
+        return replace(self, adaptation=None, retention={})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """All figures of one policy (or, with adapters off, of the base)."""
+
+    adaptation: TextFigures | None
+    retention: Mapping[str, TextFigures]
+    exact_match: float | None
+
+
+def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
+    """Read and tokenise everything that will be evaluated.
+
+    Raises:
+        UserError: a file is missing, broken or too short, by name.
+    """
+    tokenizer, vocab_size = located.tokenizer, located.vocab_size
+    deal = {
+        "micro_batch_size": config.evaluation.micro_batch_size,
+        "dp_rank": mesh.dp.rank,
+        "dp_size": mesh.dp.size,
+        "pad_token_id": pad_token_id(tokenizer),
+        "vocab_size": vocab_size,
+    }
+    adaptation = None
+    if config.data.eval:
+        adaptation = eval_batches(eval_samples(config, tokenizer, vocab_size=vocab_size), **deal)
+    retention = {
+        name: eval_batches(retention_samples(name, corpus, tokenizer), **deal)
+        for name, corpus in config.retention.items()
+    }
+    questions = prompts(config, tokenizer) if config.evaluation.exact_match else []
+    return Suite(adaptation=adaptation, retention=retention, prompts=questions)
+
+
+def evaluate(
+    engine: Engine,
+    suite: Suite,
+    mesh: Mesh,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    base: bool = False,
+) -> Evaluation:
+    """Measure the engine's policy against its base on every text. Collective.
+
+    Args:
+        engine: policy and base.
+        suite: what to measure.
+        mesh: the processes.
+        tokenizer: of the model.
+        config: lengths and batch sizes of the generated answers.
+        base: generate the answers with adapters off.
+    """
+    adaptation = None if suite.adaptation is None else measure(engine, suite.adaptation, mesh)
+    retention = {name: measure(engine, batches, mesh) for name, batches in suite.retention.items()}
+    exact = None
+    if suite.prompts:
+        exact = exact_match(
+            engine, suite.prompts, mesh, tokenizer=tokenizer, config=config, base=base
+        )
+    return Evaluation(adaptation=adaptation, retention=retention, exact_match=exact)
+
+
+def measure(engine: Engine, batches: Sequence[Batch], mesh: Mesh) -> TextFigures:
+    """Policy and base on this and the other ranks' batches of one text. Collective."""
+    sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
+    for batch in batches:
+        rows = engine.drift(batch.to(mesh.device))
+        columns = (rows.ce_policy, rows.ce_reference, rows.kl, rows.tmkl, rows.top1_agree)
+        sums[:5] += torch.stack([column.double().sum() for column in columns])
+        sums[5] += batch.num_targets
+    ce_policy, ce_base, kl, tmkl, agree, count = mesh.dp.sum(sums).tolist()
+    count = max(1.0, count)
+    return TextFigures(
+        num_tokens=int(count),
+        policy_ppl=_exp(ce_policy / count),
+        base_ppl=_exp(ce_base / count),
+        kl=kl / count,
+        tmkl=tmkl / count,
+        top1_agreement=agree / count,
+    )
+
+
+def exact_match(
+    engine: Engine,
+    questions: Sequence[Prompt],
+    mesh: Mesh,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    base: bool = False,
+) -> float:
+    """Share of prompts whose greedy answer equals the reference, white space at its ends apart."""
+    # Prompts of like length share a batch; each rank gets as many batches as the others.
+    ordered = sorted(questions, key=lambda q: (len(q.input_ids), q.sample_id))
+    per_batch = config.micro_batch_size * mesh.dp.size
+    counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for start in range(0, len(ordered), per_batch):
+        mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
+        asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
+        answers = _answers(engine, asked, mesh, tokenizer, config.max_new_tokens, base)
+        hits = sum(a.strip() == q.completion.strip() for a, q in zip(answers, mine, strict=False))
+        counts += torch.tensor([hits, len(mine)], dtype=torch.float64, device=mesh.device)
+    hits, total = mesh.dp.sum(counts).tolist()
+    return hits / max(1.0, total)
+
+
+def _answers(
+    engine: Engine,
+    questions: Sequence[Prompt],
+    mesh: Mesh,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    base: bool,
+) -> list[str]:
+    longest = max(len(q.input_ids) for q in questions)
+    pad = pad_token_id(tokenizer)
+    ids = torch.full((len(questions), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, longest - len(question.input_ids) :] = torch.tensor(question.input_ids)
+        mask[row, longest - len(question.input_ids) :] = 1
+    tokens = engine.generate(
+        base=base,
+        input_ids=ids.to(mesh.device),
+        attention_mask=mask.to(mesh.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted({i for q in questions for i in q.stop_token_ids}),
+    )
+    return tokenizer.batch_decode(tokens[:, longest:].cpu(), skip_special_tokens=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What training cost, for the report; zeros for an adapter that came from elsewhere."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    final_loss: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+def to_report(
+    config: Config,
+    source: ResolvedModel,
+    name: str,
+    after: Evaluation,
+    training: Training,
+    *,
+    base_match: float | None,
+    num_prompts: int,
+) -> Report:
+    """The figures of one adapter as a report with one arm.
+
+    Args:
+        config: the recipe.
+        source: the base's files.
+        name: the arm's.
+        after: measured with the adapter; it holds the base's figures beside the policy's.
+        training: what training cost.
+        base_match: exact match of the base.
+        num_prompts: prompts behind the exact match.
+    """
+    texts, task = after.retention, after.adaptation
+    base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
+    policy_ppl: dict[str, float | None] = {name: text.policy_ppl for name, text in texts.items()}
+    base = BaseResult(
+        model=config.model.name_or_path,
+        revision=source.revision,
+        quantization=config.model.quantization,
+        adaptation_ppl=task.base_ppl if task else None,
+        adaptation_exact_match=base_match,
+        retention_ppl=base_ppl,
+        num_tokens={name: text.num_tokens for name, text in texts.items()},
+        num_adaptation_tokens=task.num_tokens if task else None,
+        num_adaptation_prompts=num_prompts or None,
+    )
+    regularizer = config.regularizer
+    divergent = regularizer.kind != "none"
+    arm = ArmResult(
+        kind=regularizer.kind,
+        weight=regularizer.kl_weight,
+        direction=regularizer.direction if divergent else None,
+        temperature=regularizer.temperature if divergent else None,
+        seed=config.train.seed,
+        adapter=config.adapter.method,
+        adaptation_ppl=task.policy_ppl if task else None,
+        adaptation_exact_match=after.exact_match,
+        retention_ppl=policy_ppl,
+        retention_increase_pct=increase_pct(base_ppl, policy_ppl),
+        drift_nats_per_token={name: text.kl for name, text in texts.items()},
+        drift_tmkl_nats_per_token={name: text.tmkl for name, text in texts.items()},
+        top1_agreement={name: text.top1_agreement for name, text in texts.items()},
+        num_steps=training.num_steps,
+        tokens_per_second=training.tokens / training.seconds if training.seconds else None,
+        train_seconds=training.seconds or None,
+        peak_memory_bytes=training.peak_memory_bytes,
+        final_loss=training.final_loss,
+    )
+    return Report(base=base, arms={name: arm}, settings=settings_of(config))
+
+
+def run_command(
+    targets: Sequence[str],
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> Path | None:
+    """`moored evaluate`: measure finished runs, or adapters that any PEFT-based trainer wrote.
+
+    A run is measured by its own recipe (or by `recipe`), an adapter by `recipe`. The report goes
+    to `out`, by default to the run's own `report`, for an adapter to `./report`.
+
+    Raises:
+        UserError: a target is neither, or an adapter comes without a recipe.
+    """
+    mesh, folder = start_mesh(1), None
+    try:
+        for target in map(Path, targets):
+            config, adapter, training = _open_target(target, recipe, overrides)
+            report = evaluate_adapter(config, adapter, mesh, target.resolve().name, training)
+            folder = out or (target if training.num_steps else Path()) / "report"
+            folder = folder / target.resolve().name if out and len(targets) > 1 else folder
+            if mesh.is_main:
+                write(report, folder)
+                show(report, sys.stdout)
+                print(f"report in {folder}")
+            mesh.world.barrier()
+    finally:
+        leave_mesh()
+    return folder
+
+
+def evaluate_adapter(
+    config: Config, adapter: Path, mesh: Mesh, name: str, training: Training
+) -> Report:
+    """Load a PEFT adapter on its base and measure it. Collective."""
+    located = locate(config.model, mesh)
+    suite = build_suite(config, located, mesh)
+    policy = load_policy(located.source.path, config, mesh.device, adapter=adapter)
+    engine = Engine(policy, config, mesh)
+    try:
+        ask = partial(
+            evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
+        )
+        after = ask(suite)
+        base_match = None
+        if suite.prompts:
+            base_match = ask(suite.only_prompts(), base=True).exact_match
+    finally:
+        engine.close()
+    return to_report(
+        config,
+        located.source,
+        name if not training.num_steps else config.regularizer.kind,
+        after,
+        training,
+        base_match=base_match,
+        num_prompts=len(suite.prompts),
+    )
+
+
+def _open_target(
+    target: Path, recipe: Path | None, overrides: Sequence[str]
+) -> tuple[Config, Path, Training]:
+    run = RunDirectory(target)
+    if run.config.exists():
+        if not (run.adapter / "adapter_config.json").exists():
+            raise UserError(
+                f"{target} has no adapter yet: finish it with `moored train {run.config}`"
+            )
+        state = run.state().get("training", {})
+        return load_config(recipe or run.config, list(overrides)), run.adapter, Training(**state)
+    if not (target / "adapter_config.json").exists():
+        raise UserError(
+            f"{target} is neither a run directory (config.yaml) nor a PEFT adapter "
+            "(adapter_config.json): name one of these"
+        )
+    if recipe is None:
+        raise UserError(
+            f"{target} is an adapter without a recipe: add --recipe RECIPE.yaml to say which base, "
+            "which data and which retention texts"
+        )
+    return load_config(recipe, list(overrides)), target, Training()
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,361 @@
+"""Hidden states to loss: the frozen output head and the loss in one, chunked, memory-flat, sharded.
+
+Holds the loop over chunks and the module that takes lm_head's place; the projections are in
+logits.py, the arithmetic on logits in divergence.py. The gradient with respect to `hidden` is
+formed in the forward, so no [T, V] tensor exists and the backward needs neither the weight nor a
+collective.
+
+Legend: N rows, C the rows of one chunk, D hidden size, V vocabulary, v this rank's columns without
+padding. logits = softcap(logit_scale * (h W^T + bias)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moored.divergence import (
+    Direction,
+    Objective,
+    VocabShard,
+    all_gather,
+    chunk_loss_,
+    combine,
+    summarise_,
+)
+from moored.logits import Logits
+from moored.tmkl import (
+    LossSums,
+    Reduction,
+    RowPlan,
+    Rows,
+    TMKLOutput,
+    check_rows,
+    compute_dtype,
+    default_chunk_tokens,
+    precomputed,
+    wants_gradient,
+)
+
+__all__ = ["DriftSums", "Head", "attach_gradient", "linear_tmkl_loss"]
+
+
+def linear_tmkl_loss(
+    policy_hidden: Tensor,
+    reference_hidden: Tensor | None,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    kl_weight: float = 1.0,
+    direction: Direction = "forward",
+    mask_target: bool = True,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    kl_mask: Tensor | None = None,
+    shard: VocabShard | None = None,
+    reduction: Reduction = "mean",
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> TMKLOutput:
+    """`tmkl_loss` from hidden states and a frozen head, without ever holding [T, V].
+
+    Args:
+        policy_hidden: [T, D].
+        reference_hidden: [T, D], gets no gradient. None only when `kl_weight` is 0; when given
+            with weight 0, the KL is still reported.
+        lm_head_weight: [V, D], or this rank's rows [stop - start, D]; must not require grad.
+        targets: int64 [T], global ids aligned with the rows.
+        kl_weight: as in `tmkl_loss`, like the next seven.
+        direction: "forward", "reverse" or "jsd".
+        mask_target: remove the target from both distributions.
+        temperature: divides the logits in the KL.
+        ignore_index: marks ignored rows; they are dropped before the matrix products.
+        kl_mask: bool [T], rows where the KL applies.
+        shard: this rank's rows of the head.
+        reduction: "mean", "sum" or "none".
+        bias: [V], or this rank's part; must not require grad.
+        logit_scale: multiplies the logits.
+        logit_softcap: c in c * tanh(logits / c), after the scale.
+        chunk_tokens: rows at a time; the same on every rank. None: `default_chunk_tokens`.
+
+    Returns:
+        TMKLOutput, the same on every rank; the gradient of `policy_hidden` is summed over ranks.
+
+    Raises:
+        ValueError: shapes, dtypes, ranges or options do not fit; names the argument.
+    """
+    goal = Objective(direction, mask_target, temperature)
+    if policy_hidden.dim() != 2:
+        raise ValueError(f"policy_hidden has shape {tuple(policy_hidden.shape)}: [T, D] is needed")
+    named = ("policy_hidden", policy_hidden), ("reference_hidden", reference_hidden)
+    check_rows(named, targets, kl_mask, kl_weight, reduction)
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != policy_hidden.shape[1]:
+        raise ValueError(
+            f"lm_head_weight has shape {tuple(lm_head_weight.shape)}, but policy_hidden has shape "
+            f"{tuple(policy_hidden.shape)}: [V, D] and [T, D] are needed"
+        )
+    for name, tensor in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but the head is frozen: detach it")
+    logits = Logits.of(lm_head_weight, bias, logit_scale, logit_softcap, shard)
+    plan = RowPlan.of(
+        targets,
+        kl_mask,
+        ignore_index,
+        logits.shard.vocab_size,
+        with_kl=reference_hidden is not None,
+    )
+    ce_T, kl_T, grad_TD = _run(
+        logits,
+        policy_hidden.detach(),
+        None if reference_hidden is None else reference_hidden.detach(),
+        targets,
+        plan,
+        goal,
+        plan.scales(kl_weight, reduction),
+        chunk_tokens,
+        with_gradient=wants_gradient(policy_hidden),
+    )
+    dtype = compute_dtype(policy_hidden, reference_hidden, lm_head_weight)
+    out = plan.output(ce_T, kl_T, kl_weight, reduction, dtype)
+    if grad_TD is None:
+        return out
+    return out._replace(loss=precomputed(policy_hidden, out.loss, grad_TD))
+
+
+# ---------------------------------------------------------------- the loop over chunks
+
+
+def _run(
+    logits: Logits,
+    h_ND: Tensor,
+    h0_ND: Tensor | None,
+    targets_N: Tensor,
+    plan: RowPlan,
+    goal: Objective,
+    scales: tuple[float | Tensor, float | Tensor],
+    chunk_tokens: int | None,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per-row cross-entropy and KL, and the gradient [N, D] (at least fp32) summed over ranks."""
+    dtype = compute_dtype(h_ND, h0_ND, logits.weight_vD)
+    ce_N, kl_N = plan.new_values(h_ND.device)
+    grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
+    # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
+    # would underflow.
+    ce_scale, kl_scale = scales
+    unit = torch.as_tensor(ce_scale, dtype=dtype, device=h_ND.device).abs()
+    unit = torch.maximum(unit, torch.as_tensor(kl_scale, dtype=dtype, device=h_ND.device).abs())
+    unit = torch.where(unit == 0, 1.0, unit)
+    size = _chunk_size(chunk_tokens, plan.num_targets, logits)
+    buffer = logits.new_buffer(min(size, plan.num_targets), dtype)
+    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
+        for rows, with_kl in plan.chunks(size):
+            h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
+            s_Cv, e_Cv, slope_Cv = logits.project(h_ND[rows], h0_CD, dtype, buffer)
+            ce_N[rows], kl_C = chunk_loss_(
+                s_Cv, e_Cv, targets_N[rows], goal, logits.shard, ce_scale / unit, kl_scale / unit
+            )
+            if kl_C is not None:
+                kl_N[rows] = kl_C
+            if grad_ND is not None:
+                grad_ND[rows] = logits.pull_back(s_Cv, slope_Cv, h_ND.dtype).mul_(unit)
+        if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
+            dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
+    return ce_N, kl_N, grad_ND
+
+
+def _chunk_size(chunk_tokens: int | None, num_tokens: int, logits: Logits) -> int:
+    if chunk_tokens is None:
+        on_gpu = logits.weight_vD.is_cuda
+        return default_chunk_tokens(num_tokens, logits.shard, on_gpu=on_gpu)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: at least 1 is needed")
+    return chunk_tokens
+
+
+# ---------------------------------------------------------------- the module
+
+
+@dataclass(frozen=True)  # without slots: ZeRO-3's forward hook looks into outputs with vars()
+class DriftSums:
+    """Per row [N]: how far the policy is from the reference, in nats, and what both predict."""
+
+    ce_policy: Tensor
+    ce_reference: Tensor
+    kl: Tensor  # forward KL over the whole vocabulary
+    tmkl: Tensor  # forward KL without the target
+    top1_agree: Tensor  # bool: policy and reference have the same first choice
+    top1_correct: Tensor  # bool: the policy's first choice is the target
+
+
+class Head(nn.Module):
+    """Takes lm_head's place. Owns lm_head's own (frozen, possibly tied) Parameter.
+
+    Args:
+        weight: [V, D], or this rank's rows.
+        bias: [V], or this rank's part.
+        logit_scale: multiplies the logits of the loss (not of the plain call).
+        logit_softcap: soft cap of the logits of the loss (not of the plain call).
+        shard: this rank's rows of the head.
+        chunk_tokens: rows at a time, the same on every rank.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        shard: VocabShard | None = None,
+        chunk_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.out_features, self.in_features = weight.shape
+        self.logit_scale = logit_scale
+        self.logit_softcap = logit_softcap
+        self.shard = shard
+        self.chunk_tokens = chunk_tokens
+
+    def forward(
+        self,
+        hidden: Tensor,
+        reference_hidden: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        kl_mask: Tensor | None = None,
+        ce_scale: float | Tensor = 1.0,
+        kl_scale: float | Tensor = 0.0,
+        direction: Direction = "forward",
+        mask_target: bool = True,
+        temperature: float = 1.0,
+        drift: bool = False,
+    ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
+        """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
+
+        Every use goes through here, so that ZeRO-3's hooks gather the weight.
+
+        Args:
+            hidden: [..., D] for logits; else [N, D], rows already selected, none ignored.
+            reference_hidden: [N, D]; None for cross-entropy alone.
+            targets: int64 [N], global ids, range-checked by the caller (at collation).
+            kl_mask: bool [N], rows where the KL applies.
+            ce_scale: factor of the sum of cross-entropies.
+            kl_scale: factor of the sum of KLs.
+            direction: "forward", "reverse" or "jsd".
+            mask_target: remove the target from both distributions.
+            temperature: divides the logits in the KL.
+            drift: compare policy and reference instead.
+
+        Returns:
+            Plain `hidden @ weight.T + bias` without `targets` (no cap, no scale: a Hugging Face
+            forward applies its own); else (grad_hidden [N, D] in at least fp32, LossSums), neither
+            with a graph: so ZeRO-3 has no backward for which to gather the weight again.
+        """
+        if targets is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        if drift:
+            if reference_hidden is None:
+                raise ValueError("drift needs reference_hidden")
+            return self.drift(hidden, reference_hidden, targets)
+        hidden = hidden.detach()
+        num_rows = len(targets)
+        groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []
+        num_kl = num_rows if reference_hidden is not None else 0
+        if kl_mask is not None and reference_hidden is not None:
+            num_kl = int(kl_mask.sum())
+            if num_kl < num_rows:
+                both, ce_only = kl_mask.nonzero().squeeze(1), (~kl_mask).nonzero().squeeze(1)
+                groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
+                groups = [group for group in groups if group[1]]
+        ce_N, kl_N, grad_ND = _run(
+            self._logits(),
+            hidden,
+            None if reference_hidden is None else reference_hidden.detach(),
+            targets,
+            RowPlan(num_rows, num_rows, num_kl, hidden.device, tuple(groups)),
+            Objective(direction, mask_target, temperature),
+            (ce_scale, kl_scale),
+            self.chunk_tokens,
+            with_gradient=True,
+        )
+        assert grad_ND is not None
+        ce_sum, kl_sum = ce_N.sum(), kl_N.sum()
+        loss = (ce_scale * ce_sum + kl_scale * kl_sum).detach()
+        return grad_ND, LossSums(loss, ce_sum, kl_sum, num_rows, num_kl)
+
+    @torch.no_grad()
+    def drift(self, hidden: Tensor, reference_hidden: Tensor, targets: Tensor) -> DriftSums:
+        """How far the policy is from the reference, row by row; call it through `forward`."""
+        logits, goal = self._logits(), Objective()
+        plain = Objective(mask_target=False)
+        shard, num_rows = logits.shard, len(targets)
+        dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
+        columns: list[tuple[Tensor, ...]] = []
+        size = _chunk_size(self.chunk_tokens, num_rows, logits)
+        buffer = logits.new_buffer(min(size, num_rows), dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i in range(0, num_rows, size):
+                rows: Rows = slice(i, i + size)
+                s_Cv, e_Cv, _ = logits.project(hidden[rows], reference_hidden[rows], dtype, buffer)
+                assert e_Cv is not None
+                top_4C = torch.cat([_top1(s_Cv, shard), _top1(s_Cv + e_Cv, shard)])
+                stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], goal, shard)
+                num_stats = len(stats_KC)
+                stats_PKC = all_gather(torch.cat([stats_KC, top_4C.to(stats_KC.dtype)]), shard)
+                masked = combine(stats_PKC[:, :num_stats], goal)
+                whole = combine(stats_PKC[:, :num_stats], plain)
+                assert masked.kl is not None
+                assert whole.kl is not None
+                log_ratio = masked.kl.log_ratio.squeeze(1)
+                gap_C = masked.log_rest_C + log_ratio
+                gap_C = gap_C - stats_PKC[:, 0].amax(0) - stats_PKC[:, 2].sum(0)
+                tops_PC = stats_PKC[:, num_stats::2], stats_PKC[:, num_stats + 1 :: 2]
+                best_2C = tops_PC[0].argmax(0, keepdim=True)
+                ids_2C = tops_PC[1].gather(0, best_2C).squeeze(0)
+                columns.append(
+                    (
+                        masked.ce_C,
+                        torch.logaddexp(gap_C, torch.zeros_like(gap_C)),
+                        whole.kl.kl_forward.squeeze(1),
+                        masked.kl.kl_forward.squeeze(1),
+                        ids_2C[0] == ids_2C[1],
+                        ids_2C[0] == targets[rows],
+                    )
+                )
+        if not columns:
+            empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
+            return DriftSums(empty, empty, empty, empty, empty.bool(), empty.bool())
+        return DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    def _logits(self) -> Logits:
+        return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)
+
+
+def _top1(s_Cv: Tensor, shard: VocabShard) -> Tensor:
+    """This shard's largest logit and its id, as two rows [2, C]."""
+    if s_Cv.shape[1] == 0:
+        return s_Cv.new_full((2, s_Cv.shape[0]), float("-inf"))
+    value_C, index_C = s_Cv.max(-1)
+    return torch.stack([value_C, (index_C + shard.start).to(value_C.dtype)])
+
+
+def attach_gradient(hidden: Tensor, grad_hidden: Tensor, sums: LossSums) -> Tensor:
+    """A 0-dim loss of value `sums.loss` whose backward hands `grad_hidden` to `hidden`, once.
+
+    Runs outside the Head module, so that no backward hook of that module is set up.
+    """
+    loss = sums.loss.to(grad_hidden.dtype)
+    return precomputed(hidden, loss, grad_hidden)

@@ -1,0 +1,102 @@
+"""How a run begins and ends: one owner, equal ranks, signals, and why it ended.
+
+What happens in between is `train.py`'s and `compare.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import signal
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from moored.config import Config
+from moored.errors import (
+    EvaluationFailedError,
+    MooredError,
+    PreemptedError,
+    TrainingRefusedError,
+    UserError,
+)
+from moored.mesh import Mesh
+from moored.rundir import RunDirectory, locked, open_run
+from moored.track import Tracker
+
+STATUS = {
+    PreemptedError: "preempted",
+    TrainingRefusedError: "refused",
+    EvaluationFailedError: "evaluation_failed",
+    KeyboardInterrupt: "interrupted",
+}
+MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}
+
+
+def open_together(
+    stack: contextlib.ExitStack, config: Config, path: Path, mesh: Mesh, *, restart: bool
+) -> tuple[RunDirectory, int]:
+    """Rank 0 locks and opens the directory; the others learn of it, or of why not."""
+    error: BaseException | None = None
+    if mesh.is_main:
+        try:
+            stack.enter_context(locked(path))
+            directory = open_run(config, path, restart=restart)
+            if directory.state().get("status") != "done":
+                attempt = directory.state().get("attempt", 0) + 1
+                directory.update_state(status="running", attempt=attempt, reason=None)
+        except (MooredError, OSError) as caught:
+            error = caught if isinstance(caught, MooredError) else UserError(f"{path}: {caught}")
+    mesh.together(error)
+    directory = RunDirectory(path)
+    return directory, mesh.world.broadcast(directory.state().get("attempt", 1))
+
+
+def require_same(mesh: Mesh, **hashes: str) -> None:
+    """Every rank must hold the same recipe, data and versions."""
+    mine = hashes | {
+        name: version(name) for name in ("moored", "torch", "transformers", "peft", "deepspeed")
+    }
+    mine["python"] = platform.python_version()
+    for rank, theirs in enumerate(mesh.world.gather(mine)):
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"rank {rank} and rank {mesh.world.rank} differ in {name} "
+                    f"({theirs[name][:16]} and {value[:16]}): start all ranks from the same "
+                    "code, recipe and data"
+                )
+
+
+@contextlib.contextmanager
+def signals_seen() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGUSR1 instead of dying of them; the loop looks at every step."""
+    seen: list[int] = []
+    previous = {}
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            previous[number] = signal.signal(number, lambda n, _frame: seen.append(n))
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def ending(directory: RunDirectory, tracker: Tracker, mesh: Mesh) -> Iterator[None]:
+    """Write down how the run ended, whatever way that is."""
+    status, reason = "done", None
+    try:
+        yield
+    except BaseException as error:
+        status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), "failed")
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if mesh.is_main:
+            directory.update_state(status=status, reason=reason)
+        # After a failure the other ranks are gone at once, and a launcher then ends this one too:
+        # what is not shipped by then waits in the journal for the next attempt or `moored sync`.
+        timeout = None if status == "done" else 5.0
+        tracker.finish(MLFLOW_STATUS.get(status, "FAILED"), timeout=timeout)

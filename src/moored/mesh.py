@@ -1,0 +1,220 @@
+"""Which processes work together, along which axis, and on which device.
+
+The only reader of RANK, LOCAL_RANK and WORLD_SIZE, and the only caller of
+`init_process_group`. Nothing here knows a model or a recipe.
+"""
+
+# torch.distributed is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moored.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One direction of the mesh: this process's place in it, and its collectives.
+
+    Every collective is skipped at size 1, so that one process needs no special case.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` (any shape) over the axis; the argument is left as it was."""
+        total = values.clone()
+        if self.size > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
+        return total
+
+    def max(self, value: float, device: torch.device | None = None) -> float:
+        """Largest `value` over the axis, the same on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=device or _device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return float(tensor.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (small, picklable), in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (small, picklable), on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        dist.broadcast_object_list(box, src=source, group=self.group, device=_device())
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank of the axis is here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The processes of a run, arranged as data-parallel x tensor-parallel.
+
+    Attributes:
+        world: all processes.
+        dp: the processes that hold different data.
+        tp: the processes that hold different slices of the same layers.
+        device: this process's device.
+    """
+
+    world: Axis
+    dp: Axis
+    tp: Axis
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints, tracks and writes shared files."""
+        return self.world.rank == 0
+
+    def together(self, error: BaseException | None) -> None:
+        """Raise on every rank when any rank has failed, so that none waits for another.
+
+        Args:
+            error: this rank's own error, or None.
+
+        Raises:
+            BaseException: this rank's own error.
+            UserError: another rank's error, with its rank named.
+        """
+        if self.world.size > 1:
+            texts = self.world.gather(None if error is None else f"{error}")
+        else:
+            texts = []
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise UserError(f"rank {rank}: {text}")
+
+    @contextlib.contextmanager
+    def main_first(self) -> Generator[None]:
+        """Run the body on rank 0 before the others: what it downloads or converts, they find."""
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                yield
+            except Exception as caught:
+                error = caught
+            self.together(error)
+        else:
+            self.together(None)
+            yield
+
+
+def launched_rank() -> int:
+    """This process's rank by the launcher's environment, before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _integer(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"{name}={value!r} is not a whole number: start with torchrun, deepspeed or srun, "
+            f"or unset {name} for one process"
+        ) from None
+
+
+def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0) -> Mesh:
+    """Join the processes that the launcher started and arrange them.
+
+    Args:
+        tensor_parallel_degree: processes that share one copy of the model. Neighbours by rank.
+        timeout_seconds: how long a collective may wait for a rank before the run ends.
+
+    Raises:
+        UserError: the environment is incomplete, or the world does not divide.
+    """
+    world_size, rank = _integer("WORLD_SIZE", 1), _integer("RANK", 0)
+    local_rank = _integer("LOCAL_RANK", 0)
+    if world_size % tensor_parallel_degree:
+        raise UserError(
+            f"tensor_parallel_degree={tensor_parallel_degree} does not divide "
+            f"WORLD_SIZE={world_size}: start a multiple of it"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join(rank, world_size, local_rank, device, timeout_seconds)
+    world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
+    if tensor_parallel_degree == 1:
+        dp = Axis(name="dp", rank=world.rank, size=world.size)
+        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device)
+    raise UserError(
+        f"tensor_parallel_degree={tensor_parallel_degree}: this version trains with data "
+        "parallelism and ZeRO only; set it to 1"
+    )
+
+
+def _join(
+    rank: int, world_size: int, local_rank: int, device: torch.device, timeout_seconds: float
+) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed reads these again; one process started by hand has none of them.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    if world_size == 1:
+        # An in-memory store: a single process needs no port, so none can be taken.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"WORLD_SIZE={world_size} but {name} is not set: start with torchrun, "
+                "the deepspeed launcher or srun"
+            )
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"rank {rank} of {world_size} could not meet the others at {address}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def leave_mesh() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,26 @@
+"""What finished runs learned and forgot: report.json, table, page, frontier plot.
+
+Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
+"""
+
+from moored.report.files import run_command, write
+from moored.report.headline import Headline, headline
+from moored.report.merging import merge
+from moored.report.results import ArmResult, BaseResult, Report, increase_pct
+from moored.report.settings import settings_of
+from moored.report.terminal import show, table
+
+__all__ = [
+    "ArmResult",
+    "BaseResult",
+    "Headline",
+    "Report",
+    "headline",
+    "increase_pct",
+    "merge",
+    "run_command",
+    "settings_of",
+    "show",
+    "table",
+    "write",
+]

@@ -1,0 +1,328 @@
+"""The pictures laid out: learning against forgetting, and curves over the steps.
+
+One layout serves the SVG in the page and the PNG; colours and file formats are theirs, scales and
+the placing of labels are `geometry.py`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.ticker import MaxNLocator
+
+from moored.report import words
+from moored.report.geometry import (
+    Box,
+    Label,
+    Point,
+    Scale,
+    Tick,
+    around,
+    place,
+    plain,
+    text_width,
+    ticks,
+)
+from moored.report.results import ArmResult, Report
+
+X_TITLE = "Learned: adaptation perplexity, falling →"
+Y_TITLE = "Forgotten: rise of retention perplexity, worst corpus"
+
+# With more arms than this the plot shows numbers, and a key says whose they are.
+MOST_NAMES = 8
+
+# Above this many percent the scale bends: linear near zero, logarithmic far from it.
+BEND_ABOVE_PCT = 500.0
+BEND_AT_PCT = 10.0
+
+
+_KIND_SHAPES = {"none": "triangle", "kl": "square", "tmkl": "circle"}
+_OTHER_SHAPES = ("pentagon", "wedge", "hexagon")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a kind is told apart: `index` picks its colour and strokes, `shape` its marks."""
+
+    index: int
+    shape: str
+
+
+def styles(report: Report) -> dict[str, Style]:
+    """One style per kind; the three built-in kinds always look the same."""
+    known = {kind: Style(i, shape) for i, (kind, shape) in enumerate(_KIND_SHAPES.items())}
+    others = [kind for kind in dict.fromkeys(a.kind for a in report.arms.values())]
+    for i, kind in enumerate(kind for kind in others if kind not in known):
+        known[kind] = Style(3 + i % 3, _OTHER_SHAPES[i % 3])
+    return known
+
+
+def bent(pct: float) -> float:
+    """Linear near zero, logarithmic beyond `BEND_AT_PCT`."""
+    return math.asinh(pct / BEND_AT_PCT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """An arm in the frontier plot.
+
+    Attributes:
+        style: of its kind.
+        x: pixel of its adaptation perplexity.
+        y: pixel of its worst corpus's increase.
+        corpora: pixel of every corpus's increase, by name.
+        tip: all of it in words.
+        label: its name beside it.
+    """
+
+    style: Style
+    x: float
+    y: float
+    corpora: dict[str, float]
+    tip: str
+    label: Label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frontier:
+    """Learning (to the right) against forgetting (upwards), laid out."""
+
+    width: float
+    height: float
+    font: float
+    frame: Box
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    zero: float
+    base: Mark | None
+    marks: list[Mark]
+    edge: list[Point]
+    better: Label
+    bent: bool
+
+
+def arm_numbers(report: Report) -> dict[str, str]:
+    """A number for each arm where names would be too many for the plot; empty otherwise."""
+    if len(report.arms) <= MOST_NAMES:
+        return {}
+    return {name: str(i + 1) for i, name in enumerate(report.arms)}
+
+
+def undrawn(report: Report) -> list[str]:
+    """Why arms are missing from the frontier plot, a line each."""
+    result: list[str] = []
+    for name, arm in report.arms.items():
+        worst = arm.worst()
+        reasons = [
+            f"{what} {'was not measured' if value is None else 'is not finite'}"
+            for what, value in (
+                ("adaptation perplexity", arm.adaptation_ppl),
+                ("retention", None if worst is None else worst[1]),
+            )
+            if value is None or not math.isfinite(value)
+        ]
+        if reasons:
+            result.append(f"{words.clean(name, 40)}: {' and '.join(reasons)}")
+    return result
+
+
+def frontier(
+    report: Report, *, width: float, height: float, font: float, head: float = 0.0
+) -> Frontier | None:
+    """Lay the frontier plot out; None where no arm can be placed.
+
+    x is the logarithm of the adaptation perplexity, falling to the right, so that equal distances
+    are equal nats; y is the rise of the worst corpus, with every corpus as a small dot.
+
+    Args:
+        report: what to draw.
+        width: of the picture, in pixels.
+        height: of the picture.
+        font: size of its text.
+        head: room above for a title.
+    """
+    arms = [spot for name, arm in report.arms.items() if (spot := _spot(name, arm))]
+    if not arms:
+        return None
+    before = report.base.adaptation_ppl
+    before = before if before is not None and math.isfinite(before) else None
+    increases = [0.0, *(pct for arm in arms for pct in arm.increases.values())]
+    is_bent = max(map(abs, increases)) > BEND_ABOVE_PCT
+    top, bottom = head + font * 2.4, height - font * 3.8
+    y_scale = _y_scale(increases, top, bottom, is_bent)
+    y_ticks = _y_ticks(y_scale, is_bent, font)
+    left = max(font * 3, *(text_width(tick.text, font) + font * 1.3 for tick in y_ticks))
+    frame = Box(left=left, top=top, right=width - font * 1.2, bottom=bottom)
+    x_scale = _x_scale([arm.learned for arm in arms] + ([before] if before else []), frame)
+    radius = font * 0.5
+    spots = {arm.name: (x_scale(arm.learned), y_scale(arm.worst)) for arm in arms}
+    start = (x_scale(before), y_scale(0.0)) if before else None
+    # Marks and dots first: no label may cover them.
+    taken = [around(x, y, radius * 1.3) for x, y in spots.values()]
+    for arm in arms:
+        x = spots[arm.name][0]
+        taken += [around(x, y_scale(pct), radius * 0.6) for pct in arm.increases.values()]
+    if start:
+        taken.append(around(*start, radius * 1.5))
+    edge = _edge([*spots.values(), *([start] if start else [])])
+    strokes = [
+        around(x1 + (x2 - x1) * i / 24, y1 + (y2 - y1) * i / 24, font * 0.15)
+        for (x1, y1), (x2, y2) in itertools.pairwise(edge)
+        for i in range(25)
+    ]
+    for arm in arms:
+        x, ys = spots[arm.name][0], [y_scale(pct) for pct in arm.increases.values()]
+        strokes.append(Box(left=x - 1, top=min(ys), right=x + 1, bottom=max(ys)))
+    strokes.append(
+        Box(left=frame.left, top=y_scale(0.0) - 1, right=frame.right, bottom=y_scale(0.0) + 1)
+    )
+    kinds = styles(report)
+    labels: dict[str, Label] = {}
+    numbers = arm_numbers(report)
+    for arm in sorted(arms, key=lambda arm: -arm.worst):
+        lines = [numbers[arm.name] if numbers else words.clean(arm.name, 26)]
+        if len(arms) <= 6 and width >= 500:
+            lines.append(f"{words.ppl(arm.learned)}, {words.percent(arm.worst)}")
+        labels[arm.name] = place(
+            spots[arm.name],
+            lines,
+            font=font,
+            radius=radius,
+            frame=frame,
+            taken=taken,
+            strokes=strokes,
+        )
+        taken.append(labels[arm.name].box)
+    base = None
+    if start and before:
+        lines = ["base", words.ppl(before)]
+        label = place(
+            start, lines, font=font, radius=radius, frame=frame, taken=taken, strokes=strokes
+        )
+        taken.append(label.box)
+        tip = f"base: adaptation perplexity {words.ppl(before)}"
+        base = Mark(
+            style=Style(-1, "diamond"), x=start[0], y=start[1], corpora={}, tip=tip, label=label
+        )
+    marks = [
+        Mark(
+            style=kinds[report.arms[arm.name].kind],
+            x=spots[arm.name][0],
+            y=spots[arm.name][1],
+            corpora={name: y_scale(pct) for name, pct in arm.increases.items()},
+            tip=arm.tip,
+            label=labels[arm.name],
+        )
+        for arm in arms
+    ]
+    return Frontier(
+        width=width,
+        height=height,
+        font=font,
+        frame=frame,
+        x_ticks=_x_ticks(x_scale, font),
+        y_ticks=y_ticks,
+        zero=y_scale(0.0),
+        base=base,
+        marks=marks,
+        edge=edge,
+        better=_better(frame, font, taken + strokes),
+        bent=is_bent,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arm:
+    """What of an arm can be drawn."""
+
+    name: str
+    learned: float
+    worst: float
+    increases: dict[str, float]
+    tip: str
+
+
+def _spot(name: str, arm: ArmResult) -> _Arm | None:
+    worst, learned = arm.worst(), arm.adaptation_ppl
+    if worst is None or learned is None:
+        return None
+    if not math.isfinite(learned) or not math.isfinite(worst[1]):
+        return None
+    increases = {
+        corpus: pct
+        for corpus, pct in arm.retention_increase_pct.items()
+        if pct is not None and math.isfinite(pct)
+    }
+    each = ", ".join(f"{words.clean(c, 40)} {words.percent(p)}" for c, p in increases.items())
+    tip = f"{words.clean(name, 80)}: adaptation perplexity {words.ppl(learned)}; retention {each}"
+    return _Arm(name=name, learned=learned, worst=worst[1], increases=increases, tip=tip)
+
+
+def _x_scale(values: Sequence[float], frame: Box) -> Scale:
+    """Falling perplexity to the right, equal nats at equal distances."""
+    low, high = math.log(min(values)), math.log(max(values))
+    pad = max(0.07 * (high - low), 0.02)
+    return Scale(-high - pad, -low + pad, frame.left, frame.right, lambda v: -math.log(v))
+
+
+def _y_scale(values: Sequence[float], top: float, bottom: float, is_bent: bool) -> Scale:
+    bend = bent if is_bent else float
+    low, high = bend(min(values)), bend(max(values))
+    high = max(high, low + bend(1.0))  # a flat picture must not magnify noise
+    pad = 0.09 * (high - low)
+    return Scale(low - pad, high + pad, bottom, top, bend)
+
+
+def _x_ticks(scale: Scale, font: float) -> list[Tick]:
+    decades = (scale.high - scale.low) / math.log(10)
+    if decades > 2:
+        values = [10.0**e for e in range(0, 300, max(1, round(decades / 8)))]
+    elif decades > 0.6:
+        values = [m * 10.0**e for e in range(-1, 12) for m in (1, 1.5, 2, 3, 5, 7)]
+    else:
+        ends = math.exp(-scale.high), math.exp(min(-scale.low, 700))
+        values = [float(v) for v in MaxNLocator(7).tick_values(*ends)]
+    return ticks(scale, [v for v in values if v > 0], plain, font * 4.2)
+
+
+def _y_ticks(scale: Scale, is_bent: bool, font: float) -> list[Tick]:
+    if is_bent:
+        decades = max(abs(scale.low), abs(scale.high)) / math.log(10)
+        step = max(1, math.ceil(decades / 10))
+        values = [0.0, *(s * 10.0**e for e in range(step, 300, step) for s in (1, -1))]
+    else:
+        values = [float(v) for v in MaxNLocator(6).tick_values(scale.low, scale.high)]
+    return ticks(scale, sorted(values, key=abs), lambda v: f"{plain(v)} %", font * 1.9)
+
+
+def _better(frame: Box, font: float, taken: Sequence[Box]) -> Label:
+    """Where the arrow towards `better` disturbs least: it points down and to the right."""
+    lines = ("better", "learned more, forgot less")
+    wide = text_width(lines[1], font * 0.9) + font * 3.2
+    high = font * 3
+    best: tuple[float, Box] | None = None
+    for i in range(13):
+        for j in range(13):
+            x = frame.left + font + (frame.right - frame.left - wide - 2 * font) * i / 12
+            y = frame.top + font + (frame.bottom - frame.top - high - 2 * font) * j / 12
+            box = Box(left=x, top=y, right=x + wide, bottom=y + high)
+            # As near to the corner it points to as there is room.
+            cost = sum(box.overlap(other) for other in taken) * 8 - (i + j) * font
+            if best is None or cost < best[0]:
+                best = (cost, box)
+    assert best is not None
+    box = best[1]
+    return Label(lines=lines, x=box.left, y=box.top, anchor="start", box=box, leader=None)
+
+
+def _edge(spots: Sequence[Point]) -> list[Point]:
+    """The frontier: spots that no other one beats in both learning (right) and forgetting (low)."""
+    result: list[Point] = []
+    for x, y in sorted(set(spots), key=lambda spot: (-spot[1], -spot[0])):
+        # From the lowest upwards, only what lies further right than all before.
+        if not result or x > result[-1][0]:
+            result.append((x, y))
+    return result

@@ -1,0 +1,233 @@
+"""The append-only journal of a run: one JSON object a line, written before anything else knows.
+
+Sending it to MLflow is not done here: `shipper.py` follows the file and `track.py` holds the store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_NAME = "journal.jsonl"
+
+# Lines kept in memory while the disk refuses them; older ones are given up first.
+_MAX_HELD_LINES = 10_000
+_READ_BYTES = 1 << 20
+
+
+class Journal:
+    """Appends records to a journal file; every line is one `os.write` on an `O_APPEND` descriptor.
+
+    So lines of several writers (trainer, system-metrics sampler) never mix, and a killed writer
+    leaves at most one torn line, the last. A disk that refuses a line does not stop the caller:
+    the line is held and tried again with the next one.
+
+    Args:
+        path: the file; made with mode 600 if it is not there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
+        self._held: deque[bytes] = deque(maxlen=_MAX_HELD_LINES)
+        self._lock = threading.Lock()
+        self._refused = False
+        size = os.fstat(self._descriptor).st_size
+        # A torn last line of a killed writer is closed off, so that ours starts on its own line.
+        self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; never raises because of the disk, never waits for it."""
+        line = (encode(record) + "\n").encode()
+        with self._lock:
+            self._held.append(line)
+            self._write_held()
+
+    def flush(self) -> None:
+        """Ask the file system to keep what was written (fsync); for the rare, important lines."""
+        with self._lock:
+            try:
+                self._write_held()
+                os.fsync(self._descriptor)
+            except OSError as error:
+                logger.warning("%s: fsync failed: %s", self.path, error)
+
+    def close(self) -> None:
+        """Close the descriptor; writing afterwards is an error."""
+        with self._lock:
+            if self._held:
+                self._write_held()
+            os.close(self._descriptor)
+
+    def _write_held(self) -> None:
+        while self._held:
+            data = b"\n" + self._held[0] if self._torn else self._held[0]
+            try:
+                written = os.write(self._descriptor, data)
+            except OSError as error:
+                self._refuse(error)
+                return
+            if written < len(data):
+                self._torn = True
+                self._refuse(OSError(f"only {written} of {len(data)} bytes written"))
+                return
+            self._torn = False
+            self._held.popleft()
+        if self._refused:
+            self._refused = False
+            logger.warning("%s: writable again, no line is held back any more", self.path)
+
+    def _refuse(self, error: OSError) -> None:
+        if not self._refused:
+            logger.warning(
+                "%s: cannot write (%s); training goes on and up to %d lines are held in memory",
+                self.path,
+                error,
+                _MAX_HELD_LINES,
+            )
+        self._refused = True
+
+
+def encode(record: dict[str, Any]) -> str:
+    """One record as one line of valid JSON; NaN and infinities become the strings of `float()`."""
+    try:
+        return json.dumps(record, separators=(",", ":"), allow_nan=False, default=str)
+    except ValueError:
+        record = _finite(record)
+        return json.dumps(record, separators=(",", ":"), allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A parsed line: its record and the offset in bytes of the line after it."""
+
+    record: dict[str, Any]
+    end: int
+
+
+class Follower:
+    """Reads whole lines of a growing journal, from its start; an unfinished last line waits."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.offset = 0
+        self.num_broken = 0
+
+    def read(self, max_bytes: int = _READ_BYTES) -> list[Line]:
+        """The next lines, about `max_bytes` of them; empty at the end of the file."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(max_bytes)
+                if data and b"\n" not in data:
+                    # A line longer than the window, or the unfinished last one.
+                    data += file.readline()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        lines: list[Line] = []
+        for raw in whole.splitlines(keepends=True):
+            self.offset += len(raw)
+            record = _parse(raw)
+            if record is not None:
+                lines.append(Line(record=record, end=self.offset))
+            elif raw.strip():
+                self.num_broken += 1
+        if whole and not lines:
+            return self.read(max_bytes)
+        return lines
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    """A record, or None for a line that is torn or not one of ours."""
+    try:
+        record = json.loads(raw)
+        record |= {"time": float(record["time"]), "attempt": int(record["attempt"])}
+        if record["kind"] == "event":
+            whole = isinstance(record["event"], str) and isinstance(record["fields"], dict)
+            return record if whole else None
+        values = {str(name): float(value) for name, value in record["values"].items()}
+        return record | {"step": int(record["step"]), "values": values}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def read_journal(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The records of a journal in the order of writing; torn and foreign lines are left out.
+
+    Values of metrics are floats again (`"NaN"` becomes `nan`); an event has a dict `fields`.
+    """
+    follower = Follower(Path(path))
+    while lines := follower.read():
+        for line in lines:
+            yield line.record
+    if follower.num_broken:
+        logger.warning("%s: %d torn lines left out", path, follower.num_broken)
+
+
+def is_start(record: dict[str, Any]) -> bool:
+    """Whether the record is the event with which an attempt begins."""
+    return record["kind"] == "event" and record["event"] == "start"
+
+
+def first_start(path: Path) -> dict[str, Any] | None:
+    """The first start event of a journal, which has the run's identity; None if there is none."""
+    return next(filter(is_start, read_journal(path)), None)
+
+
+class Fence:
+    """Tells the lines of a superseded attempt from those of the current one.
+
+    A trainer that was cut off may go on writing after its successor has started; what it writes
+    then is no part of the run.
+    """
+
+    def __init__(self):
+        self.attempt = 0
+
+    def admits(self, record: dict[str, Any]) -> bool:
+        """Whether the record belongs to the current attempt; records must come in file order."""
+        attempt = record["attempt"]
+        if is_start(record) or attempt > self.attempt:
+            self.attempt = attempt
+        return attempt >= self.attempt
+
+
+def metrics(run_dir: Path | str, kind: str = "metrics") -> dict[str, list[tuple[int, float]]]:
+    """The curves of a run: name -> (step, value) in order of the step, one value per step.
+
+    Where a resumed attempt repeated a step, its value wins.
+
+    Args:
+        run_dir: the run directory.
+        kind: `metrics` (steps of training), or `system` (the step is seconds since the run began).
+    """
+    curves: dict[str, dict[int, float]] = {}
+    fence = Fence()
+    for record in read_journal(Path(run_dir) / JOURNAL_NAME):
+        if not fence.admits(record) or record["kind"] != kind:
+            continue
+        for name, value in record["values"].items():
+            curves.setdefault(name, {})[record["step"]] = value
+    return {name: sorted(curve.items()) for name, curve in curves.items()}

@@ -1,0 +1,376 @@
+"""The run: resume, step, save, track, evaluate, stop.
+
+No maths: an update is `step.py`'s, a figure is `evaluate.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from moored import checkpoint
+from moored.base import Located, locate
+from moored.config import Config
+from moored.data import TrainStream, check_data, load_samples
+from moored.engine import Engine
+from moored.errors import (
+    EvaluationFailedError,
+    PreemptedError,
+    TrainingRefusedError,
+    UserError,
+)
+from moored.evaluate import Evaluation, Suite, Training, build_suite, evaluate, to_report
+from moored.lifecycle import ending, open_together, require_same, signals_seen
+from moored.log import setup
+from moored.mesh import Mesh, leave_mesh, start_mesh
+from moored.model import PolicyModel, load_policy
+from moored.progress import Progress
+from moored.report import show, write
+from moored.rundir import RunDirectory, heartbeat
+from moored.step import StepStats, learning_rate_at, train_step
+from moored.track import Tracker
+from moored.track.journal import metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything the loop needs, built once before the first step."""
+
+    config: Config
+    mesh: Mesh
+    directory: RunDirectory
+    tracker: Tracker
+    located: Located
+    policy: PolicyModel
+    engine: Engine
+    stream: TrainStream
+    suite: Suite
+    num_steps: int
+    step: int = 0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    refused_in_a_row: int = 0
+    last_loss: float = float("nan")
+    base_match: float | None = None  # exact match of the base, once known
+    alone: bool = True  # not an arm of a comparison, which prints one table for all
+
+
+def run(
+    config: Config,
+    *,
+    restart: bool = False,
+    path: Path | None = None,
+    arm: str | None = None,
+    parent: Path | None = None,
+    base_match: float | None = None,
+) -> Path:
+    """Train one recipe from its newest checkpoint, or from the start, to the end.
+
+    The same call on every process. A finished run is left as it is.
+
+    Args:
+        config: the recipe.
+        restart: remove what an earlier run of this recipe left.
+        path: the run directory; by default `output.dir` / `name`.
+        arm: the name of this run in its report; by default the regulariser's kind.
+        parent: run directory of the comparison that this run belongs to.
+        base_match: the base's exact match, where an earlier run of the same recipe measured it.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        MooredError: see its subclasses; `exit_code` says which kind.
+    """
+    os.umask(0o077)
+    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    path = (path or config.output.dir / config.name).absolute()
+    with contextlib.ExitStack() as stack:
+        if parent is None:
+            stack.callback(leave_mesh)
+        directory, attempt = open_together(stack, config, path, mesh, restart=restart)
+        setup(mesh.world.rank, path)
+        if directory.state().get("status") == "done":
+            log.info("%s is finished already: --restart starts over", path)
+            return path
+        tracker = Tracker.start(
+            config,
+            path,
+            attempt=attempt,
+            is_main=mesh.is_main,
+            parent=None if parent is None else str(parent),
+        )
+        stack.enter_context(ending(directory, tracker, mesh))
+        signals = stack.enter_context(signals_seen())
+        one = _prepare(config, mesh, directory, tracker)
+        one.alone, one.base_match = parent is None, base_match
+        stack.callback(one.engine.close)
+        _train(one, signals)
+        _export(one)
+        _evaluate_and_report(one, arm or config.regularizer.kind)
+    return path
+
+
+def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
+    """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
+    check_data(config)
+    located = locate(config.model, mesh)
+    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
+    stream = TrainStream(config, located.tokenizer, samples)
+    suite = build_suite(config, located, mesh)
+    num_steps = stream.total_steps()
+    require_same(mesh, config=config.fingerprint(), data=stream.fingerprint())
+    tracker.dataset(
+        name=samples.name,
+        digest=stream.fingerprint(),
+        num_samples=samples.num_samples,
+        num_tokens=samples.num_tokens,
+    )
+
+    policy = load_policy(located.source.path, config, mesh.device)
+    newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
+    newest = mesh.world.broadcast(newest)
+    if newest is not None:
+        checkpoint.load_masters(checkpoint.read_optimizer(newest), policy)
+    engine = Engine(policy, config, mesh)
+    one = Run(
+        config=config,
+        mesh=mesh,
+        directory=directory,
+        tracker=tracker,
+        located=located,
+        policy=policy,
+        engine=engine,
+        stream=stream,
+        suite=suite,
+        num_steps=num_steps,
+    )
+    if newest is not None:
+        _resume(one, newest)
+    return one
+
+
+def _train(run: Run, signals: list[int]) -> None:
+    """The loop."""
+    config, mesh, engine = run.config, run.mesh, run.engine
+    if run.step == 0 and config.evaluation.before:
+        before = _measure(run, run.suite, base=True)
+        run.base_match = before.exact_match
+        _track_evaluation(run, before)
+    with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
+        while run.step < run.num_steps:
+            started = time.perf_counter()
+            stats = train_step(
+                engine,
+                run.stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size),
+                mesh,
+                step=run.step,
+                regularizer=config.regularizer,
+                learning_rate=learning_rate_at(run.step, run.num_steps, config.optim),
+                seed=config.train.seed,
+            )
+            seconds = time.perf_counter() - started
+            run.step += 1
+            run.train_seconds += seconds
+            run.train_tokens += stats.num_tokens
+            run.last_loss = stats.loss
+            _track_step(run, stats, seconds)
+            progress.update(stats, run.train_tokens / run.train_seconds)
+            _require_finite(run, stats)
+            stopped = mesh.world.max(float(bool(signals)), mesh.device) > 0
+            due = run.step % config.train.save_every == 0 or run.step == run.num_steps
+            if due or stopped:
+                _save(run)
+            if stopped and run.step < run.num_steps:
+                raise PreemptedError(
+                    f"stopped by a signal after step {run.step} of {run.num_steps}; saved in "
+                    f"{run.directory.path}: start the same command again to go on"
+                )
+            every = config.evaluation.every
+            if every and run.step % every == 0 and run.step < run.num_steps:
+                _track_evaluation(run, _measure(run, run.suite.without_prompts()))
+
+
+def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
+    if run.mesh.is_main:
+        heartbeat(run.directory.path)
+    if run.step % run.config.train.log_every and run.step != run.num_steps:
+        return
+    values = {
+        "train/loss": stats.loss,
+        "train/ce_nats_per_token": stats.ce,
+        "train/grad_norm": stats.grad_norm,
+        "train/learning_rate": stats.learning_rate,
+        "train/targets": stats.num_targets,
+        "perf/tokens_per_second": stats.num_tokens / seconds,
+        "perf/step_seconds": seconds,
+        "perf/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
+    }
+    if stats.kl is not None:
+        values[f"train/{run.config.regularizer.kind}_nats_per_token"] = stats.kl
+    run.tracker.metrics(run.step, values)
+
+
+def _require_finite(run: Run, stats: StepStats) -> None:
+    """Count refused updates; stop when too many follow each other."""
+    if stats.applied:
+        run.refused_in_a_row = 0
+        return
+    run.refused_in_a_row += 1
+    run.tracker.event("update_refused", step=run.step, loss=stats.loss)
+    log.warning(
+        "step %d: the gradient is not finite (loss %.4g): update refused", run.step, stats.loss
+    )
+    limit = run.config.train.max_nonfinite_updates
+    if run.refused_in_a_row >= limit:
+        raise TrainingRefusedError(
+            f"{limit} updates in a row had a non-finite gradient (last at step {run.step}): lower "
+            "optim.learning_rate, or look at the data of these steps; the adapter is as it was "
+            "before them"
+        )
+
+
+def _save(run: Run) -> None:
+    started = time.perf_counter()
+    saved = checkpoint.Checkpoint(
+        step=run.step,
+        optimizer=run.engine.optimizer_tensors(),
+        state={
+            "cursor": run.stream.state_dict(),
+            "train_seconds": run.train_seconds,
+            "train_tokens": run.train_tokens,
+            "refused_in_a_row": run.refused_in_a_row,
+            "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
+            "seed": run.config.train.seed,
+            "world_size": run.mesh.world.size,
+        },
+    )
+    if run.mesh.is_main:
+        folder = checkpoint.folder_of(run.directory.checkpoints, run.step)
+        try:
+            checkpoint.write(folder, saved, run.policy.causal_lm, run.config.model.name_or_path)
+            checkpoint.prune(run.directory.checkpoints, run.config.train.keep_checkpoints)
+            run.directory.update_state(step=run.step, num_steps=run.num_steps)
+        except OSError as error:
+            # A full disk must not end the run: the previous checkpoint still stands.
+            log.warning("checkpoint of step %d was not written: %s", run.step, error)
+            run.tracker.event("checkpoint_failed", step=run.step, error=str(error))
+            return
+    run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
+
+
+def _resume(run: Run, folder: Path) -> None:
+    state = checkpoint.read_state(folder)
+    run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
+    run.stream.load_state_dict(state["cursor"])
+    run.step = state["step"]
+    run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
+    run.refused_in_a_row = state["refused_in_a_row"]
+    run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
+    run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
+    log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)
+
+
+def _export(run: Run) -> None:
+    """The final adapter, written and read back before anything else can fail."""
+    tensors = run.engine.adapter_tensors()
+    error: BaseException | None = None
+    if run.mesh.is_main:
+        try:
+            checkpoint.replace_adapter(
+                run.directory.adapter,
+                tensors,
+                run.policy.causal_lm,
+                run.config.model.name_or_path,
+            )
+        except OSError as caught:
+            error = UserError(
+                f"{run.directory.adapter}: the adapter could not be written: {caught}: make room "
+                "and start the same command again"
+            )
+    run.mesh.together(error)
+    run.tracker.artifact(run.directory.adapter, "adapter")
+    log.info("adapter written to %s", run.directory.adapter)
+
+
+def _measure(run: Run, suite: Suite, *, base: bool = False) -> Evaluation:
+    return evaluate(
+        run.engine,
+        suite,
+        run.mesh,
+        tokenizer=run.located.tokenizer,
+        config=run.config.evaluation,
+        base=base,
+    )
+
+
+def _track_evaluation(run: Run, evaluation: Evaluation) -> None:
+    values: dict[str, float] = {}
+    if evaluation.adaptation is not None:
+        values["eval/adaptation_perplexity"] = evaluation.adaptation.policy_ppl
+    if evaluation.exact_match is not None:
+        values["eval/exact_match_fraction"] = evaluation.exact_match
+    for name, figures in evaluation.retention.items():
+        values[f"retention/{name}/perplexity"] = figures.policy_ppl
+        values[f"drift/{name}/kl_nats_per_token"] = figures.kl
+        values[f"drift/{name}/tmkl_nats_per_token"] = figures.tmkl
+        values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
+    run.tracker.metrics(run.step, values)
+
+
+def _evaluate_and_report(run: Run, name: str) -> None:
+    """Measure the adapter that was exported; a failure here must not cost it."""
+    log.info("evaluating the adapter against its base")
+    training = Training(
+        num_steps=run.step,
+        seconds=run.train_seconds,
+        tokens=run.train_tokens,
+        final_loss=run.last_loss if math.isfinite(run.last_loss) else None,
+        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+    )
+    try:
+        after = _measure(run, run.suite)
+        if run.suite.prompts and run.base_match is None:
+            base = _measure(run, run.suite.only_prompts(), base=True)
+            run.base_match = base.exact_match
+    except Exception as error:
+        raise EvaluationFailedError(
+            f"the adapter is in {run.directory.adapter}, but its evaluation failed: {error}: "
+            f"mend it and run `moored evaluate {run.directory.path}`"
+        ) from error
+    _track_evaluation(run, after)
+    if run.mesh.is_main:
+        report = to_report(
+            run.config,
+            run.located.source,
+            name,
+            after,
+            training,
+            base_match=run.base_match,
+            num_prompts=len(run.suite.prompts),
+        )
+        run.directory.update_state(training=asdict(training))
+        curves = {name: metrics(run.directory.path)}
+        write(report, run.directory.report, curves=curves)
+        run.tracker.artifact(run.directory.report, "report")
+        if run.alone:
+            show(report, sys.stdout)
+    run.mesh.world.barrier()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of its GPU, or resident on a CPU machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

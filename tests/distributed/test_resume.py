@@ -1,0 +1,183 @@
+"""A run that was cut off ends as the uninterrupted one did: bit for bit, at the same world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distributed.runner import run_distributed
+from moored import train
+from moored.config import Config, load_config
+from moored.data.stream import TrainStream
+from moored.track.journal import read_journal
+from tiny import tiny_recipe, write_recipe
+
+STEPS, CUT = 6, 4  # saved after 2 and 4; the cut comes in step 4 (counted from 0)
+
+
+class Cut(Exception):
+    """Stands for the end of the process in the middle of a step."""
+
+
+def losses(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Every logged loss, norm and rate by step; a repeated step must repeat its values."""
+    found: dict[int, dict[str, float]] = {}
+    for line in read_journal(run_dir / "journal.jsonl"):
+        if line["kind"] != "metrics" or "train/loss" not in line["values"]:
+            continue
+        values = {k: v for k, v in line["values"].items() if k.startswith("train/")}
+        assert found.setdefault(line["step"], values) == values, f"step {line['step']} changed"
+    return found
+
+
+def final(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The exported adapter and the last optimizer state."""
+    last = run_dir / f"checkpoints/step-{STEPS:08d}"
+    return load_file(run_dir / "adapter/adapter_model.safetensors") | load_file(
+        last / "optimizer.safetensors"
+    )
+
+
+def assert_identical(resumed: Path, uninterrupted: Path) -> None:
+    assert losses(resumed) == losses(uninterrupted)
+    assert sorted(losses(resumed)) == list(range(1, STEPS + 1))
+    expected = final(uninterrupted)
+    found = final(resumed)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert any(tensor.abs().max() > 0 for tensor in expected.values())
+
+
+def recipe_of(folder: Path, *overrides: str) -> Config:
+    recipe = tiny_recipe(folder)
+    recipe["train"] |= {"steps": STEPS, "save_every": 2}
+    recipe["adapter"]["dropout"] = 0.1  # random numbers must come back too
+    recipe["retention"], recipe["data"]["eval"] = {}, []
+    return load_config(write_recipe(folder, recipe), list(overrides))
+
+
+def cut_and_resume(
+    rank: int, world_size: int, configs: dict[Any, Config], folder: Path
+) -> dict[Any, dict[str, Any]]:
+    """Run without a break, then with one; what each rank's samples were, step by step."""
+    seen: list[list[str]] = []
+    original, after = TrainStream.next_step, [10**9]
+
+    def spying(self: TrainStream, **place: int) -> Any:
+        batches = original(self, **place)
+        if len(seen) == after[0]:
+            raise Cut
+        seen.append([name for batch in batches for name in batch.sample_ids])
+        return batches
+
+    TrainStream.next_step = spying  # type: ignore[method-assign]
+    results = {}
+    for case, config in configs.items():
+        place, seen[:] = folder / "-".join(map(str, case)), []
+        train.run(config, path=place / "whole", parent=folder)
+        whole, seen[:], after[0] = list(seen), [], CUT
+        with pytest.raises(Cut):
+            train.run(config, path=place / "cut", parent=folder)
+        after[0] = 10**9
+        seen[:] = seen[: CUT // 2 * 2]  # what the newest checkpoint has seen
+        train.run(config, path=place / "cut", parent=folder)
+        results[case] = {"whole": whole, "cut": list(seen)}
+    return results
+
+
+CASES = [
+    ("float32", 0, "none"),
+    ("float32", 1, "none"),
+    ("float32", 2, "none"),
+    ("float32", 3, "none"),
+    ("bfloat16", 0, "none"),
+    ("bfloat16", 1, "none"),
+    ("bfloat16", 2, "none"),
+    ("bfloat16", 3, "none"),
+    ("float32", 1, "optimizer"),
+    ("float32", 2, "optimizer"),
+    ("float32", 3, "optimizer"),
+    ("bfloat16", 2, "optimizer"),
+    ("bfloat16", 3, "optimizer"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
+    """All cases in one pair of processes, whose start costs more than a tiny run."""
+    folder = tmp_path_factory.mktemp("runs")
+    configs = {
+        case: recipe_of(
+            folder,
+            f"model.dtype={case[0]}",
+            f"parallel.zero_stage={case[1]}",
+            f"parallel.offload={case[2]}",
+        )
+        for case in CASES
+    }
+    return folder, run_distributed(cut_and_resume, 2, configs, folder, timeout=900)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_bit_exact(runs, case):
+    folder, ranks = runs
+    for rank in ranks:
+        assert rank[case]["cut"] == rank[case]["whole"], "the order of the samples changed"
+    place = folder / "-".join(map(str, case))
+    assert_identical(place / "cut", place / "whole")
+
+
+def start(recipe: Path, run_dir: str, world_size: int) -> subprocess.Popen[bytes]:
+    """The real command, in a process group of its own."""
+    launcher = [sys.executable, "-m", "moored"]
+    if world_size > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher += [f"--nproc-per-node={world_size}", "-m", "moored"]
+    return subprocess.Popen(
+        [*launcher, "train", str(recipe), f"name={run_dir}"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 2), (2, 3)])
+def test_kill_9_in_the_middle_then_the_same_command_again(tmp_path, world_size, stage):
+    config = recipe_of(tmp_path)
+    recipe = json.loads((tmp_path / "tiny.yaml").read_text())
+    recipe["parallel"]["zero_stage"] = stage
+    path = write_recipe(tmp_path, recipe)
+
+    whole = start(path, "whole", world_size)
+    assert whole.wait(timeout=300) == 0, whole.stderr.read().decode()
+
+    killed = start(path, "killed", world_size)
+    journal = config.output.dir / "killed" / "journal.jsonl"
+    deadline = time.monotonic() + 300
+    while not (journal.exists() and b'"step":3' in journal.read_bytes().replace(b" ", b"")):
+        assert killed.poll() is None, killed.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
+        process.kill()  # torchrun's workers have process groups of their own
+    killed.wait(timeout=60)
+    state = json.loads((config.output.dir / "killed" / "state.json").read_text())
+    assert state["status"] == "running", "it ended before it could be killed: not a test"
+
+    again = start(path, "killed", world_size)
+    assert again.wait(timeout=300) == 0, again.stderr.read().decode()
+    assert_identical(config.output.dir / "killed", config.output.dir / "whole")
+    state = json.loads((config.output.dir / "killed" / "state.json").read_text())
+    assert (state["status"], state["attempt"]) == ("done", 2)

@@ -1,0 +1,358 @@
+"""ZeRO 0 to 3 over real processes gives the losses and the adapter of one process.
+
+Derived tolerance. Everything is fp32 and the same numbers are summed in another order:
+micro-batches within a rank, then ranks. A gradient is a sum of K = 6 per-sample terms, each with
+the rounding of its own backward, so its error is about K * 2**-24 ~ 4e-7 of the terms' norm, here
+below 0.1: 4e-8. Adam with eps = 1e-3 (tiny.py) moves the weights by lr * m / (sqrt(v) + eps), so an
+error e of the gradient moves them by at most 2 * lr * e / eps per step: in four steps at lr = 5e-3
+by 2e-6 in norm. Hence 1e-5, relative: losses each, adapters in the 2-norm.
+
+Importing torch, transformers and DeepSpeed costs each process more than training a tiny model: so
+all cases of one world size share its processes, and each test looks at its own case.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distributed.runner import run_distributed
+from moored import base
+from moored.batch import Batch, Sample, batches_of
+from moored.config import Config, load_config
+from moored.engine import Engine
+from moored.mesh import Mesh, start_mesh
+from moored.model import LossArguments, load_policy
+from moored.step import StepStats, train_step
+from tiny import tiny_recipe, write_recipe
+
+STEPS = 3
+
+
+def global_batch(step: int, vocab_size: int = 259) -> list[list[Sample]]:
+    """Six samples of unequal length and unequal numbers of targets."""
+    generator = np.random.default_rng(step)
+    rows = []
+    for i, length in enumerate([5, 17, 9, 30, 12, 7]):
+        mask = generator.random(length) < (0.2 + 0.15 * i)
+        mask[-1] = True
+        ids = generator.integers(3, vocab_size, length).astype(np.int32)
+        rows.append([Sample(sample_id=f"{step}:{i}", input_ids=ids, label_mask=mask)])
+    return rows
+
+
+def build(config: Config) -> tuple[Mesh, Engine]:
+    mesh = start_mesh(1)
+    policy = load_policy(Path(config.model.name_or_path), config, mesh.device)
+    return mesh, Engine(policy, config, mesh)
+
+
+def train(config: Config) -> dict:
+    """Three updates; what every rank must agree on."""
+    mesh, engine = build(config)
+    stats = [step_once(engine, mesh, config, step) for step in range(STEPS)]
+    result = {
+        "loss": [s.loss for s in stats],
+        "kl": [s.kl for s in stats],
+        "grad_norm": [s.grad_norm for s in stats],
+        "adapter": engine.adapter_tensors(),
+        "optimizer": engine.optimizer_tensors(),
+    }
+    engine.close()
+    return result
+
+
+def step_once(engine: Engine, mesh: Mesh, config: Config, step: int) -> StepStats:
+    return train_step(
+        engine,
+        local_batches(config, mesh, step),
+        mesh,
+        step=step,
+        regularizer=config.regularizer,
+        learning_rate=5e-3,
+        seed=config.train.seed,
+    )
+
+
+def local_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
+    return batches_of(
+        global_batch(step),
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=mesh.dp.rank,
+        dp_size=mesh.dp.size,
+        pad_token_id=0,
+    )
+
+
+def train_each(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
+    return {case: train(config) for case, config in configs.items()}
+
+
+def by_case(results: list[dict[Any, dict]]) -> dict[Any, list[dict]]:
+    """case -> what each rank returned."""
+    return {case: [ranks[case] for ranks in results] for case in results[0]}
+
+
+def recipe_config(folder: Path, *overrides: str) -> Config:
+    return load_config(write_recipe(folder, tiny_recipe(folder)), list(overrides))
+
+
+def assert_same(run: dict, expected: dict) -> None:
+    for key in ("loss", "kl", "grad_norm"):
+        np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
+    for name, tensor in expected["adapter"].items():
+        distance = (run["adapter"][name] - tensor).norm() / tensor.norm()
+        assert distance < 1e-5, f"{name}: {distance}"
+    assert run["optimizer"].keys() == expected["optimizer"].keys()
+
+
+CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+SPLITS = [(1, 1, 0), (1, 6, 0), (1, 4, 2), (2, 3, 3), (4, 1, 2)]  # world, micro-batch, stage
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> dict:
+    """The reference: stage 0, no checkpointing, micro-batches of one sequence; and other splits."""
+    folder = tmp_path_factory.mktemp("one")
+    configs = {
+        split: recipe_config(
+            folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
+        )
+        for split in SPLITS
+        if split[0] == 1
+    }
+    return by_case(run_distributed(train_each, 1, configs, timeout=300))
+
+
+@pytest.fixture(scope="module")
+def expected(one_process) -> dict:
+    return one_process[SPLITS[0]][0]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict:
+    """Every stage with every kind of checkpointing, with offload, and another split."""
+    folder = tmp_path_factory.mktemp("two")
+    configs: dict[Any, Config] = {
+        (stage, checkpointing): recipe_config(
+            folder,
+            f"parallel.zero_stage={stage}",
+            f"train.gradient_checkpointing={checkpointing}",
+        )
+        for stage in range(4)
+        for checkpointing in CHECKPOINTING
+    }
+    for stage in (1, 2, 3):
+        configs[stage, "offload"] = recipe_config(
+            folder, f"parallel.zero_stage={stage}", "parallel.offload=optimizer"
+        )
+    for split in SPLITS:
+        if split[0] == 2:
+            configs[split] = recipe_config(
+                folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
+            )
+    return by_case(run_distributed(train_each, 2, configs, timeout=600))
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("four")
+    configs = {
+        split: recipe_config(
+            folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
+        )
+        for split in SPLITS
+        if split[0] == 4
+    }
+    return by_case(run_distributed(train_each, 4, configs, timeout=300))
+
+
+@pytest.mark.parametrize("checkpointing", [*CHECKPOINTING, "offload"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_equal_one(two_processes, expected, stage, checkpointing):
+    if (stage, checkpointing) == (0, "offload"):
+        assert (stage, checkpointing) not in two_processes  # the recipe refuses it
+        return
+    first, second = two_processes[stage, checkpointing]
+    assert_same(first, expected)
+    for name, tensor in first["adapter"].items():
+        assert torch.equal(tensor, second["adapter"][name]), f"{name} differs between the ranks"
+    assert first["loss"] == second["loss"]
+
+
+@pytest.mark.parametrize("split", SPLITS[1:])
+def test_the_split_of_a_global_batch_does_not_matter(
+    one_process, two_processes, four_processes, expected, split
+):
+    """Unequal token counts per micro-batch included: 4 ranks have 2 batches of 1 or 0 samples."""
+    by_world = {1: one_process, 2: two_processes, 4: four_processes}
+    assert_same(by_world[split[0]][split][0], expected)
+
+
+def gradients(rank: int, world_size: int, configs: dict[int, Config]) -> dict[int, dict]:
+    """The summed gradients themselves, before any optimizer touches them (stage 0)."""
+    results = {}
+    for case, config in configs.items():
+        mesh, engine = build(config)
+        num_targets = sum(sample.num_targets for row in global_batch(0) for sample in row)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in engine.policy.trainable().values():  # at B = 0, A has no gradient
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        batches = local_batches(config, mesh, 0)
+        for i, batch in enumerate(batches):
+            reference = engine.reference(batch)
+            arguments = LossArguments(ce_scale=1 / num_targets, kl_scale=0.5 / num_targets)
+            loss, _ = engine.forward(batch, reference, arguments)
+            engine.backward(loss, last=i == len(batches) - 1)
+        results[case] = {n: p.grad.clone() for n, p in engine.policy.trainable().items()}
+        engine.close()
+    return results
+
+
+def test_the_gradient_of_a_global_batch_is_one_number(tmp_path):
+    """Micro-batches of 1, 2 and 6 samples on 1, 2 and 4 ranks."""
+    found = {}
+    for world_size, sizes in {1: (1, 2, 6), 2: (2, 1), 4: (1,)}.items():
+        configs = {
+            size: recipe_config(tmp_path, f"train.micro_batch_size={size}") for size in sizes
+        }
+        for rank, by_size in enumerate(run_distributed(gradients, world_size, configs)):
+            found |= {(world_size, size, rank): g for size, g in by_size.items()}
+    expected = found.pop((1, 1, 0))
+    for case, gradient in found.items():
+        for name, tensor in expected.items():
+            assert tensor.norm() > 0, name
+            distance = (gradient[name] - tensor).norm() / tensor.norm()
+            assert distance < 1e-5, f"world, micro-batch, rank {case}, {name}: {distance}"
+
+
+def poisoned(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
+    """The last rank's gradient becomes nan in the second of three updates."""
+    results = {}
+    for case, config in configs.items():
+        mesh, engine = build(config)
+        adapters, applied = [], []
+        for step in range(3):
+            handles = []
+            if step == 1 and rank == world_size - 1:
+                parameter = next(iter(engine.policy.trainable().values()))
+                handles.append(parameter.register_hook(lambda grad: grad * float("nan")))
+            applied.append(step_once(engine, mesh, config, step).applied)
+            for handle in handles:
+                handle.remove()
+            adapters.append(engine.adapter_tensors())
+        optimizer = engine.optimizer_tensors()
+        engine.close()
+        results[case] = {"applied": applied, "adapters": adapters, "optimizer": optimizer}
+    return results
+
+
+def test_a_poisoned_update_is_refused_on_all_ranks_alike(tmp_path):
+    cases = [(stage, "none") for stage in range(4)] + [(s, "optimizer") for s in (1, 2, 3)]
+    configs = {
+        (stage, offload): recipe_config(
+            tmp_path, f"parallel.zero_stage={stage}", f"parallel.offload={offload}"
+        )
+        for stage, offload in cases
+    }
+    for case, ranks in by_case(run_distributed(poisoned, 2, configs, timeout=300)).items():
+        for result in ranks:
+            assert result["applied"] == [True, False, True], case
+            first, second, third = result["adapters"]
+            for name in first:
+                assert torch.equal(first[name], second[name]), (case, name)
+                assert torch.isfinite(third[name]).all(), (case, name)
+            assert any(not torch.equal(second[name], third[name]) for name in first), case
+            steps = {v.item() for k, v in result["optimizer"].items() if k.endswith(".step")}
+            assert steps == {2.0}, f"{case}: a refused update must not count for Adam"
+
+
+def leave_bitsandbytes_layers(model: torch.nn.Module) -> int:
+    """Leave the layers as they are, but for the repacking in eval mode on CPUs with AVX512-BF16.
+
+    A repacked layer has no backward at all.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return 0
+
+
+def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
+    """Bytes of gathered 4-bit weights that are alive after a forward, beside this rank's shards."""
+    results = {}
+    for case, config in configs.items():
+        if case == "bitsandbytes' own layer":
+            base.make_zero_safe = leave_bitsandbytes_layers
+        mesh, engine = build(config)
+        shards = {
+            p.ds_tensor.untyped_storage().data_ptr()
+            for p in engine.policy.parameters()
+            if hasattr(p, "ds_tensor")
+        }
+        packed = [p for p in engine.policy.parameters() if type(p).__name__ == "Params4bit"]
+        sizes = {p.ds_numel for p in packed}
+        for step in range(2):  # ZeRO-3 prefetches and keeps only once it has seen a whole step
+            step_once(engine, mesh, config, step)
+        batch = local_batches(config, mesh, 2)[0]
+        reference = engine.reference(batch)
+        arguments = LossArguments(ce_scale=1 / 10, kl_scale=1 / 10)
+        loss, _ = engine.forward(batch, reference, arguments)
+        gc.collect()
+        alive = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if isinstance(t, torch.Tensor) and t.dtype == torch.uint8
+        }
+        # What a 4-bit node of the autograd graph keeps by itself is not among Python's objects.
+        nodes, queue = set(), [loss.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            queue += [following for following, _ in node.next_functions]
+            if "4Bit" in type(node).__name__:
+                kept = [*(node.saved_tensors or ()), *(getattr(node, "tensors", None) or ())]
+                for tensor in kept:
+                    if tensor is not None and tensor.dtype == torch.uint8:
+                        storage = tensor.untyped_storage()
+                        alive[storage.data_ptr()] = storage.nbytes()
+        results[case] = {
+            "alive": sum(n for place, n in alive.items() if place not in shards and n in sizes),
+            "layer": sum(p.ds_numel for p in packed) // config_layers(engine),
+            "whole": sum(p.ds_numel for p in packed),
+        }
+        engine.backward(loss, last=True)
+        engine.close()
+    return results
+
+
+def config_layers(engine: Engine) -> int:
+    return engine.policy.causal_lm.get_base_model().config.num_hidden_layers
+
+
+def test_packed_bytes_alive_under_zero_3_are_at_most_one_layers(tmp_path):
+    # Wide enough for no weight to be below ZeRO-3's threshold of 1e5, under which it stays whole.
+    wide = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 128}
+    recipe = tiny_recipe(tmp_path, num_key_value_heads=4, **wide)
+    configs: dict[Any, Config] = {
+        kind: load_config(
+            write_recipe(tmp_path, recipe),
+            ["parallel.zero_stage=3", f"train.gradient_checkpointing={kind}"],
+        )
+        for kind in CHECKPOINTING
+    }
+    configs["bitsandbytes' own layer"] = configs["non_reentrant"]  # the measure must see its bytes
+    results = by_case(run_distributed(packed_bytes_alive, 2, configs))
+    for kind in CHECKPOINTING:
+        for result in results[kind]:
+            assert result["whole"] == 4 * result["layer"] > 0
+            assert result["alive"] <= result["layer"], (kind, result)
+    for result in results["bitsandbytes' own layer"]:
+        assert result["alive"] > result["layer"], result

@@ -1,0 +1,141 @@
+"""Every recipe of the repository loads strictly, and the data beside it is what it should be.
+
+Nothing is downloaded: what comes from the hub is checked for its form only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from moored.config import Config, arm_names, load_config
+from moored.data import check_data
+from moored.data.files import resolve_text
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+QUICKSTART = ROOT / "recipes" / "quickstart"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "recipes").as_posix()
+
+
+def chats(split: str) -> list[dict[str, str]]:
+    """Role -> content of each row."""
+    rows = [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").open(encoding="utf-8")]
+    return [{turn["role"]: turn["content"] for turn in row["messages"]} for row in rows]
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart/slurm-headers.yaml", "qwen2.5-0.5b/gsm8k.yaml"} <= {
+        name_of(path) for path in RECIPES
+    }
+
+
+def test_run_directories_do_not_collide() -> None:
+    names = [load_config(path).name for path in RECIPES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe(path: Path) -> None:
+    config = load_config(path)
+    assert config.data.eval, "what was learned cannot be told without held-out data"
+    assert config.retention, "what was forgotten cannot be told without a corpus"
+    assert len(set(arm_names(config.compare))) == len(config.compare) > 1
+    assert_hub_names(config)
+    assert_local_files_validate(config)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_the_resolved_copy_is_the_recipe(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(config.dump_yaml(), encoding="utf-8")
+    assert load_config(copy).fingerprint() == config.fingerprint()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_is_listed_with_its_costs(path: Path) -> None:
+    assert f"| `{name_of(path)}` |" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+def assert_hub_names(config: Config) -> None:
+    sources = [*config.data.train, *config.data.eval, *config.retention.values()]
+    assert all(HUB_NAME.fullmatch(source.hub) for source in sources if source.hub is not None)
+    assert HUB_NAME.fullmatch(config.model.name_or_path)
+    revisions = [config.model.revision, *(source.revision for source in sources)]
+    for revision in (r for r in revisions if r is not None):
+        assert re.fullmatch(r"[0-9a-f]{40}", revision), f"{revision}: pin a commit, or nothing"
+
+
+def assert_local_files_validate(config: Config) -> None:
+    local = [s for s in (*config.data.train, *config.data.eval) if s.path is not None]
+    for source in local:
+        assert Path(source.path).is_relative_to(ROOT / "recipes"), "a recipe brings its own files"
+    if len(local) == len(config.data.train) + len(config.data.eval):
+        check_data(config)
+    for name, corpus in config.retention.items():
+        if corpus.hub is None:
+            assert sum(len(text.split()) for text in resolve_text(corpus)) > 1000, name
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_the_committed_task_is_what_the_generator_makes(split: str) -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "quickstart" / "make_task.py"))["make"]()
+    text = "".join(json.dumps(row) + "\n" for row in made[split])
+    assert (QUICKSTART / f"{split}.jsonl").read_text(encoding="utf-8") == text, (
+        "run python benchmarks/quickstart/make_task.py recipes/quickstart"
+    )
+
+
+def test_exact_match_is_meaningful() -> None:
+    train, held_out = chats("train"), chats("eval")
+    assert len(train) == 320
+    assert len(held_out) == 60
+    for row in (*train, *held_out):
+        for line in row["assistant"].split("\n"):
+            assert re.fullmatch(
+                r"#SBATCH --(job-name=[a-z]+|partition=[a-z0-9]+|nodes=\d+|gpus-per-node=\d+"
+                r"|time=\d+:[0-5]\d:00|mem=\d+G)",
+                line,
+            )
+    # No answer was seen in training, and no request has two answers.
+    assert not {row["assistant"] for row in train} & {row["assistant"] for row in held_out}
+    requests = [row["user"] for row in (*train, *held_out)]
+    assert len(set(requests)) == len(requests)
+
+
+def test_every_option_of_an_answer_is_in_the_request() -> None:
+    words = {"one": 1, "two": 2, "three": 3, "four": 4, "six": 6, "eight": 8, "twelve": 12}
+    for row in (*chats("train"), *chats("eval")):
+        said = set(re.findall(r"[a-z0-9]+", row["user"].lower()))
+        said |= {str(words[word]) for word in said & words.keys()}
+        said |= {match[:-1] for match in said if re.fullmatch(r"\d+g", match)}
+        for option, value in re.findall(r"--([a-z-]+)=(\S+)", row["assistant"]):
+            if option in ("nodes", "gpus-per-node") and value == "1":
+                continue  # "on a node" says it too
+            if option != "time":
+                assert value.removesuffix("G") in said, row
+
+
+def test_every_value_of_the_held_out_task_is_taught() -> None:
+    """Otherwise a wrong answer would say nothing about what was learned."""
+
+    def values(split: str) -> set[str]:
+        return {line for row in chats(split) for line in row["assistant"].split("\n")}
+
+    assert values("eval") <= values("train")
+
+
+def test_base_samples_are_text_and_enough() -> None:
+    rows = [json.loads(line) for line in (QUICKSTART / "base-samples.jsonl").open()]
+    assert len({row["question"] for row in rows}) == len(rows)
+    assert all(row["text"].strip() and "<|im_" not in row["text"] for row in rows)
+    assert sum(len(row["text"].split()) for row in rows) > 3500  # about 1.3 tokens a word

@@ -1,0 +1,240 @@
+"""The policy: its reference is the base bit for bit, and what would break that is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from moored.batch import Sample, collate
+from moored.config import Config, load_config
+from moored.errors import UserError
+from moored.linear4bit import FrozenLinear4bit, make_zero_safe
+from moored.model import LossArguments, PolicyModel, load_base, load_policy
+from moored.reference import adapters_off, dropout_off
+from tiny import tiny_model, tiny_recipe, write_recipe
+
+CPU = torch.device("cpu")
+
+
+def config_of(
+    folder: Path, *overrides: str, architecture: str = "llama", **model: object
+) -> Config:
+    recipe = tiny_recipe(folder, architecture, **model)
+    return load_config(write_recipe(folder, recipe), list(overrides))
+
+
+def policy_of(config: Config) -> PolicyModel:
+    return load_policy(Path(config.model.name_or_path), config, CPU)
+
+
+def some_batch(rows: int = 2, length: int = 12, vocab_size: int = 259, seed: int = 0):
+    ids = torch.randint(
+        0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
+    samples = [
+        Sample(
+            sample_id=f"s{i}",
+            input_ids=row.numpy().astype("int32"),
+            label_mask=torch.ones(length, dtype=torch.bool).numpy(),
+        )
+        for i, row in enumerate(ids)
+    ]
+    return collate([[sample] for sample in samples], pad_token_id=0)
+
+
+def train_a_little(policy: PolicyModel, steps: int) -> None:
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+    for step in range(steps):
+        batch = some_batch(seed=step)
+        loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": False}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+    ],
+)
+def test_reference_is_the_untouched_base_bit_for_bit(
+    tmp_path, architecture, settings, dtype, quantization
+):
+    overrides = [f"model.dtype={dtype}", f"model.quantization={quantization}"]
+    config = config_of(tmp_path, *overrides, architecture=architecture, **settings)
+    base = load_base(Path(config.model.name_or_path), config.model, CPU)
+    batch = some_batch()
+    with (
+        torch.no_grad(),
+        dropout_off(base),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+    ):
+        pristine = base.model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        pristine = pristine.flatten(0, 1)[batch.target_index]
+        pristine_logits = base.lm_head(pristine)
+    policy = policy_of(config)
+    with adapters_off(policy):
+        assert torch.equal(policy(batch), pristine)
+    train_a_little(policy, steps=20)
+    with adapters_off(policy):
+        after = policy(batch)
+        assert torch.equal(after, pristine)
+        assert torch.equal(policy.head(after), pristine_logits)
+    with torch.no_grad():
+        assert not torch.equal(policy(batch), pristine), "the policy itself must have moved"
+
+
+def test_tmkl_is_exactly_zero_at_step_0_and_so_is_its_gradient(tmp_path):
+    policy = policy_of(config_of(tmp_path))
+    batch = some_batch()
+    with adapters_off(policy):
+        reference = policy(batch)
+    loss, sums = policy(
+        batch, reference_hidden=reference, loss=LossArguments(ce_scale=0.0, kl_scale=1.0)
+    )
+    assert sums.kl_sum.item() == 0.0
+    loss.backward()
+    assert all(not p.grad.any() for p in policy.trainable().values())
+
+
+def test_loss_and_gradients_equal_hugging_faces_own_cross_entropy(tmp_path):
+    config = config_of(tmp_path, architecture="gemma2", final_logit_softcapping=3.0)
+    policy = policy_of(config)
+    train_a_little(policy, steps=2)
+    batch = some_batch(rows=3, length=9)
+    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in policy.trainable().items()}
+    policy.zero_grad()
+    policy.causal_lm(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False)[
+        "loss"
+    ].backward()
+    for name, parameter in policy.trainable().items():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_reference_pass_leaves_random_state_and_training_flags_alone(tmp_path):
+    config = config_of(tmp_path, "adapter.dropout=0.5")
+    policy = policy_of(config)
+    train_a_little(policy, steps=2)
+    batch = some_batch()
+    before, flags = torch.get_rng_state(), [m.training for m in policy.modules()]
+    with adapters_off(policy):
+        first = policy(batch)
+        second = policy(batch)
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [m.training for m in policy.modules()] == flags
+    with pytest.raises(ZeroDivisionError), adapters_off(policy):
+        _ = 1 / 0
+    assert [m.training for m in policy.modules()] == flags
+    assert all(p.requires_grad for p in policy.trainable().values())
+    with torch.no_grad():
+        assert not torch.equal(policy(batch), policy(batch)), "the policy's own dropout is on"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_rewrite_the_base_are_refused_with_the_reason(tmp_path, init):
+    config = config_of(tmp_path, f"adapter.init={init}", "model.quantization=none")
+    with pytest.raises(UserError, match=r"changes the base.*adapter\.init: default"):
+        policy_of(config)
+
+
+def test_an_adapter_that_is_not_neutral_at_the_start_is_refused(tmp_path):
+    config = config_of(tmp_path, "adapter.init=orthogonal", "model.quantization=none")
+    with pytest.raises(UserError, match=r"adapter\.init: default"):
+        policy_of(config)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_adapters_on_the_head_or_the_embedding_are_refused(tmp_path, target):
+    config = config_of(tmp_path, f"adapter.target_modules=[q_proj, {target}]")
+    with pytest.raises(UserError, match=f"{target} is the .*remove it"):
+        policy_of(config)
+
+
+def test_unknown_target_modules_are_refused_in_one_line(tmp_path):
+    config = config_of(tmp_path, "adapter.target_modules=[no_such_module]")
+    with pytest.raises(UserError, match="no_such_module") as caught:
+        policy_of(config)
+    assert "\n" not in str(caught.value)
+
+
+class OddLlama(transformers.LlamaForCausalLM):
+    """A model whose forward adds something to the logits."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.arange(output.logits.shape[-1])
+        return output
+
+
+def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", OddLlama.from_pretrained
+    )
+    with pytest.raises(UserError, match="OddLlama: its forward does more to the logits"):
+        policy_of(config)
+
+
+def test_logit_scale_of_the_architecture_reaches_the_head(tmp_path):
+    tokenizer_path = tiny_model(tmp_path / "plain")
+    config = transformers.GraniteConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        logits_scaling=8.0,
+    )
+    transformers.GraniteForCausalLM(config).save_pretrained(tokenizer_path)
+    settings = config_of(tmp_path, f"model.name_or_path={tokenizer_path}")
+    policy = policy_of(settings)
+    batch = some_batch()
+    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    theirs = policy.causal_lm(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False)
+    torch.testing.assert_close(loss, theirs["loss"], rtol=1e-5, atol=0)
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    config = config_of(tmp_path)
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_base(tmp_path / "nowhere", config.model, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_frozen_linear4bit_equals_its_dequantised_weight_in_both_directions():
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(
+        128, 96, bias=True, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4"
+    )
+    nn.init.normal_(layer.weight)
+    model = nn.Sequential(layer.to("cpu"))
+    assert make_zero_safe(model) == 1
+    assert isinstance(model[0], FrozenLinear4bit)
+    weight = bnb_functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    x = torch.randn(5, 7, 128, requires_grad=True)
+    y = model(x)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected = x.detach().double() @ weight.t() + layer.bias.detach().double()
+    # One fp32 product of length 128 / 96: rounding of at most n * eps relative to sum |a||b|.
+    bound = 128 * 2**-24 * (x.detach().double().abs() @ weight.abs().t())
+    assert ((y.detach().double() - expected).abs() <= bound + 1e-6).all()
+    bound = 96 * 2**-24 * (grad.double().abs() @ weight.abs())
+    assert ((x.grad.double() - grad.double() @ weight).abs() <= bound + 1e-6).all()

@@ -1,0 +1,341 @@
+"""The page and the picture of a report: self-contained, escaped, drawn where the figures are."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+
+from moored.report import Report, increase_pct
+from moored.report.curves import panel
+from moored.report.figures import frontier, styles, undrawn
+from moored.report.page import html
+from moored.report.picture import COLOURS, FONT, HEAD, HEIGHT, WIDTH, frontier_png
+from report_cases import arm, base, report_of, three
+
+NAN, INF = math.nan, math.inf
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+# SVG elements that are written as <x/>.
+EMPTY = {"polygon", "polyline", "line", "rect", "circle", "path", "stop", "s", "i"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text; fails on tags that do not nest."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def values(self, name: str) -> list[str]:
+        return [attrs[name] for _, attrs in self.tags if name in attrs]
+
+
+def check(text: str) -> Page:
+    """What holds for every page, whatever the figures."""
+    page = Page(text)
+    for name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
+        for value in page.values(name):
+            assert value.startswith(("data:", "#")), value
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    targets = page.values("href") + [
+        f"#{i}" for v in page.values("aria-labelledby") for i in v.split()
+    ]
+    assert {t[1:] for t in targets if t.startswith("#")} <= set(ids)
+    assert not {"script", "iframe", "link", "object", "embed", "base", "img"} & {
+        tag for tag, _ in page.tags
+    }
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "@import" not in style
+    assert "url(" not in style
+    # Nothing that is not a number reaches a coordinate.
+    for name in ("points", "x", "y", "x1", "y1", "x2", "y2", "cx", "cy", "d", "viewbox", "width"):
+        for value in page.values(name):
+            assert not re.search("nan|inf|none", value, re.IGNORECASE), (name, value)
+    return page
+
+
+def curves(*, bad: bool = False) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    values = [(step, 2.0 / step) for step in range(1, 81)]
+    if bad:
+        values[40] = (41, NAN)
+    return {
+        "none": {"train/ce_nats_per_token": values, "train/loss": values},
+        "tmkl": {"train/ce_nats_per_token": values, "train/tmkl_nats_per_token": values},
+        "gone": {"train/loss": values},
+    }
+
+
+def test_page_answers_what_was_learned_and_forgotten():
+    page = check(html(three()))
+    words = page.words.replace("\u00a0", " ")
+    assert "TMKL learned about as much as plain fine-tuning and forgot less" in words
+    for figure in ("13.50", "1.018", "1.541", "+136 %", "+2.7 %", "61.60", "5,000 tokens"):
+        assert figure in words, figure
+    # Better and worse are words, not colours alone.
+    assert "▼ −92.5 % better" in words
+    assert "▲ +2.7 % worse" in words
+    assert "nothing here is a claim of significance" in words
+    assert "nats per token" in words
+
+
+def test_page_carries_its_own_report_json():
+    report = three(settings={"recipe": "quickstart"})
+    page = check(html(report))
+    link = next(a["href"] for t, a in page.tags if t == "a" and a["href"].startswith("data:"))
+    assert Report.from_json(json.loads(b64decode(link.split(",")[1]))) == report
+
+
+def test_page_has_dark_colours_for_every_light_one():
+    text = html(three())
+    light, dark = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    names = re.compile(r"--[\w]+")
+    assert set(names.findall(light)) == set(names.findall(dark))
+    used = set(re.findall(r"var\((--\w+)\)", text)) - {"--c"}
+    assert used <= set(names.findall(dark))
+    assert "prefers-color-scheme: dark" in text
+
+
+EVIL = '<script>alert("x")</script>\'"&amp;<img src=http://e.example/x onerror=a()> {{7*7}} $\\x$'
+
+
+def evil() -> Report:
+    texts = {"long": "語彙" * 200, "direction": "a\u202eb\x1b[31mc\x00", "half": "\ud800half"}
+    before = base(
+        model="</title></style><script>alert(1)</script>",
+        revision=EVIL,
+        quantization=EVIL,
+        retention_ppl={EVIL: 26.1, texts["long"]: 4.2, texts["direction"]: None},
+        num_tokens={EVIL: 100},
+    )
+    after = {EVIL: 30.0, texts["long"]: 4.1}
+    result = arm(
+        EVIL,
+        2.0,
+        retention_ppl=after,
+        retention_increase_pct=increase_pct(before.retention_ppl, after),
+        drift_nats_per_token={EVIL: 0.1},
+        status=EVIL,
+        direction=EVIL,
+        adapter=EVIL,
+    )
+    names = (EVIL, "x" * 400, texts["half"], texts["direction"], "مرحبا")
+    return Report(base=before, arms=dict.fromkeys(names, result), settings={EVIL: EVIL})
+
+
+def test_hostile_text_is_shown_and_does_nothing():
+    text = html(evil(), {EVIL: {"train/loss": [(1, 1.0), (2, 0.5)]}})
+    page = check(text)
+    assert "<script>alert" in page.words
+    assert "{{7*7}}" in page.words
+    assert not any(c in text for c in "\u202e\x1b\x00\ud800")
+    assert "x" * 100 not in page.words
+    frontier_png(evil())
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        report_of(arm("tmkl", 1.018, 26.8, 4.25)),
+        report_of(arm("none", 1.0), arm("tmkl", 1.1)),
+        report_of(arm("none", None), retention_ppl={}, num_tokens={}),
+        report_of(arm("none", NAN, INF, NAN), arm("tmkl", INF, None, None)),
+        report_of(arm("none", 13.5, 26.1, 4.2), arm("tmkl", 13.5, 26.1, 4.2)),
+        report_of(arm("none", 1.0, 20.0, 3.0), arm("tmkl", 2.0, 25.0, 4.0)),
+        report_of(arm("none", 1.2, 2.6e7, 4e300), arm("tmkl", 1e6, 27.0, 4.2)),
+        report_of(arm("tmkl", 1.018, 26.8, 4.25), adaptation_ppl=None, revision=None),
+        report_of(arm("tmkl", 1.018, 26.8, 4.25), adaptation_ppl=INF),
+        report_of(*(arm("tmkl", 1.018, 26.8, 4.25, seed=i) for i in range(20))),
+    ],
+    ids=[
+        "one",
+        "no retention",
+        "nothing",
+        "nan",
+        "flat",
+        "gain",
+        "huge",
+        "no base",
+        "inf",
+        "twenty",
+    ],
+)
+def test_page_and_picture_of_odd_figures(report):
+    check(html(report))
+    assert imread(io.BytesIO(frontier_png(report))).shape == (900, 1440, 4)
+
+
+def test_page_says_what_is_not_drawn():
+    report = report_of(arm("none", NAN, 26.0, 4.0), arm("tmkl", 1.0), arm("kl", 2.0, 26.0, 4.0))
+    assert undrawn(report) == [
+        "none0: adaptation perplexity is not finite",
+        "tmkl1: retention was not measured",
+    ]
+    assert "Not drawn: none0: adaptation perplexity is not finite" in check(html(report)).words
+
+
+def test_curves_are_drawn_and_gaps_are_told():
+    page = check(html(three(), curves()))
+    assert "Cross-entropy" in page.words
+    assert "Divergence from the base" in page.words
+    assert "not finite, left out" not in page.words
+    broken = check(html(three(), curves(bad=True)))
+    assert "2 points not finite, left out" in broken.words
+    lines = [a for t, a in page.tags if t == "polyline" and "curve" in a["class"]]
+    more = [a for t, a in broken.tags if t == "polyline" and "curve" in a["class"]]
+    assert len(more) == len(lines) + 4  # each curve is cut in two
+
+
+def test_panel_keeps_spikes_and_spans_decades():
+    style = styles(three())["tmkl"]
+    curve = [(step, 1.0) for step in range(10_000)]
+    curve[4321] = (4321, 500.0)
+    drawn = panel("t", "u", {"tmkl": (style, curve)})
+    assert drawn is not None
+    assert drawn.logarithmic
+    points = drawn.lines[0].pieces[0]
+    assert len(points) < 400
+    assert min(y for _, y in points) < drawn.frame.top + 20
+    assert panel("t", "u", {"tmkl": (style, [(1, NAN)])}) is None
+
+
+def test_frontier_is_to_the_right_and_low():
+    plot = frontier(three(), width=960, height=470, font=14)
+    assert plot is not None
+    none, kl, tmkl = plot.marks
+    assert plot.base is not None
+    assert plot.base.x < kl.x < tmkl.x < none.x
+    assert none.y < tmkl.y < kl.y < plot.base.y == plot.zero
+    # Equal nats, equal distances.
+    nats = [math.log(13.5), math.log(1.541), math.log(1.018)]
+    assert (kl.x - plot.base.x) / (tmkl.x - plot.base.x) == pytest.approx(
+        (nats[0] - nats[1]) / (nats[0] - nats[2])
+    )
+    assert plot.edge == [(m.x, m.y) for m in (plot.base, kl, tmkl, none)]
+
+
+def test_frontier_leaves_out_what_is_beaten():
+    report = report_of(
+        arm("none", 2.0, 40.0, 4.2), arm("tmkl", 1.5, 27.0, 4.2), arm("kl", 1.6, 30.0, 4.2)
+    )
+    plot = frontier(report, width=960, height=470, font=14)
+    assert plot is not None
+    assert plot.base is not None
+    assert plot.edge == [(plot.base.x, plot.base.y), (plot.marks[1].x, plot.marks[1].y)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1.0, 13.0), st.floats(26.0, 60.0)), min_size=1, max_size=8),
+    st.sampled_from([(960, 470, 14), (360, 400, 12)]),
+)
+def test_labels_cover_neither_each_other_nor_marks(figures, size):
+    arms = [arm("tmkl", learned, ppl, 4.2) for learned, ppl in figures]
+    width, height, font = size
+    plot = frontier(report_of(*arms), width=width, height=height, font=font)
+    assert plot is not None
+    assert plot.base is not None
+    marks = [*plot.marks, plot.base]
+    for one, other in combinations(marks, 2):
+        assert one.label.box.overlap(other.label.box) == 0
+    for mark in marks:
+        box = mark.label.box
+        assert box.outside(plot.frame) <= font
+        for other in marks:
+            assert not (box.left < other.x < box.right and box.top < other.y < box.bottom)
+
+
+number = st.one_of(st.none(), st.floats(min_value=1.0), st.sampled_from([NAN, INF]))
+name = st.text(min_size=1, max_size=30).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(name, number, max_size=4),
+    st.dictionaries(name, st.tuples(name, number, st.lists(number, min_size=4)), min_size=1),
+    number,
+    st.lists(st.tuples(st.integers(0, 2**40), st.floats()), max_size=9),
+)
+def test_any_figures_make_a_page(corpora, arms, adaptation, curve):
+    before = base(retention_ppl=corpora, adaptation_ppl=adaptation, num_tokens={})
+    made: dict[str, Any] = {}
+    for key, (kind, learned, after) in arms.items():
+        retention = dict(zip(corpora, after, strict=False))
+        made[key] = arm(
+            kind,
+            learned,
+            retention_ppl=retention,
+            retention_increase_pct=increase_pct(corpora, retention),
+        )
+    report = Report(base=before, arms=made)
+    check(html(report, {key: {"train/loss": sorted(curve)} for key in arms}))
+    again = Report.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False)))
+    assert repr(again) == repr(report)
+
+
+def rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def test_picture_shows_each_arm_where_its_figures_are():
+    picture = imread(io.BytesIO(frontier_png(three())))
+    assert picture.shape == (900, 1440, 4)
+    plot = frontier(three(), width=WIDTH, height=HEIGHT, font=FONT, head=HEAD)
+    assert plot is not None
+    for mark in plot.marks:
+        pixel = picture[round(mark.y * 1.5), round(mark.x * 1.5), :3]
+        assert pixel == pytest.approx(rgb(COLOURS[mark.style.index]), abs=0.02)
+    # Paper, not transparency: it must be readable on a dark page too.
+    assert picture[..., 3].min() == 1
+    assert picture[2, 2, :3] == pytest.approx(np.ones(3))
+
+
+def test_picture_changes_with_the_figures():
+    moved = three()
+    moved = replace(moved, arms=moved.arms | {"tmkl": arm("tmkl", 1.3, 30.0, 4.25)})
+    assert frontier_png(three()) == frontier_png(three())
+    assert frontier_png(moved) != frontier_png(three())
+
+
+def test_picture_of_many_arms_has_a_key():
+    arms = [arm("tmkl", 1.0 + i / 50, 26.5 + i, 4.2, seed=i) for i in range(12)]
+    picture = imread(io.BytesIO(frontier_png(report_of(*arms))))
+    key = picture[:, 1100:, :3]
+    assert (np.abs(key - rgb(COLOURS[2])).max(-1) < 0.02).sum() > 12 * 60

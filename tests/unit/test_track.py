@@ -1,0 +1,598 @@
+"""Tracking into a real MLflow: SQLite stores and a real server on loopback, well and ill.
+
+The shipper's care for single points is in test_shipper.py, the journal's for lines in
+test_journal.py.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from moored.config import Config, load_config
+from moored.errors import UserError
+from moored.track import Tracker, sync
+from moored.track.cursor import Cursor, shipping
+from moored.track.journal import metrics
+from moored.track.mlflow_store import MlflowStore
+from moored.track.provenance import address, tracking_uri
+from moored.track.shipper import Shipper
+from moored.track.store import RejectedError, StopError
+
+pytestmark = pytest.mark.xdist_group("mlflow")
+
+# Far above an append to a file (tens of microseconds), far below any wait for a server.
+SLOW_SECONDS = 0.5
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store with its tables, made once: that takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    MlflowStore(f"sqlite:///{folder}/mlflow.db", folder / "run")
+    return folder / "mlflow.db"
+
+
+class Place:
+    """A folder with a recipe and a ready store."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.run_dir = folder / "runs" / "toy"
+        self.database = f"sqlite:///{folder}/runs/mlflow.db"
+
+    def recipe(self, **track: Any) -> Path:
+        recipe = {
+            "name": "toy",
+            "model": {"name_or_path": "somewhere"},
+            "data": {"train": [{"path": "data.jsonl"}]},
+            "train": {"steps": 5, "global_batch_sequences": 4},
+            "track": track,
+            "output": {"dir": "runs"},
+        }
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    def config(self, *overrides: str, **track: Any) -> Config:
+        return load_config(self.recipe(**track), overrides)
+
+    def runs(self, uri: str | None = None) -> list[Any]:
+        client = self.client(uri)
+        experiment = client.get_experiment_by_name("moored")
+        return client.search_runs([experiment.experiment_id])
+
+    def run(self, uri: str | None = None) -> Any:
+        [run] = self.runs(uri)
+        return run
+
+    def client(self, uri: str | None = None) -> Any:
+        return MlflowStore(uri or self.database, self.run_dir)._client
+
+    def history(self, name: str, uri: str | None = None) -> list[tuple[int, float]]:
+        """Every point of a metric of the run of this journal, repeated ones too."""
+        run_id = Cursor.load(self.run_dir, address(uri or self.database)).run_id
+        found = self.client(uri).get_metric_history(run_id, name)
+        return sorted((metric.step, metric.value) for metric in found)
+
+    def is_shipped(self) -> bool:
+        offset = Cursor.load(self.run_dir, self.database).offset
+        return offset == (self.run_dir / "journal.jsonl").stat().st_size
+
+    def is_let_go(self) -> bool:
+        """Whether no process holds the shipper's lock; one that was killed does for a moment."""
+        with shipping(self.run_dir, lambda: False) as held:
+            return held
+
+    def shipper_pid(self) -> int:
+        def pid() -> int:
+            text = (self.run_dir / "shipper.lock").read_text().split()
+            return int(text[0]) if text and psutil.pid_exists(int(text[0])) else 0
+
+        return eventually(pid)
+
+
+@pytest.fixture
+def place(tmp_path: Path, empty_store: Path) -> Place:
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+    return Place(tmp_path)
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true result within some time; a file that is not there yet counts as false."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            result = condition()
+        except (FileNotFoundError, psutil.Error):
+            result = None
+        if result or time.monotonic() > until:
+            assert result
+            return result
+        time.sleep(0.05)
+
+
+def train(tracker: Tracker, steps: range, **more: float) -> float:
+    """Log some steps; returns the longest time that a call took."""
+    longest = 0.0
+    for step in steps:
+        began = time.perf_counter()
+        tracker.metrics(step, {"train/loss": 1.0 / (step + 1), "step": step} | more)
+        longest = max(longest, time.perf_counter() - began)
+    return longest
+
+
+# A trainer as a process of its own, to be killed: it logs steps until it is told to end.
+TRAINER = """
+import sys, time, pathlib, socket
+from moored.config import load_config
+from moored.track import Tracker
+folder, attempt, first, last = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:5])
+listener = socket.create_server(("127.0.0.1", 0))
+listener.set_inheritable(True)
+tracker = Tracker.start(load_config(folder / "recipe.yaml"), folder / "runs/toy", attempt=attempt)
+for step in range(first, last):
+    tracker.metrics(step, {"train/loss": 1.0 / (step + 1), "step": step})
+print(listener.getsockname()[1], flush=True)
+if "finish" in sys.argv:
+    tracker.finish("FINISHED")
+elif "raise" in sys.argv:
+    raise SystemExit(1)
+else:
+    time.sleep(600)
+"""
+
+
+def start_trainer(place: Place, *arguments: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", TRAINER, str(place.folder), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def assert_ended(pid: int) -> None:
+    eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
+
+
+# -- a store that works -----------------------------------------------------------------------
+
+
+def test_a_run_is_in_mlflow_with_all_that_it_is_made_of(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = place.folder / "repository"
+    repository.mkdir()
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+
+    config = place.config(tags={"team": "red"})
+    parent = Tracker.start(config, place.folder / "runs" / "comparison", attempt=1)
+    tracker = Tracker.start(
+        config, place.run_dir, attempt=1, parent=place.folder / "runs" / "comparison"
+    )
+    tracker.dataset("toy", "d" * 64, num_samples=10, num_tokens=1234)
+    train(tracker, range(50))
+    tracker.metrics(50, {"odd/ä+b//../c": 1.0, "nan": float("nan"), "inf": float("inf")})
+    (place.run_dir / "report").mkdir()
+    (place.run_dir / "report" / "report.json").write_text("{}")
+    tracker.artifact(place.run_dir / "report", "report")
+    time.sleep(1.2)  # two samples of the machine
+    tracker.finish("FINISHED")
+    parent.finish("FAILED")
+
+    runs = {run.info.run_name: run for run in place.runs()}
+    run, above = runs["toy toy"], runs["toy"]
+    assert run.info.status == "FINISHED"
+    assert above.info.status == "FAILED"
+    assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
+    assert run.data.tags["mlflow.source.git.commit"] == commit
+    assert run.data.tags["moored.slurm_job_id"] == "4711"
+    assert run.data.tags["moored.host"] == socket.gethostname()
+    assert run.data.tags["team"] == "red"
+    assert run.data.tags["version.torch"]
+    assert run.data.params["optim.learning_rate"] == "0.0002"
+    assert run.data.params["train.steps"] == "5"
+    assert place.history("train/loss") == [(i, 1.0 / (i + 1)) for i in range(50)]
+    odd = [name for name in run.data.metrics if name.startswith("odd")]
+    assert len(odd) == 1
+    assert "nan" in run.data.metrics
+    assert "system/trainer_memory_usage_megabytes" in run.data.metrics
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 100
+    [dataset] = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "toy"
+    assert json.loads(dataset.dataset.profile) == {"num_samples": 10, "num_tokens": 1234}
+    client, run_id = place.client(), run.info.run_id
+    names = [file.path for file in client.list_artifacts(run_id)]
+    assert names == ["config.yaml", "report"]
+    saved = Path(client.download_artifacts(run_id, "config.yaml"))
+    assert load_config(saved).fingerprint() == config.fingerprint()
+    assert client.download_artifacts(run_id, "report/report.json")
+    assert not (repository / "mlruns").exists()
+    assert sync(place.run_dir).num_points == 0
+    assert (place.run_dir / "logs" / "mlflow.log").read_text() == ""
+
+
+def test_a_resumed_attempt_goes_on_in_the_same_run(place: Place) -> None:
+    first = Tracker.start(place.config(system_metrics=False), place.run_dir, attempt=1)
+    train(first, range(10))
+    first.finish("KILLED", timeout=60)
+    changed = place.config("optim.learning_rate=0.5", system_metrics=False)
+    second = Tracker.start(changed, place.run_dir, attempt=2)
+    eventually(place.is_shipped)
+    assert place.run().info.status == "RUNNING"
+    train(second, range(6, 14))
+    second.finish("FINISHED")
+    run = place.run()
+    assert run.info.status == "FINISHED"
+    assert [step for step, _ in place.history("train/loss")] == list(range(14))
+    assert run.data.params["optim.learning_rate"] == "0.0002"
+    tag = run.data.tags["moored.changed_params.attempt_2"]
+    assert tag == "optim.learning_rate: 0.0002 -> 0.5"
+    assert run.data.tags["moored.attempt"] == "2"
+    names = [file.path for file in place.client().list_artifacts(run.info.run_id)]
+    assert names == ["config-attempt-2.yaml", "config.yaml"]
+
+
+def test_many_runs_may_share_one_new_sqlite_store(tmp_path: Path) -> None:
+    """Of six tasks on one fresh store, five used to fail (and to corrupt it)."""
+    place = Place(tmp_path)
+    place.recipe(system_metrics=False)
+    script = TRAINER.replace('folder / "runs/toy"', 'folder / "runs" / sys.argv[6]')
+    command = [sys.executable, "-c", script, str(tmp_path), "1", "0", "200", "finish"]
+    trainers = [subprocess.Popen([*command, f"toy{k}"], stdout=subprocess.DEVNULL) for k in "123"]
+    assert [trainer.wait(timeout=120) for trainer in trainers] == [0, 0, 0]
+    for k in "123":
+        sync(tmp_path / "runs" / f"toy{k}")
+    runs = place.runs()
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    client = place.client()
+    for run in runs:
+        assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 200
+
+
+def test_a_killed_trainer_is_marked_and_leaves_nothing_behind(place: Place) -> None:
+    place.recipe()
+    with start_trainer(place, 1, 0, 300) as trainer:
+        assert trainer.stdout is not None
+        port = int(trainer.stdout.readline())
+        shipper = place.shipper_pid()
+        assert psutil.Process(shipper).nice() == min(19, psutil.Process().nice() + 10)
+        trainer.kill()
+    # The trainer's sockets are closed with it, though its shipper still works.
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    assert_ended(shipper)
+    assert place.run().info.status == "KILLED"
+    assert [step for step, _ in place.history("train/loss")] == list(range(300))
+
+
+def test_a_killed_shipper_is_replaced_or_made_up_for(place: Place) -> None:
+    tracker = Tracker.start(place.config(system_metrics=False), place.run_dir, attempt=1)
+    train(tracker, range(20))
+    eventually(place.is_shipped)
+    os.kill(place.shipper_pid(), signal.SIGKILL)
+    train(tracker, range(20, 40))
+    tracker.finish("FINISHED")
+    assert [step for step, _ in place.history("train/loss")] == list(range(40))
+    assert place.run().info.status == "FINISHED"
+
+
+def test_a_crash_of_both_is_completed_by_sync(place: Place) -> None:
+    place.recipe(system_metrics=False)
+    with start_trainer(place, 1, 0, 50) as trainer:
+        assert trainer.stdout is not None
+        trainer.stdout.readline()
+        shipper = place.shipper_pid()
+        with pytest.raises(UserError, match=f"process {shipper} "):
+            sync(place.run_dir)
+        os.kill(shipper, signal.SIGKILL)
+        trainer.kill()
+    eventually(place.is_let_go)
+    summary = sync(place.run_dir)
+    assert summary.complete
+    assert summary.status == "KILLED"
+    assert [step for step, _ in place.history("train/loss")] == list(range(50))
+    assert sync(place.run_dir).num_points == 0
+    assert place.run().info.status == "KILLED"
+
+
+def test_sync_waits_for_nobody_while_another_process_ships(place: Place) -> None:
+    Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1).finish("FINISHED")
+    with shipping(place.run_dir, lambda: False), pytest.raises(UserError, match="being shipped"):
+        sync(place.run_dir, place.database)
+
+
+def test_without_mlflow_there_is_the_journal(place: Place) -> None:
+    tracker = Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1)
+    train(tracker, range(3))
+    tracker.finish("FINISHED")
+    assert [step for step, _ in metrics(place.run_dir)["train/loss"]] == [0, 1, 2]
+    assert not (place.run_dir / "mlflow.json").exists()
+    with pytest.raises(UserError, match="name a store"):
+        sync(place.run_dir)
+    assert sync(place.run_dir, place.database).num_points == 6
+
+
+def test_other_ranks_do_nothing(place: Place) -> None:
+    tracker = Tracker.start(place.config(), place.run_dir, attempt=1, is_main=False)
+    tracker.dataset("toy", "0", 1, 1)
+    tracker.artifact(place.run_dir / "adapter")
+    train(tracker, range(3))
+    tracker.event("saved", kind="checkpoint", self="x")
+    tracker.finish("FINISHED")
+    assert not place.run_dir.exists()
+
+
+def test_the_environments_store_is_used_if_the_recipe_names_none(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    assert tracking_uri(place.config()) == place.database
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert tracking_uri(place.config()) == f"sqlite:///{place.folder}/other.db"
+    assert tracking_uri(place.config(uri="http://host:1")) == "http://host:1"
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_not_filled(place: Place) -> None:
+    tracker = Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1)
+    train(tracker, range(3))
+    tracker.finish("FINISHED")
+    run_id = sync(place.run_dir, place.database).run_id
+    store = MlflowStore(place.database, place.run_dir)
+    with pytest.raises(RejectedError, match="Invalid"):
+        store.describe(run_id, {"tags": {"": "a tag without a name"}}, 1)
+    place.client().delete_run(run_id)
+    with pytest.raises(StopError, match="deleted"):
+        store.describe(run_id, {"params": {"new": "y"}}, 1)
+    with pytest.raises(UserError, match="was deleted in MLflow: restore it"):
+        sync(place.run_dir, place.database)
+
+
+# -- a store that does not ----------------------------------------------------------------------
+
+
+class Answering500(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b"internal error")
+
+    do_GET = do_POST
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def failing_server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering500) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("trouble", ["refused", "500"])
+def test_a_store_that_never_works_costs_a_bounded_wait(
+    place: Place,
+    failing_server: str,
+    trouble: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = failing_server if trouble == "500" else f"127.0.0.1:{free_port()}"
+    target = f"http://{host}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:canary-pass@{host}")
+    tracker = Tracker.start(place.config(), place.run_dir, attempt=1)
+    assert train(tracker, range(300)) < SLOW_SECONDS
+    eventually(lambda: Cursor.load(place.run_dir, target).error)
+    assert train(tracker, range(300, 600)) < SLOW_SECONDS
+    shipper, began = place.shipper_pid(), time.monotonic()
+    with caplog.at_level(logging.INFO):
+        tracker.finish("FINISHED", timeout=4)
+    assert 3.5 < time.monotonic() - began < 6
+    assert f"moored sync {place.run_dir}" in caplog.messages[-1]
+    assert "waiting up to" in caplog.messages[0]
+    assert trouble in " ".join(caplog.messages)
+    assert_ended(shipper)
+    with pytest.raises(UserError, match=trouble) as caught:
+        sync(place.run_dir)
+    assert "\n" not in str(caught.value)
+    files = [path.read_text() for path in place.run_dir.rglob("*") if path.is_file()]
+    assert trouble in " ".join(files)
+    assert "canary-pass" not in " ".join([*files, *caplog.messages, str(caught.value)])
+    # Another store takes all of it.
+    assert sync(place.run_dir, place.database).complete
+    assert len(place.history("train/loss")) == 600
+
+
+def test_an_mlflow_that_cannot_be_imported_stops_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = place.folder / "broken" / "mlflow"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('a piece is missing')")
+    monkeypatch.setenv("PYTHONPATH", str(broken.parent))
+    tracker = Tracker.start(place.config(), place.run_dir, attempt=1)
+    train(tracker, range(10))
+    began = time.monotonic()
+    tracker.finish("FINISHED")
+    assert time.monotonic() - began < 30
+    assert "a piece is missing" in caplog.text
+    assert "moored sync" in caplog.text
+    monkeypatch.delenv("PYTHONPATH")
+    assert sync(place.run_dir).num_points >= 20
+
+
+class Server:
+    """A real `mlflow server`, with all its processes in a group of their own."""
+
+    def __init__(self, folder: Path, database: Path):
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        shutil.copy(database, folder / "server.db")
+        self.start()
+
+    def start(self) -> None:
+        environment = dict(os.environ)
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        eventually(self.answers, 120)
+
+    def answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def signal(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), empty_store)
+    yield server
+    server.signal(signal.SIGCONT)
+    server.signal(signal.SIGKILL)
+
+
+def test_a_server_that_is_stopped_killed_and_back_loses_nothing(
+    place: Place, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = place.config(uri=server.uri, system_metrics=False)
+    tracker = Tracker.start(config, place.run_dir, attempt=1)
+    tracker.dataset("toy", "d" * 64, num_samples=10, num_tokens=1234)
+    longest = train(tracker, range(100))
+    eventually(lambda: Cursor.load(place.run_dir, server.uri).offset > 5000)
+
+    server.signal(signal.SIGSTOP)
+    for step in range(100, 200):
+        longest = max(longest, train(tracker, range(step, step + 1)))
+        time.sleep(0.03)  # so that the shipper is caught in a request
+    (place.run_dir / "adapter.bin").write_bytes(b"x" * 1000)
+    tracker.artifact(place.run_dir / "adapter.bin", "adapter")
+    began = time.monotonic()
+    tracker.finish("FINISHED", timeout=2)
+    assert 1.5 < time.monotonic() - began < 4
+    assert "moored sync" in caplog.text
+    assert longest < SLOW_SECONDS
+
+    server.signal(signal.SIGCONT)
+    eventually(server.answers)
+    server.signal(signal.SIGKILL)
+    with pytest.raises(UserError, match="refused"):
+        sync(place.run_dir)
+
+    server.start()
+    summary = sync(place.run_dir)
+    assert summary.complete
+    assert summary.status == "FINISHED"
+    assert [step for step, _ in place.history("train/loss", server.uri)] == list(range(200))
+    again = sync(place.run_dir)
+    assert (again.num_points, again.num_artifacts) == (0, 0)
+    client, run = place.client(server.uri), summary.run_id
+    assert client.get_run(run).info.status == "FINISHED"
+    assert len(client.get_run(run).inputs.dataset_inputs) == 1
+    assert [file.path for file in client.list_artifacts(run)] == ["adapter", "config.yaml"]
+    (place.run_dir / "mlflow.json").unlink()
+    assert sync(place.run_dir).run_id == run  # found again by its uid, and compared
+    assert len(place.history("train/loss", server.uri)) == 200
+
+
+def test_no_secret_gets_out(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    canaries = [
+        "hf_CanaryCanaryCanaryCanary",
+        "canary-tracking",
+        "canaryuser",
+        "canary/pass",
+        "canarytag",
+    ]
+    monkeypatch.setenv("HF_TOKEN", canaries[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", canaries[1])
+    host = server.uri.removeprefix("http://")
+    uri = f"http://canaryuser:canary%2Fpass@{host}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config = place.config(tags={"api_key": "canarytag", "num_memory_tokens": "512"})
+    tracker = Tracker.start(config, place.run_dir, attempt=1)
+    tracker.event("failed", reason=f"GET {uri}/api: {canaries[0]}", nested=[{"a": canaries[1]}])
+    train(tracker, range(3))
+    shipper = psutil.Process(place.shipper_pid())
+    said = [str(part) for part in shipper.cmdline()]
+    tracker.finish("FINISHED")
+    run = next(r for r in place.runs(server.uri) if r.data.tags["moored.uid"])
+    run_id = Cursor.load(place.run_dir, server.uri).run_id
+    run = place.client(server.uri).get_run(run_id)
+    assert run.data.tags["num_memory_tokens"] == "512"
+    saved = place.client(server.uri).download_artifacts(run_id, "config.yaml")
+    said += [str(run.to_dictionary()), Path(saved).read_text()]
+    with pytest.raises(UserError) as caught:
+        sync(place.run_dir, f"http://canaryuser:canary%2Fpass@127.0.0.1:{free_port()}")
+    said.append(str(caught.value))
+    said += [str(sync(place.run_dir)), tracker.where]
+    said += capfd.readouterr()
+    said += [path.read_text() for path in place.run_dir.rglob("*") if path.is_file()]
+    assert len(said) > 8
+    for canary in ["Canary", *canaries[1:], "canary%2Fpass"]:
+        assert not [text for text in said if canary in text], canary
+
+
+def test_thousands_of_points_arrive_in_few_requests(place: Place) -> None:
+    tracker = Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1)
+    train(tracker, range(1000), third=1.0, fourth=2.0)
+    tracker.finish("FINISHED")
+    store = MlflowStore(place.database, place.run_dir)
+    sizes: list[int] = []
+    log = store.log_points
+
+    def counting(run_id: str, points: Any) -> None:
+        sizes.append(len(points))
+        log(run_id, points)
+
+    store.log_points = counting
+    assert Shipper(place.run_dir, "x", lambda: store).run()
+    assert Counter(sizes) == {1000: 4}
