@@ -28,6 +28,7 @@ from moored.errors import (
     UserError,
     UserErrors,
 )
+from moored.launched import own_rank
 
 if TYPE_CHECKING:
     from moored.config import Config
@@ -221,14 +222,8 @@ def _check_overrides(overrides: Sequence[str]) -> None:
 
 
 def _finished(run_dir: Path) -> None:
-    if _rank() == 0:
+    if own_rank() == 0:
         click.echo(str(run_dir))
-
-
-def _rank() -> int:
-    # `mesh.py` reads the launcher's variables for the run; it needs torch, and this is before it.
-    value = os.environ.get("RANK", "0")
-    return int(value) if value.isdecimal() else 0
 
 
 def _redact(text: str) -> str:
@@ -258,7 +253,7 @@ def _run(args: list[str], *, debug: bool) -> int:
         if not {"-h", "--help", "--version"} & set(args):
             from moored import log as logs
 
-            logs.setup(_rank(), None)
+            logs.setup(own_rank(), None)
         code = cli.main(args=args, prog_name="moored", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -276,7 +271,7 @@ def _run(args: list[str], *, debug: bool) -> int:
         return error.exit_code
     except (PreemptedError, TrainingRefusedError) as error:
         # All ranks agreed on it: once is enough.
-        if _rank() == 0:
+        if own_rank() == 0:
             _complain([str(error)], debug=debug)
         return error.exit_code
     except MooredError as error:
@@ -302,7 +297,7 @@ def _run(args: list[str], *, debug: bool) -> int:
 
 def _bug() -> int:
     log.debug("%s", traceback.format_exc())
-    who = f"rank {_rank()}: " if _rank() else ""
+    who = f"rank {own_rank()}: " if own_rank() else ""
     click.echo(
         f"{_redact(traceback.format_exc())}error: {who}this is a bug in Moored: please report it "
         "with the lines above, the recipe and the output of `moored doctor`",
@@ -315,14 +310,14 @@ def _complain(messages: Sequence[str], *, debug: bool) -> None:
     """Prints each message as one line `error: ...`; under a launcher, once rather than N times."""
     log.debug("ended by an error: %s", traceback.format_exc())
     prefix = "error: "
-    if _rank() != 0:
+    if own_rank() != 0:
         time.sleep(SILENT_SECONDS)
-        prefix = f"error: rank {_rank()}: "
+        prefix = f"error: rank {own_rank()}: "
     with contextlib.suppress(OSError):
         if debug:
             click.echo(_redact(traceback.format_exc()), err=True, nl=False)
         for message in messages:
-            if _rank() != 0 and message.startswith("rank 0: "):
+            if own_rank() != 0 and message.startswith("rank 0: "):
                 continue  # rank 0 told us of it, and prints it itself
             line = _redact(" ".join(message.split()))
             click.echo(line if line.startswith("... and ") else f"{prefix}{line}", err=True)

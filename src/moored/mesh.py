@@ -1,7 +1,7 @@
 """Which processes work together, along which axis, and on which device.
 
-The only reader of RANK, LOCAL_RANK and WORLD_SIZE, and the only caller of
-`init_process_group`. Nothing here knows a model or a recipe.
+The only caller of `init_process_group`; what the launcher said is read by `launched.py`. Nothing
+here knows a model or a recipe.
 """
 
 # torch.distributed is typed in part only.
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from moored.errors import UserError
+from moored.launched import Launched, launched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,26 +129,10 @@ class Mesh:
             yield
 
 
-def launched_rank() -> int:
-    """This process's rank by the launcher's environment, before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _integer(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(
-            f"{name}={value!r} is not a whole number: start with torchrun, deepspeed or srun, "
-            f"or unset {name} for one process"
-        ) from None
 
 
 def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0) -> Mesh:
@@ -160,20 +145,19 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
     Raises:
         UserError: the environment is incomplete, or the world does not divide.
     """
-    world_size, rank = _integer("WORLD_SIZE", 1), _integer("RANK", 0)
-    local_rank = _integer("LOCAL_RANK", 0)
-    if world_size % tensor_parallel_degree:
+    place = launched()
+    if place.world_size % tensor_parallel_degree:
         raise UserError(
             f"tensor_parallel_degree={tensor_parallel_degree} does not divide "
-            f"WORLD_SIZE={world_size}: start a multiple of it"
+            f"the {place.world_size} processes: start a multiple of it"
         )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join(rank, world_size, local_rank, device, timeout_seconds)
+        _join(place, device, timeout_seconds)
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
     if tensor_parallel_degree == 1:
         dp = Axis(name="dp", rank=world.rank, size=world.size)
@@ -184,33 +168,28 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
     )
 
 
-def _join(
-    rank: int, world_size: int, local_rank: int, device: torch.device, timeout_seconds: float
-) -> None:
+def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed reads these again; one process started by hand has none of them.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
-    if world_size == 1:
+    # DeepSpeed reads these again; srun, and one process started by hand, set none of them.
+    os.environ.update(
+        RANK=str(place.rank),
+        WORLD_SIZE=str(place.world_size),
+        LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.address or "127.0.0.1",
+        MASTER_PORT=str(place.port or 29500),
+    )
+    if place.address is None:
         # An in-memory store: a single process needs no port, so none can be taken.
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE={world_size} but {name} is not set: start with torchrun, "
-                "the deepspeed launcher or srun"
-            )
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError, dist.DistError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {rank} of {world_size} could not meet the others at {address}: "
-            f"{str(error).splitlines()[0]}"
+            f"rank {place.rank} of {place.world_size} could not meet the others at "
+            f"{place.address}:{place.port}: {str(error).splitlines()[0]}"
         ) from error
 
 

@@ -6,6 +6,8 @@ Nothing is computed or logged here.
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +22,7 @@ class Progress:
 
     def __init__(self, num_steps: int, done: int, *, enabled: bool):
         self._num_steps, self._step, self._enabled = num_steps, done, enabled
+        self._began, self._done = time.monotonic(), done
         self._console = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
         self._live = enabled and self._console.is_terminal
         self._every = max(1, num_steps // 20)
@@ -58,4 +61,7 @@ class Progress:
         if self._live:
             self._bar.update(self._task, completed=self._step, figures=figures)
         elif self._step % self._every == 0 or self._step in (1, self._num_steps):
-            self._console.print(f"step {self._step}/{self._num_steps}  {figures}", highlight=False)
+            seconds = (time.monotonic() - self._began) / (self._step - self._done)
+            left = timedelta(seconds=round(seconds * (self._num_steps - self._step)))
+            line = f"step {self._step}/{self._num_steps}  {figures}  {left} left"
+            self._console.print(line, highlight=False)

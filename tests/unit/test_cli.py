@@ -573,9 +573,16 @@ def test_a_reader_that_left_is_not_an_error_to_report(recipe, run, monkeypatch):
 # --- several processes
 
 
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """As one of four that torchrun started."""
+    variables = {"RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "localhost", "MASTER_PORT": 29400}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_another_rank_waits_and_says_who_it_is(recipe, run, monkeypatch):
     slept: list[float] = []
-    monkeypatch.setenv("RANK", "3")
+    as_rank(monkeypatch, 3)
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     failing(monkeypatch, UserError("no such file on this node"))
     code, out, err = run("train", recipe)
@@ -585,7 +592,7 @@ def test_another_rank_waits_and_says_who_it_is(recipe, run, monkeypatch):
 
 
 def test_what_rank_0_told_the_others_is_left_to_rank_0(recipe, run, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    as_rank(monkeypatch, 1)
     monkeypatch.setattr(cli.time, "sleep", lambda _seconds: None)
     failing(monkeypatch, UserError("rank 0: no such model"))
     assert run("train", recipe) == (2, "", "")
@@ -595,12 +602,12 @@ def test_what_rank_0_told_the_others_is_left_to_rank_0(recipe, run, monkeypatch)
 
 @pytest.mark.parametrize("error", [PreemptedError("saved"), TrainingRefusedError("not finite")])
 def test_what_all_ranks_agreed_on_is_said_once(recipe, run, monkeypatch, error):
-    monkeypatch.setenv("RANK", "1")
+    as_rank(monkeypatch, 1)
     failing(monkeypatch, error)
     assert run("train", recipe) == (error.exit_code, "", "")
 
 
 def test_only_rank_0_names_the_run_directory(recipe, run, monkeypatch):
     room(monkeypatch, "train", run=lambda config, restart: Path("runs/x"))
-    monkeypatch.setenv("RANK", "1")
+    as_rank(monkeypatch, 1)
     assert run("train", recipe) == (0, "", "")

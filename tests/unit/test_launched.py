@@ -1,0 +1,101 @@
+"""Which process this is: torchrun's and DeepSpeed's variables, srun's, and broken ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from moored.errors import UserError
+from moored.launched import FIRST_PORT, NUM_PORTS, Launched, launched, own_rank
+
+SRUN = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+}
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "29400",
+}
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*SRUN, *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_started_by_hand_is_alone() -> None:
+    assert launched() == Launched(rank=0, world_size=1, local_rank=0, address=None, port=None)
+
+
+def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, **TORCHRUN)
+    assert launched() == Launched(rank=1, world_size=2, local_rank=1, address="h", port=29400)
+    assert own_rank() == 1
+
+
+def test_torchrun_inside_an_srun_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, **SRUN | TORCHRUN)
+    assert launched().world_size == 2
+
+
+def test_an_srun_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, **SRUN)
+    place = launched()
+    assert (place.rank, place.world_size, place.local_rank) == (3, 4, 1)
+    assert place.address == "node03"
+    assert place.port is not None
+    assert FIRST_PORT <= place.port < FIRST_PORT + NUM_PORTS
+    monkeypatch.setenv("SLURM_STEP_ID", "3")  # another step of the same job meets elsewhere
+    assert launched().port != place.port
+    given(monkeypatch, MASTER_ADDR="elsewhere", MASTER_PORT="1234")
+    assert (launched().address, launched().port) == ("elsewhere", 1234)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("node[03-05,9],x1", "node03"),
+        ("n[7,9-12]", "n7"),
+        ("r[1-2]n[04-08]-ib,z", "r1n04-ib"),
+    ],
+)
+def test_the_first_host(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
+    given(monkeypatch, **SRUN | {"SLURM_STEP_NODELIST": nodes})
+    assert launched().address == first
+
+
+def test_a_batch_script_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has PROCID and NTASKS, but no step."""
+    given(monkeypatch, SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="8", SLURM_JOB_ID="1")
+    assert launched().world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"RANK": "one"}, "RANK='one' is not a whole number"),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ],
+)
+def test_a_broken_environment(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], says: str
+) -> None:
+    given(monkeypatch, **TORCHRUN | changes)
+    with pytest.raises(UserError, match=says):
+        launched()
+    assert own_rank() == 0
