@@ -5,12 +5,15 @@ Adapters and training are not known here.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from moored.batch import Batch
@@ -22,6 +25,7 @@ from moored.mesh import Mesh
 from moored.reference import dropout_off
 from moored.sources import ResolvedModel, resolve_model
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,11 +37,15 @@ class Located:
         source: the local folder, its revision and where it came from.
         tokenizer: the model's.
         vocab_size: rows of its embedding; token ids lie below it.
+        max_positions: the longest row it was made for, in tokens; None where none is stated.
+        rotary: positions are rotations, of which there is no end, not rows of a table.
     """
 
     source: ResolvedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     vocab_size: int
+    max_positions: int | None = None
+    rotary: bool = True
 
 
 def locate(config: ModelConfig, mesh: Mesh) -> Located:
@@ -50,11 +58,46 @@ def locate(config: ModelConfig, mesh: Mesh) -> Located:
     with mesh.main_first():
         source = resolve_model(config)
     tokenizer = load_tokenizer(source.path, config)
-    hf_config = transformers.AutoConfig.from_pretrained(
-        source.path, trust_remote_code=config.trust_remote_code
+    try:
+        hf_config = transformers.AutoConfig.from_pretrained(
+            source.path, trust_remote_code=config.trust_remote_code
+        ).get_text_config()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: its config.json cannot be used with "
+            f"transformers {transformers.__version__}: {str(error).splitlines()[0]}"
+        ) from error
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    rotary = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_theta", None)
+    return Located(
+        source=source,
+        tokenizer=tokenizer,
+        vocab_size=hf_config.vocab_size,
+        max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+        rotary=bool(rotary),
     )
-    vocab_size = hf_config.get_text_config().vocab_size
-    return Located(source=source, tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def require_positions(located: Located, lengths: Mapping[str, int]) -> None:
+    """Refuse rows that are longer than the model has positions.
+
+    Rotary positions go on past the length that the model was trained with, if badly: a warning.
+
+    Args:
+        located: the model.
+        lengths: the longest row in tokens, by the option of the recipe that allows it.
+
+    Raises:
+        UserError: the model has a table of positions, and a row is longer.
+    """
+    for option, length in lengths.items():
+        limit = located.max_positions
+        if limit is None or length <= limit:
+            continue
+        text = f"{option} allows rows of {length} tokens, but the model has {limit} positions"
+        if not located.rotary:
+            raise UserError(f"{text}: set it to {limit} or less")
+        log.warning("%s (max_position_embeddings): longer rows are beyond its training", text)
 
 
 def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -116,6 +159,11 @@ def load_base(path: Path, config: ModelConfig, device: torch.device) -> nn.Modul
         raise UserError(
             f"model.name_or_path={config.name_or_path}: cannot be loaded as a causal language "
             f"model: {str(error).splitlines()[0]}"
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: its weights are broken ({error}): copy or "
+            "download the model again"
         ) from error
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import transformers
@@ -117,6 +118,9 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
 
 def _coloured(sample: Sample, tokenizer: transformers.PreTrainedTokenizerBase) -> Text:
     text = Text("            ")
-    for token, scored in zip(sample.input_ids.tolist(), sample.label_mask.tolist(), strict=True):
-        text.append(str(tokenizer.decode([token])), style="bold green" if scored else "dim")
+    # Runs of tokens: a character may be spread over several.
+    cuts = np.flatnonzero(np.diff(sample.label_mask)) + 1
+    runs = zip(np.split(sample.input_ids, cuts), np.split(sample.label_mask, cuts), strict=True)
+    for tokens, scored in runs:
+        text.append(str(tokenizer.decode(tokens)), style="bold green" if scored[0] else "dim")
     return text

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moored.base import Located, locate
+from moored.base import Located, locate, require_positions
 from moored.batch import Batch
 from moored.config import Config, EvaluationConfig, load_config
 from moored.data import (
@@ -103,6 +103,8 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         UserError: a file is missing, broken or too short, by name.
     """
     tokenizer, vocab_size = located.tokenizer, located.vocab_size
+    windows = {f"retention.{n}.window_tokens": c.window_tokens for n, c in config.retention.items()}
+    require_positions(located, {"data.max_length": config.data.max_length, **windows})
     deal = {
         "micro_batch_size": config.evaluation.micro_batch_size,
         "dp_rank": mesh.dp.rank,

@@ -130,6 +130,11 @@ def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     stream = TrainStream(config, located.tokenizer, samples)
     suite = build_suite(config, located, mesh)
     num_steps = stream.total_steps()
+    if config.optim.warmup_steps >= num_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps}, but the run has {num_steps} steps, "
+            "so the learning rate would never reach its peak: lower it, or train longer"
+        )
     require_same(mesh, config=config.fingerprint(), data=stream.fingerprint())
     tracker.dataset(
         name=samples.name,

@@ -459,3 +459,69 @@ def test_checking_counts_what_is_there_and_needs_no_torch(tmp_path):
     counts, has_torch = out.stdout.rsplit(" ", 1)
     assert re.fullmatch(r"\{'data.train.0': 3, 'retention.book': [1-9]\d+\}", counts)
     assert has_torch.strip() == "False"
+
+
+def test_an_empty_spare_column_is_no_second_format(tmp_path):
+    rows = [
+        {"prompt": "a", "completion": "b", "text": ""},
+        {"messages": [], "prompt": "a", "completion": "b"},
+        {"prompt": "", "text": "b"},
+    ]
+    assert len(load(jsonl(tmp_path / "a.jsonl", rows))) == 3
+
+
+def problems_of(path: Path, **sections: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        data.check_data(config([{"path": str(path)}], **sections))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"prompt": pa.array([b"\xff"], pa.binary()).view(pa.string())}, "a.parquet:1"),
+        ({"when": pa.array([2**62], pa.timestamp("us"))}, "found 'when'"),
+        ([("text", ["a"]), ("text", ["b"])], "two columns 'text'"),
+    ],
+)
+def test_odd_parquet_files(tmp_path, table, says):
+    pairs = table if isinstance(table, list) else list(table.items())
+    columns = [pa.array(values) for _, values in pairs]
+    pq.write_table(pa.Table.from_arrays(columns, [n for n, _ in pairs]), tmp_path / "a.parquet")
+    assert says in problems_of(tmp_path / "a.parquet")
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path, caplog):
+    jsonl(tmp_path / "a.jsonl", [json.loads(GOOD)])
+    for name in ("b.jsonl.gz", "c.csv", "README.md"):
+        (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "p.jsonl")
+    assert len(load(tmp_path)) == 1
+    assert "3 files beside the data are not read (README.md, b.jsonl.gz, c.csv)" in caplog.text
+    (tmp_path / "a.jsonl").unlink()
+    assert "no .jsonl, .json, .parquet, .txt, .md file" in problems_of(tmp_path)
+
+
+def test_options_that_a_plain_text_would_ignore(tmp_path):
+    (tmp_path / "a.txt").write_text("some words")
+    for option in ({"limit": 1}, {"format": "prompt_completion"}, {"fields": {"text": "b"}}):
+        with pytest.raises(UserError, match="is plain text"):
+            load(tmp_path / "a.txt", source=option)
+
+
+def test_a_template_that_is_no_jinja_is_one_line_with_its_place(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}] * 20)
+    template = tmp_path / "t.jinja"
+    template.write_text("\n{{ messages }")
+    text = problems_of(tmp_path / "a.jsonl", data={"chat_template": str(template)})
+    assert len(text.splitlines()) == 1
+    assert re.search(r"data\.chat_template=.*t\.jinja:2: not a Jinja template", text)
+    template.write_text("\ufeff" + chats.CHATML, encoding="utf-8")
+    marked = load(tmp_path / "a.jsonl", chat_template=str(template))
+    assert marked.fingerprint() == load(tmp_path / "a.jsonl").fingerprint()
+
+
+def test_turns_cannot_be_left_out_of_learning(tmp_path):
+    chat = [U, {**A, "train": False}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    assert r"messages[1].train: turns cannot be weighted" in problems_of(Path(path))

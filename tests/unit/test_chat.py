@@ -191,9 +191,9 @@ def test_tool_turns_pass_where_the_template_knows_them():
 
 
 def test_today_is_the_same_day_every_day():
-    template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + chats.CHATML
+    template = "Today is {{ strftime_now('%A, %-d %b %Y') }}.\n" + chats.CHATML
     tokenizer = chats.tokenizer(template)
-    assert ChatEncoder(tokenizer).layout(TWO).text.startswith("Today is 26 Jul 2024.\n")
+    assert ChatEncoder(tokenizer).layout(TWO).text.startswith("Today is Friday, 26 Jul 2024.\n")
     assert learned(tokenizer, TWO)[0] == "hi there<|im_end|>"
 
 
@@ -285,3 +285,43 @@ def test_any_words_come_back_exactly(name, contents):
     )
     assert tokens.input_ids[: len(asked)].tolist() == asked
     assert tokens.label_mask[len(asked)]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("template", [chats.CHATML, chats.MARKED])
+def test_what_the_template_does_not_say_is_not_taught_as_silence(template):
+    """A call that is left out would teach the model to say nothing and stop."""
+    encoder = ChatEncoder(chats.tokenizer(template))
+    calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    with pytest.raises(TemplateError, match=r"tool calls|do not cover"):
+        encoder.layout([TWO[0], calling, {"role": "tool", "content": "4"}, TWO[1]])
+    with pytest.raises(TemplateError, match="leaves the tools out"):
+        encoder.layout(TWO[:2], TOOLS)
+    with pytest.raises(TemplateError, match=r"reasoning|do not cover"):
+        encoder.layout([TWO[0], {**TWO[1], "reasoning_content": "hm"}])
+
+
+def test_marks_that_cover_a_later_answer_do_not_cover_an_earlier_one_of_its_words():
+    template = chats.MARKED.replace("m['role'] == 'assistant'", "loop.last")
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}] * 2
+    said[-1] = {"role": "assistant", "content": "oh yes"}
+    with pytest.raises(TemplateError, match="do not cover every assistant turn"):
+        ChatEncoder(chats.tokenizer(template)).layout(said)
+
+
+def test_a_generation_prompt_that_opens_the_answer():
+    template = chats.CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    tokenizer = chats.tokenizer(template)
+    thinking = [TWO[0], {"role": "assistant", "content": "<think>\nx</think>yes"}]
+    assert learned(tokenizer, thinking) == ["x</think>yes<|im_end|>"]
+    with pytest.raises(TemplateError, match=r"opens an answer with '<think>\\n'"):
+        ChatEncoder(tokenizer).layout([TWO[0], {"role": "assistant", "content": "yes"}])
+
+
+@pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ range(10 ** 9) }}"])
+def test_a_template_is_somebodys_program(fault):
+    with pytest.raises(TemplateError, match="refuses this conversation"):
+        ChatEncoder(chats.tokenizer(fault + chats.CHATML)).layout(TWO)

@@ -143,6 +143,22 @@ def test_an_epoch_draws_what_the_weights_say(make):
         assert abs(sum(counts) - share) <= 1.5
 
 
+def test_a_cursor_is_of_its_data_alone():
+    one = make_stream([[5] * 8], epochs=1, global_batch_sequences=2)
+    drawn(one, 2)
+    cursor = one.state_dict()
+    changed = make_stream([[5] * 9], epochs=1, global_batch_sequences=2)
+    with pytest.raises(UserError, match=r"the data of s0 .* not those that the run began with"):
+        changed.load_state_dict(cursor)
+
+
+def test_a_source_that_would_never_be_drawn_is_refused():
+    with pytest.raises(UserError, match=r"data\.train\.0\.weight=0\.001: less than one"):
+        make_stream([[5] * 10, [5] * 90], [0.001, 1.0], epochs=1, global_batch_sequences=2)
+    one = make_stream([[5] * 10, [5] * 90], [0.01, 1.0], epochs=1, global_batch_sequences=2)
+    assert one.num_draws == 90  # not one more for the small one: none of the other comes twice
+
+
 def test_default_weights_are_the_files_joined():
     one = make_stream([[5] * 40, [5] * 3], epochs=2, global_batch_sequences=1)
     order = [i for step in all_steps(one) for i in step]

@@ -203,6 +203,19 @@ class Config(Section):
                 "there is nothing to evaluate: add data.eval or retention, or remove it",
                 (("data", "eval"), ("retention",)),
             )
+        if evaluation.max_examples is not None and not data.eval:
+            yield Relation(
+                ("evaluation", "max_examples"),
+                "data.eval is empty, of which it would take the first: add data.eval, or remove it",
+                (("data", "eval"),),
+            )
+        if train.steps is not None and self.regularizer.every > train.steps:
+            yield Relation(
+                ("regularizer", "every"),
+                f"{self.regularizer.every} is more than train.steps {train.steps}, so the "
+                "divergence would act on the first step alone: lower it",
+                (("train", "steps"),),
+            )
         for index, arm in enumerate(self.compare):
             first = self.compare.index(arm)
             if first < index:

@@ -354,6 +354,9 @@ def _apply(recipe: Recipe, text: str, done: Mapping[Key, str]) -> Key:
             continue
         if key in done:
             raise UserError(f"command line: {dotted}: given twice ({done[key]}, {text}): keep one")
+        lost = next((other for k, other in done.items() if k[: len(key)] == key), None)
+        if lost is not None:
+            raise UserError(f"command line: {dotted}: replaces {lost}: write it first, or keep one")
         at[step] = value
         if isinstance(at, dict) and value is not None:
             _drop_alternatives(at, str(step), key[:-1], done)

@@ -239,7 +239,7 @@ class Corpus(Section):
         if self.hub is None and getattr(self, local) is not None:
             for name in ("subset", "split", "revision"):
                 yield Ignored(name, (local,), f"{local} is not a hub data set")
-        if self.builtin or (self.path or "").endswith((".txt", ".md")):
+        if self.builtin or (self.path or "").lower().endswith((".txt", ".md")):
             yield Ignored("text_field", (local,), f"{local} is plain text, without columns")
 
     def problems(self) -> Iterator[Problem]:

@@ -9,25 +9,17 @@ has to answer.
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moored.data.template import ChatTemplate, TemplateError
 from moored.errors import UserError
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SENTINEL = "\ue000"  # private use: no text has it
-# Templates that print today's date would give other tokens tomorrow, and with them another run.
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}"
-    "{{ format | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') "
-    "| replace('%m', '07') | replace('%y', '24') | replace('%Y', '2024') "
-    "| replace('%H', '12') | replace('%M', '00') }}"
-    "{%- endmacro %}\n"
-)
 _FIX = (
     "give data.chat_template a copy of the template with {% generation %} markers around the "
     "assistant's words"
@@ -48,10 +40,6 @@ class Tokens:
 
     input_ids: np.ndarray
     label_mask: np.ndarray
-
-
-class TemplateError(Exception):
-    """One conversation that the template cannot lay out, in words; the caller adds the place."""
 
 
 class ChatEncoder:
@@ -80,13 +68,7 @@ class ChatEncoder:
             )
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
-        own = tokenizer.chat_template
-        if isinstance(own, dict):  # several named templates
-            own = own.get("default")
-        self.template: str | None = template or own
-        if self.template and "strftime_now" in self.template:
-            self.template = _FIXED_DATE + self.template
-        self.marked = bool(self.template and _MARKED.search(self.template))
+        self._template = ChatTemplate(tokenizer, template)
         start = list(tokenizer("", verbose=False)["input_ids"])
         bos = tokenizer.bos_token_id
         self.prefix: list[int] = start[:1] if bos is not None and start[:1] == [bos] else []
@@ -94,52 +76,10 @@ class ChatEncoder:
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         } | {self.eos}
 
-    def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        *,
-        generation_prompt: bool = False,
-    ) -> str:
-        """The conversation as text.
-
-        Raises:
-            TemplateError: the template refuses it; the reason in words.
-        """
-        return self._render(messages, tools, generation_prompt)[0]
-
-    def _render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        generation_prompt: bool = False,
-        marked: bool = False,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        import jinja2
-        from transformers.utils import chat_template_utils
-
-        render: Any = chat_template_utils.render_jinja_template  # its annotation says str
-        try:
-            texts, spans = render(
-                conversations=[[dict(message) for message in messages]],
-                tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=marked,
-                add_generation_prompt=generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            role = "system" if "system" in reason[0].lower() else None
-            fix = (
-                "put its text into the first user turn, or set data.chat_template"
-                if role and any(message["role"] == role for message in messages)
-                else "change the conversation or set data.chat_template"
-            )
-            raise TemplateError(
-                f"the chat template refuses this conversation ({reason[0][:120]}): {fix}"
-            ) from error
-        return texts[0], [tuple(span) for span in spans[0]] if marked else []
+    @property
+    def template(self) -> str | None:
+        """The chat template, or None."""
+        return self._template.text
 
     def layout(
         self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -149,20 +89,24 @@ class ChatEncoder:
         Raises:
             TemplateError: they cannot be located, or the template leaves something out.
         """
-        if self.marked:
-            text, spans = self._render(messages, tools, marked=True)
+        if self._template.marked:
+            text, spans = self._template.render_marked(messages, tools)
         else:
-            text, spans = self.render(messages, tools), []
+            text, spans = self._template.render(messages, tools), []
+        if tools and self._template.render(messages) == text:
+            raise TemplateError(
+                "the chat template leaves the tools out: remove them or set data.chat_template"
+            )
         for index, message in enumerate(messages):
             if not _holds(text, message):
                 raise TemplateError(
                     f"the chat template leaves out or rewrites messages[{index}] "
                     f"({message['role']}): remove this turn or set data.chat_template"
                 )
-        if self.marked:
+        if self._template.marked:
             covered = "\n".join(text[start:stop] for start, stop in spans)
             turns = [m for m in messages if m["role"] == "assistant"]
-            if not all(_content(turn) in covered for turn in turns) or not covered.strip():
+            if not _in_order(covered, turns) or not covered.strip():
                 raise TemplateError(
                     "the chat template's {% generation %} markers do not cover every assistant "
                     "turn: put them around the assistant's words in data.chat_template"
@@ -181,21 +125,38 @@ class ChatEncoder:
         tools: list[dict[str, Any]] | None,
     ) -> tuple[int, int]:
         """Where turn `index` is: after what the model is given to answer, up to the turn's end."""
-        given = self.render(messages[:index], tools, generation_prompt=True)
+        given = self._template.render(messages[:index], tools, generation_prompt=True)
+        before = self._template.render(messages[:index], tools)
+        if not text.startswith(given) and text.startswith(before) and given.startswith(before):
+            opening = given[len(os.path.commonprefix([given, text])) :]
+            raise TemplateError(
+                f"the chat template opens an answer with {opening!r}, as messages[{index}] does "
+                f"not in this conversation: begin the answer like that, or {_FIX}"
+            )
         if not text.startswith(given):
             raise TemplateError(
                 f"the chat template rewrites what comes before messages[{index}], so this answer "
                 f"cannot be located in the conversation: {_FIX}, or split it into one sample an "
                 "answer"
             )
-        until = text if index == len(messages) - 1 else self.render(messages[: index + 1], tools)
+        until = (
+            text
+            if index == len(messages) - 1
+            else self._template.render(messages[: index + 1], tools)
+        )
         if text.startswith(until):
             stop = len(until)
         else:
             stop = self._end_of_words(text, messages, index, tools)
-        if stop <= len(given) or _content(messages[index]) not in text[len(given) : stop]:
+        begin = len(before) if given.startswith(before) else len(given)  # it may open the answer
+        if stop <= len(given) or _content(messages[index]) not in text[begin:stop]:
             raise TemplateError(
                 f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
+            )
+        if not _in_order(text[begin:stop], [messages[index]]):
+            raise TemplateError(
+                f"the chat template leaves out the tool calls or the reasoning of messages[{index}]"
+                ": write them into its content, remove them, or set data.chat_template"
             )
         return len(given), stop
 
@@ -216,7 +177,7 @@ class ChatEncoder:
                 continue
             marked = [dict(message) for message in messages]
             marked[index]["content"] = end + _SENTINEL
-            other = self.render(marked, tools)
+            other = self._template.render(marked, tools)
             if other.count(_SENTINEL) == 1 and other.replace(_SENTINEL, "") == text:
                 return other.index(_SENTINEL)
         return -1
@@ -268,7 +229,7 @@ class ChatEncoder:
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        return self._ids([self.render(messages, tools, generation_prompt=True)])[0]
+        return self._ids([self._template.render(messages, tools, generation_prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a plain text, with the start token where the tokenizer puts one."""
@@ -358,6 +319,22 @@ class ChatEncoder:
 
 def _content(message: dict[str, Any]) -> str:
     return (message.get("content") or "").strip()
+
+
+def _in_order(text: str, turns: Sequence[dict[str, Any]]) -> bool:
+    """Whether the text has what each turn says, calls and reasons, one turn after the other."""
+    position = 0
+    for turn in turns:
+        words = [_content(turn)]
+        for call in turn.get("tool_calls") or ():
+            words.append(str((call.get("function") or call).get("name", "")))
+        if turn is turns[-1]:  # of earlier turns many templates leave it out by design
+            words.append((turn.get("reasoning_content") or "").strip())
+        found = [text.find(word, position) for word in words]
+        if -1 in found:
+            return False
+        position = max(at + len(word) for at, word in zip(found, words, strict=True))
+    return True
 
 
 def _holds(text: str, message: dict[str, Any]) -> bool:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moored.batch import Sample
-from moored.data.chat import ChatEncoder, Layout, TemplateError, Tokens
+from moored.data.chat import ChatEncoder, Layout, Tokens
 from moored.data.records import Record, read_template
+from moored.data.template import TemplateError
 from moored.errors import UserError, UserErrors
 
 if TYPE_CHECKING:

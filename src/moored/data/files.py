@@ -124,11 +124,18 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
                 f"{label}.streaming: only jsonl, parquet and hub sources can be streamed, got "
                 f"{', '.join(sorted(suffixes))}: write one object a line to a .jsonl file"
             )
-        if suffixes and suffixes <= set(PLAIN) and (source.fields or source.format == "messages"):
-            option = "fields" if source.fields else "format"
-            problems.append(
-                f"{label}.{option}: a {sorted(suffixes)[0]} file is plain text: remove {option}"
-            )
+        if suffixes and suffixes <= set(PLAIN):
+            given = {
+                "fields": bool(source.fields),
+                "format": source.format not in ("auto", "text"),
+                "limit": source.limit is not None,
+            }
+            problems += [
+                f"{label}.{option}: a {sorted(suffixes)[0]} file is plain text, cut into rows of "
+                f"data.max_length: remove {option}"
+                for option, is_given in given.items()
+                if is_given
+            ]
         readers.append(reader)
     return readers
 
@@ -264,24 +271,33 @@ def _find(path: Path, label: str, problems: list[str]) -> list[tuple[Path, str]]
     known = ", ".join((*STRUCTURED, *PLAIN))
     try:
         if path.is_dir():
-            files = sorted(
+            everything = sorted(
                 (entry.relative_to(path).as_posix(), entry)
                 for entry in path.rglob("*")
-                if entry.suffix.lower() in STRUCTURED + PLAIN
+                if entry.is_file()
                 and not any(part.startswith(".") for part in entry.relative_to(path).parts)
             )
             # A README.md beside data files describes them; it is not one of them.
-            data = [item for item in files if item[1].suffix.lower() in STRUCTURED] or files
-            if not data:
-                problems.append(f"{label}.path={display(path)}: no {known} file in this directory")
-                return None
-            if len(data) < len(files):
-                logger.info(
-                    "%s: %d txt/md files beside data files are not read",
-                    display(path),
-                    len(files) - len(data),
+            files = [item for item in everything if item[1].suffix.lower() in STRUCTURED] or [
+                item
+                for item in everything
+                if item[1].suffix.lower() in PLAIN and item[1].stem.lower() != "readme"
+            ]
+            others = [name for name, entry in everything if (name, entry) not in files]
+            if not files:
+                found = f", but {', '.join(others[:3])}" if others else ""
+                problems.append(
+                    f"{label}.path={display(path)}: no {known} file in this directory{found}"
                 )
-            return [(file, name) for name, file in data]
+                return None
+            if others:
+                logger.warning(
+                    "%s: %d files beside the data are not read (%s)",
+                    display(path),
+                    len(others),
+                    ", ".join(others[:3]),
+                )
+            return [(file, name) for name, file in files]
         if not path.exists():
             near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
             close = difflib.get_close_matches(path.name, near, 1, cutoff=0.6)

@@ -87,7 +87,7 @@ def _jsonl(path: Path, columns: tuple[str, ...]) -> Numbered:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield number, _object(line)
+                yield number, _object(line.rstrip(b"\r\n"))
 
 
 def _object(line: bytes) -> dict[str, Any] | str:
@@ -179,22 +179,28 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
 
     if not path.stat().st_size:
         return
+    number = 0
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             wanted = [name for name in schema.names if name in columns]
+            if not wanted:
+                yield 1, dict.fromkeys(schema.names)  # the message then names what there is
+                return
             for name in wanted:
+                if wanted.count(name) > 1:
+                    yield 1, f"has two columns {name!r}: rename one"
+                    return
                 if problem := _column_problem(name, schema.field(name).type):
                     yield 1, problem
                     return
-            number = 0
-            # Without a wanted column, whole rows go out: the message then names what there is.
-            for batch in file.iter_batches(batch_size=256, columns=wanted or None):
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pa.ArrowException, OSError) as error:
-        yield 1, f"not a readable parquet file ({str(error).splitlines()[0][:120]}): write it again"
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0][:120]
+        yield number + 1, f"not a readable parquet file ({reason}): write it again"
 
 
 def _column_problem(name: str, kind: Any) -> str | None:

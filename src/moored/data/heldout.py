@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from moored.batch import Batch, Sample, batches_of
-from moored.data.chat import ChatEncoder, TemplateError, Tokens
+from moored.data.chat import ChatEncoder, Tokens
 from moored.data.encode import Encoder
 from moored.data.files import open_sources, resolve_text
 from moored.data.records import Record, read_records
 from moored.data.samples import load_samples
+from moored.data.template import TemplateError
 from moored.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -188,8 +189,10 @@ def _last_words(
         ids = np.array([*chat.prefix, *encoded["input_ids"]], dtype=np.int32)
         stops = [0] * len(chat.prefix) + [stop for _, stop in encoded["offset_mapping"]]
         mask = np.array(stops) > start
-        # A passage longer than a window keeps its end.
-        ids, mask = ids[-corpus.window_tokens :], mask[-corpus.window_tokens :]
+        # A passage longer than a window keeps its end, behind the start token.
+        cut = max(0, len(ids) - corpus.window_tokens)
+        keep = np.r_[0 : len(chat.prefix), len(chat.prefix) + cut : len(ids)]
+        ids, mask = ids[keep], mask[keep]
         total += len(ids)
         if total > corpus.max_tokens:
             return

@@ -9,10 +9,13 @@ import difflib
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
 
 from moored.data.files import (
     Reader,
@@ -39,6 +42,7 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
 }
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "developer": "system"}
+_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 MAX_PROBLEMS = 10_000  # per source; more of them say nothing new
 STREAM_CHECKED = 1000  # rows of a streamed hub dataset that are checked at the start
 
@@ -138,12 +142,12 @@ def _kind(value: dict[str, Any], source: Source, label: str) -> Kind | list[str]
     found: list[Kind] = [
         kind
         for kind, names in COLUMNS.items()
-        if any(value.get(source.fields.get(name, name)) is not None for name in names)
+        if any(value.get(source.fields.get(name, name)) for name in names)
     ]
     if len(found) == 1:
         return found[0]
     if not found:
-        # A field that is there but null is a fault of the row, not of its columns.
+        # A field that is there but empty is a fault of the row, not of its columns.
         there: list[Kind] = [
             kind
             for kind, names in COLUMNS.items()
@@ -213,8 +217,9 @@ def _turn_problem(message: Any) -> str | None:
         meant = _ALIASES.get(str(role).lower()) or (near[0] if near else None)
         hint = f"; did you mean {meant!r}?" if meant else f": use one of {', '.join(ROLES)}"
         return f".role: {role!r} is unknown{hint}"
-    if "weight" in message and message["weight"] is not None:
-        return ".weight: turns cannot be weighted: remove it, or split the conversation"
+    for key in ("weight", "train"):
+        if message.get(key) is not None:
+            return f".{key}: turns cannot be weighted: remove it, or split the conversation"
     if message.get("tool_calls") is not None:
         if role != "assistant" or not isinstance(message["tool_calls"], list):
             return ".tool_calls: must be a list, in an assistant turn: move or remove it"
@@ -265,13 +270,21 @@ def read_template(path: Path | None, problems: list[str]) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         problems.append(f"data.chat_template={display(Path(path))}: cannot be read: {reason}")
         return None
     if not text.strip():
         problems.append(f"data.chat_template={display(Path(path))}: the file is empty: fill it")
+        return None
+    try:
+        # What transformers adds to the language: these marks, and the tags of loop controls.
+        extensions = ["jinja2.ext.loopcontrols"]
+        jinja2.Environment(extensions=extensions).parse(_MARKS.sub("", text))
+    except jinja2.TemplateSyntaxError as error:
+        place = f"data.chat_template={display(Path(path))}:{error.lineno}"
+        problems.append(f"{place}: not a Jinja template ({error.message}): mend it here")
         return None
     return text
 

@@ -152,7 +152,7 @@ class TrainStream:
             else _StreamedFeed(source, seed)
             for source in samples.sources
         ]
-        self._rates = _rates(samples)
+        self._rates = _rates(samples, config.train.epochs)
         # Drawn up to here: the samples of the window below. `_window` starts at `_start`.
         self._start: list[list[int]] = [feed.state() for feed in self._feeds]
         self._window: list[Row] = []
@@ -169,7 +169,7 @@ class TrainStream:
         """Samples of one epoch, or None where a source's size is not known."""
         if any(rate is None for rate in self._rates):
             return None
-        return sum(max(1, round(rate)) for rate in self._rates if rate is not None)
+        return max(1, round(sum(rate for rate in self._rates if rate is not None)))
 
     @property
     def num_draws(self) -> int | None:
@@ -246,6 +246,7 @@ class TrainStream:
         return {
             "version": _VERSION,
             "step": self.step,
+            "data": self.fingerprint(),
             "sources": {
                 source.name: list(state)
                 for source, state in zip(self.samples.sources, self._start, strict=True)
@@ -257,13 +258,19 @@ class TrainStream:
         """Goes to a cursor of `state_dict`, of the same recipe and data.
 
         Raises:
-            UserError: the cursor is of other sources or another version.
+            UserError: the cursor is of other sources, other data or another version.
         """
         names = [source.name for source in self.samples.sources]
         if state.get("version") != _VERSION or list(state["sources"]) != names:
             raise UserError(
                 f"the checkpoint's data cursor is of the sources {list(state.get('sources', []))}, "
                 f"the recipe has {names}: resume with the recipe of the run, or start a new run"
+            )
+        if state["data"] != self.fingerprint():
+            raise UserError(
+                f"the data of {', '.join(names)} (or the template or tokenizer) are not those that "
+                "the run began with, so samples would be repeated or lost: restore them, start a "
+                "new run with another name=..., or start over with --restart"
             )
         self._rewind(list(state["sources"].values()), int(state["row"]))
         self.step = int(state["step"])
@@ -325,7 +332,7 @@ class TrainStream:
         return self._feeds[lags.index(min(lags))].next()
 
 
-def _rates(samples: SampleSet) -> list[float | None]:
+def _rates(samples: SampleSet, epochs: float | None) -> list[float | None]:
     """Draws of each source in an epoch: its size times its weight."""
     rates: list[float | None] = []
     for index, (source, weight) in enumerate(zip(samples.sources, samples.weights, strict=True)):
@@ -334,6 +341,11 @@ def _rates(samples: SampleSet) -> list[float | None]:
             raise UserError(
                 f"{samples.section}.{index}.streaming: beside other sources its size must be "
                 f"known, to weigh it: set {samples.section}.{index}.limit"
+            )
+        if size is not None and epochs is not None and size * weight * epochs < 0.1:
+            raise UserError(
+                f"{samples.section}.{index}.weight={weight:g}: less than one of its {size} samples "
+                f"in the whole run: raise it to {1 / (size * epochs):.2g}, or take the source out"
             )
         rates.append(None if size is None else size * weight)
     return rates

@@ -58,10 +58,14 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
         UserError: it cannot be had; the line names what to do.
     """
     local = Path(model.name_or_path).expanduser()
-    if local.is_file():
-        return _local_file(local, model)
-    if local.is_dir():
-        return _local_folder(local, model)
+    if local.is_file() or local.is_dir():
+        for option in ("revision", "mirror"):
+            if value := getattr(model, option):
+                raise UserError(
+                    f"model.{option}={value}: model.name_or_path={local} is on this machine, not "
+                    f"on the hub: remove model.{option}"
+                )
+        return _local_file(local, model) if local.is_file() else _local_folder(local, model)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.name_or_path) or local.suffix == ".gguf":
         raise UserError(
             f"model.name_or_path={model.name_or_path}: no such file or folder (working directory "
