@@ -106,6 +106,7 @@ class Whole(NamedTuple):
     p_CP: Tensor = torch.empty(0)
     k_CP: Tensor = torch.empty(0)
     d_CP: Tensor = torch.empty(0)
+    kl_reverse_CP: Tensor = torch.empty(0)  # within each
 
 
 def all_gather(stats_KC: Tensor, shard: VocabShard) -> Tensor:
@@ -195,7 +196,7 @@ def combine(stats_PKC: Tensor, goal: Objective) -> Whole:
     forward_C1 = kl.kl_forward + ((p_CP + k_CP) * kl_forward_CP).sum(1, keepdim=True)
     reverse_C1 = kl.kl_reverse + (p_CP * kl_reverse_CP).sum(1, keepdim=True)
     kl = kl._replace(kl_forward=forward_C1, kl_reverse=reverse_C1)
-    return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP)
+    return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP, kl_reverse_CP)
 
 
 def chunk_loss_(
@@ -220,34 +221,44 @@ def chunk_loss_(
     """
     stats_KC, more = summarise_(s_Cv, e_Cv, targets_C, goal, shard)
     whole = combine(all_gather(stats_KC, shard), goal)
+    kl_weight_acts = isinstance(kl_weight, Tensor) or kl_weight != 0
     r, p_CP, k_CP, d_CP = shard.rank, whole.p_CP, whole.k_CP, whole.d_CP
     # Gradient = a p1 + b k + c p, with p1 the shard's own p at temperature 1: coefficients a, b, c
-    # by row, and y's own entry by itself.
+    # by row, and y's own entry by itself. `sum` is what the KL's part sums to over each shard.
     a_C = ce_weight * whole.share_CP[:, r] * whole.miss_C
     y_C = -ce_weight * whole.miss_C
     kl_C = None
     if e_Cv is not None and whole.kl is not None:
         t = goal.temperature
         w = kl_weight * t
+        sum_CP = None  # forward: b k + c p loses nothing, k being a difference to full accuracy
         if goal.direction == "forward":
             kl_C = whole.kl.kl_forward.squeeze(1)
             b_C, c_CP = -w * (p_CP + k_CP)[:, r], -w * k_CP
         elif goal.direction == "reverse":
             kl_C = whole.kl.kl_reverse.squeeze(1)
             b_C, c_CP = -w * p_CP[:, r], -w * p_CP * (d_CP + kl_C.unsqueeze(1))
+            sum_CP = _closed(c_CP + w * p_CP * whole.kl_reverse_CP, p_CP)
         else:
-            kl_C, b_C, c_CP = _jsd_(s_Cv, e_Cv, more[-1], whole, goal, shard)
-            b_C, c_CP = w * b_C, w * c_CP
-        if not goal.mask_target:
-            y_C = y_C + c_CP[:, -1]
+            kl_C, b_C, c_CP, sum_CP = _jsd_(s_Cv, e_Cv, more[-1], whole, goal, shard)
+            b_C, c_CP, sum_CP = w * b_C, w * c_CP, w * _closed(sum_CP, p_CP)
+        if not goal.mask_target and kl_weight_acts:
+            y_C = y_C + (c_CP if sum_CP is None else sum_CP)[:, -1]
         kl_C = kl_C * t**2
-        c_C1 = _column(c_CP[:, r] + (a_C if t == 1.0 else 0.0), s_Cv)
-        a_C1, b_C1 = _column(a_C, s_Cv), _column(b_C, s_Cv)
+        p1_Cv = s_Cv if t == 1.0 else more[0]
+        a_C1, b_C1, c_C1 = (_column(x, s_Cv) for x in (a_C, b_C, c_CP[:, r]))
+        sum_C1 = None if sum_CP is None else _column(sum_CP[:, r], s_Cv)
 
         def work(rows: slice) -> None:
-            s_Cv[rows].mul_(c_C1[rows]).addcmul_(e_Cv[rows], b_C1[rows])
-            if t != 1.0:
-                s_Cv[rows].addcmul_(more[0][rows], a_C1[rows])
+            if not kl_weight_acts:  # a KL that is not finite would give 0 * nan
+                torch.mul(p1_Cv[rows], a_C1[rows], out=s_Cv[rows])
+                return
+            part_Cv = e_Cv[rows].mul_(b_C1[rows]).addcmul_(s_Cv[rows], c_C1[rows])
+            if sum_C1 is not None and part_Cv.shape[1]:
+                top_C1 = s_Cv[rows].argmax(-1, keepdim=True)
+                missing_C1 = sum_C1[rows] - part_Cv.sum(-1, keepdim=True)
+                part_Cv.scatter_add_(1, top_C1, missing_C1)
+            torch.addcmul(part_Cv, p1_Cv[rows], a_C1[rows], out=s_Cv[rows])
 
         each_block(s_Cv, work)
     else:
@@ -259,12 +270,25 @@ def chunk_loss_(
     return whole.ce_C, kl_C
 
 
+def _closed(sum_CP: Tensor, p_CP: Tensor) -> Tensor:
+    """The shards' sums of a gradient that sums to 0: the largest shard's as minus the others'.
+
+    Its own is a difference of numbers of order 1 that are nearly equal where p_CP is nearly 1.
+    """
+    top_C1 = p_CP.argmax(1, keepdim=True)
+    others_CP = sum_CP.scatter(1, top_C1, 0.0)
+    return others_CP.scatter(1, top_C1, -others_CP.sum(1, keepdim=True))
+
+
 def _jsd_(
     p_Cv: Tensor, k_Cv: Tensor, d_Cv: Tensor, whole: Whole, goal: Objective, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor]:
-    """JSD [C], and the gradient's coefficients of k [C], here p log(m / p), and of p [C, P]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """JSD [C]; the gradient's coefficients of k [C], here p log(m / p), and of p [C, P]; its sums.
+
+    The sums [C, P] are those over each shard's columns.
+    """
     r = shard.rank
-    sums_2C = whole.p_CP.new_zeros((2, p_Cv.shape[0]))
+    sums_3C = whole.p_CP.new_zeros((3, p_Cv.shape[0]))
     p_C, q_C, d_C = whole.p_CP[:, r], (whole.p_CP + whole.k_CP)[:, r], whole.d_CP[:, r]
 
     def work(rows: slice) -> None:
@@ -273,18 +297,21 @@ def _jsd_(
         p = p * _column(p_C[rows], p_Cv)
         d = d.add_(_column(d_C[rows], d_Cv))
         to_p, to_q, k_Cv[rows] = jsd_terms(p, q, d)
-        sums_2C[0, rows], sums_2C[1, rows] = to_p.sum(-1), to_q.sum(-1)
+        for i, values in enumerate((to_p, to_q, k_Cv[rows])):
+            sums_3C[i, rows] = values.sum(-1)
 
     each_block(p_Cv, work)
-    sums_2C = all_gather(sums_2C, shard).sum(0)
+    sums_P3C = all_gather(sums_3C, shard)
+    sums_2C, pa_CP = sums_P3C[:, :2].sum(0), sums_P3C[:, 2].t()
     c_CP = torch.zeros_like(whole.p_CP)
     if not goal.mask_target:
         p, k, d = whole.p_CP[:, -1], whole.k_CP[:, -1], whole.d_CP[:, -1]
         to_p, to_q, pa_C = jsd_terms(p, p + k, d)
         sums_2C = sums_2C + torch.stack([to_p, to_q])
         c_CP[:, -1] = -0.5 * pa_C
+        pa_CP = torch.nn.functional.pad(pa_CP, (0, 1))
     c_CP = c_CP - 0.5 * whole.p_CP * sums_2C[0].unsqueeze(1)
-    return 0.5 * sums_2C.sum(0), torch.full_like(sums_2C[0], -0.5), c_CP
+    return 0.5 * sums_2C.sum(0), torch.full_like(sums_2C[0], -0.5), c_CP, c_CP - 0.5 * pa_CP
 
 
 # ---------------------------------------------------------------- rows and columns

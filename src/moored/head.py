@@ -33,6 +33,7 @@ from moored.tmkl import (
     RowPlan,
     Rows,
     TMKLOutput,
+    check_dtypes,
     check_rows,
     compute_dtype,
     default_chunk_tokens,
@@ -93,7 +94,8 @@ def linear_tmkl_loss(
     if policy_hidden.dim() != 2:
         raise ValueError(f"policy_hidden has shape {tuple(policy_hidden.shape)}: [T, D] is needed")
     named = ("policy_hidden", policy_hidden), ("reference_hidden", reference_hidden)
-    check_rows(named, targets, kl_mask, kl_weight, reduction)
+    kl_weight = check_rows(named, targets, kl_mask, kl_weight, reduction)
+    check_dtypes(("lm_head_weight", lm_head_weight), ("bias", bias))
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != policy_hidden.shape[1]:
         raise ValueError(
             f"lm_head_weight has shape {tuple(lm_head_weight.shape)}, but policy_hidden has shape "
@@ -150,17 +152,18 @@ def _run(
     # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
     # would underflow.
     ce_scale, kl_scale = scales
-    unit = torch.as_tensor(ce_scale, dtype=dtype, device=h_ND.device).abs()
-    unit = torch.maximum(unit, torch.as_tensor(kl_scale, dtype=dtype, device=h_ND.device).abs())
-    unit = torch.where(unit == 0, 1.0, unit)
+    ce_unit, kl_unit = (torch.as_tensor(x, dtype=dtype, device=h_ND.device).abs() for x in scales)
+    units = {with_kl: _not_0(x) for with_kl, x in ((False, ce_unit), (True, ce_unit.max(kl_unit)))}
     size = _chunk_size(chunk_tokens, plan.num_targets, logits)
     buffer = logits.new_buffer(min(size, plan.num_targets), dtype)
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         for rows, with_kl in plan.chunks(size):
             h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
+            unit = units[with_kl]
+            kl_part = kl_scale / unit if isinstance(kl_scale, Tensor) or kl_scale else 0.0
             s_Cv, e_Cv, slope_Cv = logits.project(h_ND[rows], h0_CD, dtype, buffer)
             ce_N[rows], kl_C = chunk_loss_(
-                s_Cv, e_Cv, targets_N[rows], goal, logits.shard, ce_scale / unit, kl_scale / unit
+                s_Cv, e_Cv, targets_N[rows], goal, logits.shard, ce_scale / unit, kl_part
             )
             if kl_C is not None:
                 kl_N[rows] = kl_C
@@ -169,6 +172,10 @@ def _run(
         if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
             dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
     return ce_N, kl_N, grad_ND
+
+
+def _not_0(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
 
 
 def _chunk_size(chunk_tokens: int | None, num_tokens: int, logits: Logits) -> int:

@@ -9,6 +9,7 @@ policy's; logits = softcap(scale * (h W^T + bias)).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,8 +52,10 @@ class Logits:
                 f"bias has shape {tuple(bias.shape)}, but lm_head_weight has shape "
                 f"{tuple(weight.shape)}: one entry per row"
             )
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"logit_softcap={softcap}: a number > 0 is needed, or None")
+        if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+            raise ValueError(f"logit_softcap={softcap}: a finite number > 0 is needed, or None")
+        if not math.isfinite(scale):
+            raise ValueError(f"logit_scale={scale}: a finite number is needed")
         valid = slice(0, shard.num_valid)
         cut_bias = None if bias is None else bias.detach()[valid]
         return Logits(weight.detach()[valid], cut_bias, scale, softcap, shard)

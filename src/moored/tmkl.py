@@ -28,6 +28,7 @@ __all__ = ["LossSums", "Objective", "TMKLOutput", "VocabShard", "tmkl_loss"]
 Reduction = Literal["mean", "sum", "none"]
 Rows = slice | Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Where only a reference logit is -inf, the log-ratio is held at this, so that 0 * inf never arises:
 # forward and jsd are finite then. Reverse is not, and comes out as nan.
 _LOWEST = {"forward": -1e30, "jsd": -1e30, "reverse": -math.inf}
@@ -76,7 +77,8 @@ def tmkl_loss(
     Args:
         policy_logits: [T, V], or [T, stop - start] under `shard`. Anything is allowed in padding,
             and -inf elsewhere where the reference has it too.
-        reference_logits: same shape, gets no gradient; -inf means probability 0. None only when
+        reference_logits: same shape, gets no gradient; -inf means probability 0 (reverse is nan
+            then, unless the policy has it too). None only when
             `kl_weight` is 0; when given with weight 0, the KL is still reported.
         targets: int64 [T], global ids aligned with the rows; `ignore_index` where nothing applies.
         kl_weight: finite, >= 0.
@@ -106,12 +108,13 @@ def tmkl_loss(
             f"{shard.stop}) holds {shard.width} columns"
         )
     named = ("policy_logits", policy_logits), ("reference_logits", reference_logits)
-    check_rows(named, targets, kl_mask, kl_weight, reduction)
+    kl_weight = check_rows(named, targets, kl_mask, kl_weight, reduction)
     plan = RowPlan.of(
         targets, kl_mask, ignore_index, shard.vocab_size, with_kl=reference_logits is not None
     )
     ce_scale, kl_scale = plan.scales(kl_weight, reduction)
-    unit = max(ce_scale, kl_scale)  # keeps a fp16 gradient away from underflow until the backward
+    # Stored over a row's largest scale: so a fp16 gradient does not underflow until the backward.
+    unit_T = torch.full(targets.shape, ce_scale, dtype=torch.float64, device=targets.device)
     policy_TV, with_gradient = policy_logits.detach(), wants_gradient(policy_logits)
     grad_TV = torch.zeros_like(policy_TV) if with_gradient else None
     dtype = compute_dtype(policy_logits, reference_logits)
@@ -123,6 +126,8 @@ def tmkl_loss(
         if with_kl and reference_logits is not None:
             t_Cv = reference_logits.detach()[rows, : shard.num_valid].to(dtype)
             e_Cv = _difference(t_Cv, s_Cv, _LOWEST[direction])
+        unit = max(ce_scale, kl_scale) if with_kl else ce_scale
+        unit_T[rows] = unit
         ce_C, kl_C = chunk_loss_(
             s_Cv, e_Cv, targets[rows], goal, shard, ce_scale / unit, kl_scale / unit
         )
@@ -134,7 +139,7 @@ def tmkl_loss(
     out = plan.output(ce_T, kl_T, kl_weight, reduction, dtype)
     if grad_TV is None:
         return out
-    return out._replace(loss=precomputed(policy_logits, out.loss, grad_TV, unit, consume=True))
+    return out._replace(loss=precomputed(policy_logits, out.loss, grad_TV, unit_T, consume=True))
 
 
 def _difference(t_Cv: Tensor, s_Cv: Tensor, lowest: float) -> Tensor:
@@ -149,9 +154,9 @@ def _difference(t_Cv: Tensor, s_Cv: Tensor, lowest: float) -> Tensor:
 
 
 def precomputed(
-    x: Tensor, value: Tensor, grad: Tensor, unit: float = 1.0, *, consume: bool = False
+    x: Tensor, value: Tensor, grad: Tensor, unit: float | Tensor = 1.0, *, consume: bool = False
 ) -> Tensor:
-    """`value` with a graph to `x` in which `grad` * `unit` is its gradient.
+    """`value` with a graph to `x` in which `grad` * `unit` (of all rows, or [T]) is its gradient.
 
     With `consume` the backward scales `grad` in place, so that no copy of it is made.
     """
@@ -163,7 +168,7 @@ class _Precomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, value: Tensor, grad: Tensor, unit: float, consume: bool
+        ctx: Any, x: Tensor, value: Tensor, grad: Tensor, unit: float | Tensor, consume: bool
     ) -> Tensor:
         """Keep the gradient."""
         ctx.unit, ctx.dtype, ctx.grad = unit, x.dtype, grad if consume else None
@@ -179,9 +184,10 @@ class _Precomputed(torch.autograd.Function):
         """Scale the stored gradient, per row where `upstream` is [T]."""
         factor = upstream.double() * ctx.unit if upstream.device.type != "mps" else upstream
         factor = factor.unsqueeze(-1) if factor.dim() else factor.reshape(1, 1)
-        if ctx.grad is None and not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # read once: hooks of checkpointing unpack at every access
+        if ctx.grad is None and not saved:
             raise RuntimeError("this loss is differentiable once: its gradient was handed over")
-        grad = ctx.grad if ctx.grad is not None else ctx.saved_tensors[0]
+        grad = ctx.grad if ctx.grad is not None else saved[0]
         out = grad if ctx.grad is not None else torch.empty_like(grad, dtype=ctx.dtype)
         ctx.grad = None
         factor = factor.to(torch.promote_types(grad.dtype, torch.float32)).expand(len(grad), 1)
@@ -246,7 +252,8 @@ class RowPlan:
         """The factors of the sums of cross-entropy and KL in the loss."""
         if reduction != "mean":
             return 1.0, float(kl_weight)
-        return 1 / max(1, self.num_targets), kl_weight / max(1, self.num_kl)
+        kl_scale = kl_weight / self.num_kl if self.num_kl else 0.0
+        return 1 / max(1, self.num_targets), kl_scale
 
     def new_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Zeros [T] for the rows' cross-entropies and KLs, in fp64 so that long sums hold."""
@@ -281,16 +288,19 @@ def check_rows(
     kl_mask: Tensor | None,
     kl_weight: float,
     reduction: str,
-) -> None:
-    """Raise ValueError unless the arguments of a loss fit together."""
+) -> float:
+    """The KL's weight as a number; raises ValueError unless the arguments of a loss fit."""
     (policy_name, policy), (reference_name, reference) = named
     rows = f"{policy_name} has shape {_shape(policy)}"
-    if not policy.is_floating_point():
-        raise ValueError(f"{policy_name} has dtype {policy.dtype}: a floating dtype is needed")
+    check_dtypes(*named)
     if targets.shape != policy.shape[:1]:
         raise ValueError(f"targets has shape {_shape(targets)}, but {rows}: one id per row")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}: torch.int64 is needed")
+    try:
+        kl_weight = float(kl_weight)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"kl_weight={kl_weight!r}: a finite number >= 0 is needed") from None
     if not (math.isfinite(kl_weight) and kl_weight >= 0):
         raise ValueError(f"kl_weight={kl_weight}: a finite number >= 0 is needed")
     if reduction not in ("mean", "sum", "none"):
@@ -305,6 +315,15 @@ def check_rows(
             f"kl_mask has shape {_shape(kl_mask)} and dtype {kl_mask.dtype}, but {rows}: one bool "
             "per row is needed"
         )
+    return kl_weight
+
+
+def check_dtypes(*named: tuple[str, Tensor | None]) -> None:
+    """Raise ValueError unless the tensors hold numbers that the loss computes with."""
+    for name, tensor in named:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{name} has dtype {tensor.dtype}: one of {known} is needed")
 
 
 def default_chunk_tokens(num_tokens: int, shard: VocabShard, *, on_gpu: bool = False) -> int:

@@ -669,3 +669,42 @@ def test_drift(dtype: torch.dtype) -> None:
     assert empty.kl.shape == empty.top1_agree.shape == (0,)
     with pytest.raises(ValueError, match="reference_hidden"):
         head(h, None, y, drift=True)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_inside_a_checkpointed_segment(use_reentrant: bool) -> None:
+    """Its hooks hand a saved tensor out once."""
+    hidden, reference, weight = torch.randn(6, 8), torch.randn(6, 8), torch.randn(11, 8)
+    targets = torch.arange(6)
+    grads = []
+    for wrapped in (True, False):
+        h = hidden.clone().requires_grad_()
+
+        def segment(x: Tensor) -> Tensor:
+            return linear_tmkl_loss(x, reference, weight, targets).loss
+
+        checkpointed = torch.utils.checkpoint.checkpoint
+        loss = checkpointed(segment, h, use_reentrant=use_reentrant) if wrapped else segment(h)
+        loss.backward()
+        grads.append(h.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"logit_softcap": math.inf}, "logit_softcap=inf"),
+        ({"logit_scale": math.nan}, "logit_scale=nan"),
+        ({"reference_hidden": torch.zeros(6, 8, dtype=torch.int64)}, "reference_hidden has dtype"),
+        ({"lm_head_weight": torch.zeros(11, 8, dtype=torch.int8)}, "lm_head_weight has dtype"),
+    ],
+)
+def test_numbers_that_are_none(changes: dict[str, Any], says: str) -> None:
+    arguments: dict[str, Any] = {
+        "policy_hidden": torch.randn(6, 8),
+        "reference_hidden": torch.randn(6, 8),
+        "lm_head_weight": torch.randn(11, 8),
+        "targets": torch.arange(6),
+    }
+    with pytest.raises(ValueError, match=says):
+        linear_tmkl_loss(**arguments | changes)

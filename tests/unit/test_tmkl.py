@@ -581,3 +581,67 @@ def test_impossible_shards_are_refused(args: tuple[int, int, int], words: str) -
 def test_a_vocabulary_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size=1"):
         tmkl_loss(torch.zeros(4, 1), torch.zeros(4, 1), ROWS)
+
+
+@pytest.mark.parametrize("mask_target", [True, False])
+@pytest.mark.parametrize("direction", ["reverse", "jsd"])
+@pytest.mark.parametrize(("lead", "reference_lead"), [(20, 10), (20, 0), (24, 20), (28, 5)])
+def test_a_dominant_column_costs_no_digit(
+    direction: str, mask_target: bool, lead: float, reference_lead: float
+) -> None:
+    """p (f - E f) cancels where p is nearly 1; but such a gradient sums to 0."""
+    g = torch.Generator().manual_seed(int(lead + reference_lead))
+    s, ref = torch.randn(24, 12, generator=g), torch.randn(24, 12, generator=g)
+    s[:, 4] += lead
+    ref[:, 4] += reference_lead
+    s[::2, 6] += lead / 3
+    y = torch.full((24,), 7 if mask_target else 4)
+    options: dict[str, Any] = {"direction": direction, "mask_target": mask_target}
+    s.requires_grad_()
+    (grad,) = torch.autograd.grad(tmkl_loss(s, ref, y, reduction="sum", **options).loss, s)
+    _, _, ce_grad, kl_grad = many_digits(s.detach().double(), ref.double(), y, **options)
+    exact = ce_grad + kl_grad
+    errors = (grad.double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(errors.max()) <= bound(s, ref), "of the worst row alone"
+
+
+def test_a_few_rows_with_a_heavy_kl_do_not_make_the_others_underflow() -> None:
+    """Each group of rows is stored over its own scale; no row with a KL, no scale of it."""
+    g = torch.Generator().manual_seed(0)
+    s = (torch.randn(2048, 32, generator=g) * 2).half()
+    ref, y = s + 0.1 * torch.randn(2048, 32, generator=g).half(), torch.randint(0, 32, (2048,))
+    for num_kl in (0, 1):
+        kl_mask = torch.arange(2048) < num_kl
+        x = s.clone().requires_grad_()
+        out = tmkl_loss(x, ref, y, kl_mask=kl_mask, kl_weight=100.0)
+        (grad,) = torch.autograd.grad(out.loss * 2.0**16, x)
+        exact_x = s.double().requires_grad_()
+        exact_loss = dense_loss(exact_x, ref, y, kl_mask=kl_mask, kl_weight=100.0)[0]
+        (exact,) = torch.autograd.grad(exact_loss * 2.0**16, exact_x)
+        assert rel(grad[1:], exact[1:]) <= bound(s, ref)
+
+
+def test_a_weight_of_zero_is_cross_entropy_alone_whatever_the_kl() -> None:
+    s, ref, y = make(5, 9, torch.float32)
+    broken = ref.clone()
+    broken[:, 3], broken[1] = -math.inf, math.nan
+    for temperature in (1.0, 2.0):
+        options: dict[str, Any] = {"kl_weight": 0, "temperature": temperature}
+        out = tmkl_loss(s, broken, y, direction="reverse", **options)
+        (grad,) = torch.autograd.grad(out.loss, s)
+        (exact,) = torch.autograd.grad(tmkl_loss(s, None, y, kl_weight=0).loss, s)
+        assert rel(grad, exact) <= bound(s, s)
+
+
+def test_the_weight_may_be_a_tensor_of_one_number() -> None:
+    s, ref, y = make(5, 9, torch.float64)
+    for weight in (torch.tensor(0.7), torch.tensor([0.7], requires_grad=True)):
+        out = tmkl_loss(s, ref, y, kl_weight=weight)  # pyright: ignore
+        same = tmkl_loss(s, ref, y, kl_weight=float(weight))
+        assert out.loss.shape == ()
+        assert torch.equal(out.loss, same.loss)
+        grads = [torch.autograd.grad(x.loss, s)[0] for x in (out, same)]
+        assert torch.equal(*grads)
+    for weight in (None, "x", torch.ones(3)):
+        with pytest.raises(ValueError, match="kl_weight"):
+            tmkl_loss(s, ref, y, kl_weight=weight)  # pyright: ignore

@@ -128,7 +128,8 @@ class ChatEncoder:
         given = self._template.render(messages[:index], tools, generation_prompt=True)
         before = self._template.render(messages[:index], tools)
         if not text.startswith(given) and text.startswith(before) and given.startswith(before):
-            opening = given[len(os.path.commonprefix([given, text])) :]
+            same = os.path.commonprefix([given, text])  # noqa: RUF071 - of characters
+            opening = given[len(same) :]
             raise TemplateError(
                 f"the chat template opens an answer with {opening!r}, as messages[{index}] does "
                 f"not in this conversation: begin the answer like that, or {_FIX}"
