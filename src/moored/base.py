@@ -138,38 +138,116 @@ def load_base(path: Path, config: ModelConfig, device: torch.device) -> nn.Modul
             head does not know.
     """
     dtype = resolve_dtype(config, device)
-    quantization = None
-    if config.quantization == "nf4":
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=config.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-        )
     try:
-        causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+        _without_dropout(hf_config)
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained  # may return a pair
+        causal_lm, loaded = load(
             path,
+            config=hf_config,
             dtype=dtype,
-            quantization_config=quantization,
             attn_implementation=None if config.attention == "auto" else config.attention,
             trust_remote_code=config.trust_remote_code,
             device_map={"": device},
+            output_loading_info=True,
+            **_quantization(hf_config, config, dtype),
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(
             f"model.name_or_path={config.name_or_path}: cannot be loaded as a causal language "
             f"model: {str(error).splitlines()[0]}"
         ) from error
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"model.name_or_path={config.name_or_path}: its weights are broken ({error}): copy or "
-            "download the model again"
+            f"model.name_or_path={config.name_or_path}: its weights are broken or not those of its "
+            f"config.json ({str(error).splitlines()[0]}): copy or download the model again"
         ) from error
+    absent = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+    if absent:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: {len(absent)} tensors are missing from its "
+            f"weights (first: {absent[0]}), and would be random: copy or download the model again"
+        )
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
-    make_zero_safe(causal_lm)
+    num_layers = make_zero_safe(causal_lm, dtype)
+    if config.quantization == "nf4":
+        _require_quantized(causal_lm, num_layers)
     _install_head(causal_lm, device)
     return causal_lm
+
+
+def _quantization(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What to tell transformers of it; nothing where the checkpoint is in NF4 already.
+
+    Raises:
+        UserError: the checkpoint is quantised otherwise than the recipe says.
+    """
+    label = f"model.name_or_path={config.name_or_path}"
+    own: Any = getattr(hf_config, "quantization_config", None)
+    if own is None:
+        if config.quantization == "none":
+            return {}
+        return {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=config.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        }
+    own = own if isinstance(own, dict) else own.to_dict()
+    if not (own.get("load_in_4bit") and own.get("bnb_4bit_quant_type") == "nf4"):
+        bits = "8-bit " if own.get("load_in_8bit") else ""
+        raise UserError(
+            f"{label}: its weights are quantised already ({bits}{own.get('quant_method')}), and "
+            "not to NF4: give the unquantised model"
+        )
+    if config.quantization != "nf4":
+        raise UserError(f"{label}: its weights are in NF4 already: set model.quantization to nf4")
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    if double != config.double_quantization:
+        raise UserError(
+            f"{label}: its weights are in NF4 already, {'with' if double else 'without'} double "
+            f"quantisation: set model.double_quantization to {str(double).lower()}"
+        )
+    return {}
+
+
+def _without_dropout(hf_config: Any) -> None:
+    """The base is frozen: its own dropout would only part the policy from the reference."""
+    for part in {id(part): part for part in (hf_config, hf_config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _require_quantized(causal_lm: Any, num_layers: int) -> None:
+    """A 4-bit base must be one: some architectures have layers that bitsandbytes passes by."""
+    name = type(causal_lm).__name__
+    if num_layers == 0:
+        raise UserError(
+            f"{name}: none of its layers can be held in 4 bits: set model.quantization to none"
+        )
+    vocabulary = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    known = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+    large = {
+        key: p.numel() * p.element_size()
+        for key, p in causal_lm.named_parameters()
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in known
+    }
+    packed = sum(p.numel() for p in causal_lm.parameters() if p.dtype == torch.uint8)
+    if sum(large.values()) > 0.1 * packed:
+        log.warning(
+            "%s: %.2f GB in %d tensors are not held in 4 bits (first: %s), beside %.2f GB that are",
+            name,
+            sum(large.values()) / 1e9,
+            len(large),
+            next(iter(large)),
+            packed / 1e9,
+        )
 
 
 def final_hidden(causal_lm: Any, batch: Batch) -> torch.Tensor:
@@ -222,12 +300,23 @@ def _install_head(causal_lm: Any, device: torch.device) -> None:
         cast(nn.Parameter, lm_head.weight), lm_head.bias, logit_scale=scale, logit_softcap=softcap
     )
     batch = probe_batch(lm_head.weight.shape[0], device)
-    with torch.no_grad(), dropout_off(causal_lm):
-        full = causal_lm(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        ).logits[0, batch.target_index]
-        hidden = final_hidden(causal_lm, batch)
-        ours = head(hidden).float() * scale
+    try:
+        with torch.no_grad(), dropout_off(causal_lm):
+            full = causal_lm(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).logits[0, batch.target_index]
+            hidden = final_hidden(causal_lm, batch)
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{name}: a trial forward fails ({str(error).splitlines()[0][:160]}): this "
+            "architecture is not supported (or not in 4 bits: try model.quantization none)"
+        ) from error
+    if not bool(torch.isfinite(full).all()):
+        raise UserError(
+            f"{name}: its logits are not finite: the weights are broken, or overflow in "
+            f"{full.dtype}: download the model again, or set model.dtype to float32"
+        )
+    ours = head(hidden).float() * scale
     if softcap is not None:
         ours = softcap * torch.tanh(ours / softcap)
     # The two differ by the rounding of the logits to the model's dtype alone.

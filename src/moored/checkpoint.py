@@ -6,6 +6,7 @@ parameter, the data cursor. Nothing pickled is written or read.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moored import sealed
@@ -64,10 +66,9 @@ def save_adapter(
     state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
     if not state or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter to save has no or empty tensors")
-    save_file(
+    _save_tensors(
         {name: tensor.contiguous() for name, tensor in state.items()},
         folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
     )
     config = model.peft_config["default"]
     before = config.inference_mode, config.base_model_name_or_path
@@ -76,6 +77,13 @@ def save_adapter(
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode, config.base_model_name_or_path = before
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def replace_adapter(
@@ -141,16 +149,24 @@ def write(folder: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True, mode=0o700)
-    masters = masters_of(checkpoint.optimizer)
-    save_adapter(temporary / "adapter", masters, model, base_name)
-    save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    sealed.seal(temporary)
+    try:
+        _write(temporary, checkpoint, model, base_name)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     sealed.fsync_directory(folder.parent)
+
+
+def _write(temporary: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str) -> None:
+    temporary.mkdir(parents=True, mode=0o700)
+    masters = masters_of(checkpoint.optimizer)
+    save_adapter(temporary / "adapter", masters, model, base_name)
+    _save_tensors(checkpoint.optimizer, temporary / "optimizer.safetensors")
+    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+    sealed.seal(temporary)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -166,6 +182,8 @@ def newest(checkpoints: Path) -> Path | None:
     """The newest checkpoint (by step) that verifies; broken ones are set aside, loudly."""
     if not checkpoints.is_dir():
         return None
+    for half in checkpoints.glob(".step-*.tmp"):  # of a writer that was killed
+        shutil.rmtree(half, ignore_errors=True)
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
         fault = fault_of(folder)
         if fault is None:

@@ -134,7 +134,9 @@ def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
     help="Data and corpora for an adapter folder; a run directory brings its own.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the report; default: in the run."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the report; default: in the run, for an adapter ./report.",
 )
 @_launcher_argument
 def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) -> None:
@@ -149,14 +151,18 @@ def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) ->
     for path in paths:
         if not Path(path).is_dir():
             raise UserError(f"{path} is no folder: name a run directory or an adapter folder")
-    from moored import evaluate as room
+    from moored import remeasure as room
 
     room.run_command(paths, recipe=recipe, overrides=overrides, out=out)
 
 
 @cli.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for report.html and plots.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for report.html and plots; default: in the run, for several ./report.",
+)
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Show finished runs side by side.
 

@@ -14,9 +14,11 @@ from rich.console import Console
 
 from moored import train
 from moored.config import Config, arm_names
-from moored.lifecycle import ending, open_together
+from moored.engine import leave
+from moored.errors import PreemptedError
+from moored.lifecycle import ending, open_together, signals_seen
 from moored.log import setup
-from moored.mesh import leave_mesh, start_mesh
+from moored.mesh import start_mesh
 from moored.report import Report, merge, show, write
 from moored.rundir import RunDirectory
 from moored.track import Tracker
@@ -39,13 +41,18 @@ def run(config: Config, *, restart: bool = False) -> Path:
     path = (config.output.dir / config.name).absolute()
     names = arm_names(config.compare)
     with contextlib.ExitStack() as stack:
-        stack.callback(leave_mesh)
+        stack.callback(leave)
         directory, attempt = open_together(stack, config, path, mesh, restart=restart)
         setup(mesh.world.rank, path)
         tracker = Tracker.start(config, path, attempt=attempt, is_main=mesh.is_main)
         stack.enter_context(ending(directory, tracker, mesh))
+        signals = stack.enter_context(signals_seen())  # between arms; an arm has its own
         base_match = None  # generated once, by the first arm
         for name, regularizer in zip(names, config.compare, strict=True):
+            if mesh.world.max(float(bool(signals)), mesh.device):
+                raise PreemptedError(
+                    f"stopped by a signal before arm {name}: start the same command again to go on"
+                )
             if mesh.is_main:
                 Console(stderr=True).rule(f"arm {name}")
             arm = config.model_copy(update={"regularizer": regularizer})

@@ -21,7 +21,7 @@ from rich.text import Text
 from moored.base import locate
 from moored.batch import Sample
 from moored.config import Config
-from moored.data import check_data, load_samples
+from moored.data import SampleSet, check_data, load_samples
 from moored.errors import UserError
 from moored.evaluate import build_suite
 from moored.mesh import Mesh, leave_mesh, start_mesh
@@ -39,7 +39,7 @@ def run(config: Config | None) -> None:
     Raises:
         UserError: the first thing that would stop a run.
     """
-    console = Console(quiet=False)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
     mesh = start_mesh(1)
     try:
         if mesh.is_main:
@@ -48,7 +48,7 @@ def run(config: Config | None) -> None:
         if config is not None:
             _recipe(console, config, mesh)
         if mesh.is_main:
-            console.print("[green]all is well[/green]")
+            console.print("all is well", style="green")
     finally:
         leave_mesh()
 
@@ -101,8 +101,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
         console.print(
-            f"data        {samples.num_samples} samples, {samples.num_tokens} tokens; one of "
-            "them, its targets in green:"
+            f"data        {samples.num_samples} samples, {samples.num_tokens} tokens"
+            f"{_streamed(samples)}; one of them, its targets in green:"
         )
         console.print(_coloured(samples.example(), tokenizer))
         for name, batches in suite.retention.items():
@@ -114,6 +114,11 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
         console.print(
             f"adapter     {trained:,} parameters; with adapters off the model is its base"
         )
+
+
+def _streamed(samples: SampleSet) -> str:
+    count = len(samples.sources) - len(samples.held)
+    return f" and {count} streamed {'sources' if count > 1 else 'source'}" if count else ""
 
 
 def _coloured(sample: Sample, tokenizer: transformers.PreTrainedTokenizerBase) -> Text:

@@ -21,7 +21,7 @@ from moored.batch import Batch
 from moored.config import Config
 from moored.errors import UserError
 from moored.head import DriftSums
-from moored.mesh import Mesh
+from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
 from moored.reference import adapters_off, dropout_off
 from moored.tmkl import LossSums
@@ -257,6 +257,13 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
         self._engine.destroy()
+
+
+def leave() -> None:
+    """Leave the process group and have DeepSpeed forget it, so that another run can follow."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    leave_mesh()
 
 
 def _skip_shared_memory_extension() -> None:

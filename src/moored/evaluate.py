@@ -6,18 +6,16 @@ Never trains, and draws nothing: figures go into the dataclasses of `moored.repo
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moored.base import Located, locate, require_positions
+from moored.base import Located, require_positions
 from moored.batch import Batch
-from moored.config import Config, EvaluationConfig, load_config
+from moored.config import Config, EvaluationConfig
 from moored.data import (
     Prompt,
     eval_batches,
@@ -27,20 +25,13 @@ from moored.data import (
     retention_samples,
 )
 from moored.engine import Engine
-from moored.errors import UserError
-from moored.mesh import Mesh, leave_mesh, start_mesh
-from moored.model import load_policy
-from moored.report import (
-    ArmResult,
-    BaseResult,
-    Report,
-    increase_pct,
-    settings_of,
-    show,
-    write,
-)
-from moored.rundir import RunDirectory
+from moored.mesh import Mesh
+from moored.report import ArmResult, BaseResult, Report, increase_pct, settings_of
 from moored.sources import ResolvedModel
+
+
+def _go_on() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +122,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     base: bool = False,
+    poll: Callable[[], None] = _go_on,
 ) -> Evaluation:
     """Measure the engine's policy against its base on every text. Collective.
 
@@ -141,21 +133,25 @@ def evaluate(
         tokenizer: of the model.
         config: lengths and batch sizes of the generated answers.
         base: generate the answers with adapters off.
+        poll: called before every batch, on all ranks; may raise to stop.
     """
-    adaptation = None if suite.adaptation is None else measure(engine, suite.adaptation, mesh)
-    retention = {name: measure(engine, batches, mesh) for name, batches in suite.retention.items()}
+    text = partial(measure, engine, mesh=mesh, poll=poll)
+    adaptation = None if suite.adaptation is None else text(suite.adaptation)
+    retention = {name: text(batches) for name, batches in suite.retention.items()}
     exact = None
     if suite.prompts:
-        exact = exact_match(
-            engine, suite.prompts, mesh, tokenizer=tokenizer, config=config, base=base
-        )
+        ask = partial(exact_match, engine, suite.prompts, mesh, tokenizer=tokenizer, poll=poll)
+        exact = ask(config=config, base=base)
     return Evaluation(adaptation=adaptation, retention=retention, exact_match=exact)
 
 
-def measure(engine: Engine, batches: Sequence[Batch], mesh: Mesh) -> TextFigures:
+def measure(
+    engine: Engine, batches: Sequence[Batch], mesh: Mesh, poll: Callable[[], None] = _go_on
+) -> TextFigures:
     """Policy and base on this and the other ranks' batches of one text. Collective."""
     sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for batch in batches:
+        poll()
         rows = engine.drift(batch.to(mesh.device))
         columns = (rows.ce_policy, rows.ce_reference, rows.kl, rows.tmkl, rows.top1_agree)
         sums[:5] += torch.stack([column.double().sum() for column in columns])
@@ -180,6 +176,7 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     base: bool = False,
+    poll: Callable[[], None] = _go_on,
 ) -> float:
     """Share of prompts whose greedy answer equals the reference, white space at its ends apart."""
     # Prompts of like length share a batch; each rank gets as many batches as the others.
@@ -187,6 +184,7 @@ def exact_match(
     per_batch = config.micro_batch_size * mesh.dp.size
     counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for start in range(0, len(ordered), per_batch):
+        poll()
         mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
         asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
         answers = _answers(engine, asked, mesh, tokenizer, config.max_new_tokens, base)
@@ -248,6 +246,7 @@ def to_report(
     *,
     base_match: float | None,
     num_prompts: int,
+    foreign: bool = False,
 ) -> Report:
     """The figures of one adapter as a report with one arm.
 
@@ -259,6 +258,7 @@ def to_report(
         training: what training cost.
         base_match: exact match of the base.
         num_prompts: prompts behind the exact match.
+        foreign: the adapter is not of this recipe, which says only how it is measured.
     """
     texts, task = after.retention, after.adaptation
     base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
@@ -275,14 +275,14 @@ def to_report(
         num_adaptation_prompts=num_prompts or None,
     )
     regularizer = config.regularizer
-    divergent = regularizer.kind != "none"
+    divergent = regularizer.kind != "none" and not foreign
     arm = ArmResult(
-        kind=regularizer.kind,
-        weight=regularizer.kl_weight,
+        kind="adapter" if foreign else regularizer.kind,
+        weight=None if foreign else regularizer.kl_weight,
         direction=regularizer.direction if divergent else None,
         temperature=regularizer.temperature if divergent else None,
-        seed=config.train.seed,
-        adapter=config.adapter.method,
+        seed=None if foreign else config.train.seed,
+        adapter=None if foreign else config.adapter.method,
         adaptation_ppl=task.policy_ppl if task else None,
         adaptation_exact_match=after.exact_match,
         retention_ppl=policy_ppl,
@@ -297,91 +297,6 @@ def to_report(
         final_loss=training.final_loss,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
-
-
-def run_command(
-    targets: Sequence[str],
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = (),
-    out: Path | None = None,
-) -> Path | None:
-    """`moored evaluate`: measure finished runs, or adapters that any PEFT-based trainer wrote.
-
-    A run is measured by its own recipe (or by `recipe`), an adapter by `recipe`. The report goes
-    to `out`, by default to the run's own `report`, for an adapter to `./report`.
-
-    Raises:
-        UserError: a target is neither, or an adapter comes without a recipe.
-    """
-    mesh, folder = start_mesh(1), None
-    try:
-        for target in map(Path, targets):
-            config, adapter, training = _open_target(target, recipe, overrides)
-            report = evaluate_adapter(config, adapter, mesh, target.resolve().name, training)
-            folder = out or (target if training.num_steps else Path()) / "report"
-            folder = folder / target.resolve().name if out and len(targets) > 1 else folder
-            if mesh.is_main:
-                write(report, folder)
-                show(report, sys.stdout)
-                print(f"report in {folder}")
-            mesh.world.barrier()
-    finally:
-        leave_mesh()
-    return folder
-
-
-def evaluate_adapter(
-    config: Config, adapter: Path, mesh: Mesh, name: str, training: Training
-) -> Report:
-    """Load a PEFT adapter on its base and measure it. Collective."""
-    located = locate(config.model, mesh)
-    suite = build_suite(config, located, mesh)
-    policy = load_policy(located.source.path, config, mesh.device, adapter=adapter)
-    engine = Engine(policy, config, mesh)
-    try:
-        ask = partial(
-            evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
-        )
-        after = ask(suite)
-        base_match = None
-        if suite.prompts:
-            base_match = ask(suite.only_prompts(), base=True).exact_match
-    finally:
-        engine.close()
-    return to_report(
-        config,
-        located.source,
-        name if not training.num_steps else config.regularizer.kind,
-        after,
-        training,
-        base_match=base_match,
-        num_prompts=len(suite.prompts),
-    )
-
-
-def _open_target(
-    target: Path, recipe: Path | None, overrides: Sequence[str]
-) -> tuple[Config, Path, Training]:
-    run = RunDirectory(target)
-    if run.config.exists():
-        if not (run.adapter / "adapter_config.json").exists():
-            raise UserError(
-                f"{target} has no adapter yet: finish it with `moored train {run.config}`"
-            )
-        state = run.state().get("training", {})
-        return load_config(recipe or run.config, list(overrides)), run.adapter, Training(**state)
-    if not (target / "adapter_config.json").exists():
-        raise UserError(
-            f"{target} is neither a run directory (config.yaml) nor a PEFT adapter "
-            "(adapter_config.json): name one of these"
-        )
-    if recipe is None:
-        raise UserError(
-            f"{target} is an adapter without a recipe: add --recipe RECIPE.yaml to say which base, "
-            "which data and which retention texts"
-        )
-    return load_config(recipe, list(overrides)), target, Training()
 
 
 def _exp(nats: float) -> float:

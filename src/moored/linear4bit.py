@@ -61,8 +61,12 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         return y.to(x.dtype)
 
 
-def make_zero_safe(model: nn.Module) -> int:
+def make_zero_safe(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Turn every bitsandbytes `Linear4bit` of `model` into a `FrozenLinear4bit`, in place.
+
+    Args:
+        model: the base.
+        dtype: to compute in; None leaves what each layer has.
 
     Returns:
         How many layers were changed.
@@ -71,5 +75,6 @@ def make_zero_safe(model: nn.Module) -> int:
     for module in model.modules():
         if type(module) is bnb.nn.Linear4bit:
             module.__class__ = FrozenLinear4bit
+            module.compute_dtype = dtype or module.compute_dtype
             changed += 1
     return changed

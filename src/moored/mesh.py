@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -197,3 +198,10 @@ def leave_mesh() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of its GPU, or resident on a CPU machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,6 +5,7 @@ Nothing here knows ZeRO, optimizers or files of a run.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from moored.base import final_hidden, load_base, probe_batch, resolve_dtype
@@ -127,10 +130,16 @@ def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
     Raises:
         UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
     """
+    if config.init in ("eva", "lora_ga"):
+        raise UserError(
+            f"adapter.init: {config.init} is computed from data beforehand, which is not done "
+            "here: use default or gaussian"
+        )
     init: Any = True if config.init == "default" else config.init
     targets: Any = config.target_modules
     if not isinstance(targets, str):
         targets = list(targets)
+        _require_known(causal_lm, targets)
         _refuse_head(causal_lm, targets)
     try:
         lora = LoraConfig(
@@ -145,8 +154,11 @@ def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
         )
         torch.manual_seed(seed)
         model = get_peft_model(causal_lm, lora, autocast_adapter_dtype=True)
-    except (ValueError, ImportError, TypeError, KeyError, NotImplementedError) as error:
-        raise UserError(f"adapter: {str(error).splitlines()[0]}") from error
+    except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"adapter: {' '.join(str(error).split())[:300]}: change adapter.target_modules or "
+            "adapter.init"
+        ) from error
     assert isinstance(model, PeftModel)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -166,13 +178,32 @@ def open_adapter(causal_lm: Any, folder: Path) -> PeftModel:
         model = PeftModel.from_pretrained(
             causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
+    written = set(load_file(folder / "adapter_model.safetensors"))
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if odd := sorted(written ^ expected):
+        where = "it lacks" if odd[0] in expected else "the base has no place for"
+        raise UserError(
+            f"{folder}: not an adapter for this base: {where} {odd[0]} ({len(odd)} such tensors): "
+            "name the base that it was trained on"
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _require_known(causal_lm: Any, targets: list[str]) -> None:
+    """PEFT is content if any of the names is found."""
+    names = [name for name, _ in causal_lm.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            last = {name.rpartition(".")[2] for name in names}
+            close = difflib.get_close_matches(target, sorted(last), 1)
+            hint = f"did you mean {close[0]}?" if close else "see the model's own names"
+            raise UserError(f"adapter.target_modules: no module is named {target}: {hint}")
 
 
 def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
@@ -211,12 +242,25 @@ def load_policy(
     pristine = _pristine_hidden(causal_lm, batch, dtype)
     if config.data.packing:
         _require_isolation(causal_lm, batch, pristine, dtype)
+    if not bool(torch.isfinite(pristine).all()):
+        raise UserError(
+            f"model.name_or_path={config.model.name_or_path}: the base's hidden states are not "
+            "finite: its weights are broken, or overflow: download it again or set model.dtype"
+        )
     if adapter is None:
         label = f"{config.adapter.method} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed)
     else:
         label = str(adapter)
         model = open_adapter(causal_lm, adapter)
+        made_for = model.peft_config["default"].base_model_name_or_path
+        if made_for and made_for != config.model.name_or_path:
+            log.warning(
+                "%s was trained on %s, but is measured on %s",
+                adapter,
+                made_for,
+                config.model.name_or_path,
+            )
     policy = PolicyModel(model, dtype)
     policy.train()
     with adapters_off(policy):

@@ -74,10 +74,10 @@ class RunDirectory:
     def state(self) -> dict[str, Any]:
         """The content of `state.json`; empty when there is none yet."""
         try:
-            return json.loads(self.state_file.read_text())
+            return dict(json.loads(self.state_file.read_text()))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(
                 f"{self.state_file} is not valid JSON ({error}): remove it to resume from the "
                 "newest checkpoint, or start over with --restart"
@@ -171,9 +171,9 @@ def heartbeat(path: Path) -> None:
 
 def _require_stale(lock: Path, path: Path) -> None:
     try:
-        owner = json.loads(lock.read_text() or "{}")
+        owner = dict(json.loads(lock.read_text() or "{}"))
         age = time.time() - lock.stat().st_mtime
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, TypeError):
         return
     if owner.get("host") == socket.gethostname():
         alive = owner.get("started") == _start_time(owner.get("pid", -1))
@@ -181,8 +181,8 @@ def _require_stale(lock: Path, path: Path) -> None:
         alive = age < STALE_LOCK_SECONDS
     if alive and owner:
         raise UserError(
-            f"{path} is in use by process {owner['pid']} on {owner['host']}: wait for it, end it, "
-            "or choose another name=..."
+            f"{path} is in use by process {owner.get('pid')} on {owner.get('host')}: wait for it, "
+            "end it, or choose another name=..."
         )
 
 

@@ -9,19 +9,17 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-
-import torch
 
 from moored import checkpoint
 from moored.base import Located, locate
 from moored.config import Config
 from moored.data import TrainStream, check_data, load_samples
-from moored.engine import Engine
+from moored.engine import Engine, leave
 from moored.errors import (
     EvaluationFailedError,
     PreemptedError,
@@ -31,7 +29,7 @@ from moored.errors import (
 from moored.evaluate import Evaluation, Suite, Training, build_suite, evaluate, to_report
 from moored.lifecycle import ending, open_together, require_same, signals_seen
 from moored.log import setup
-from moored.mesh import Mesh, leave_mesh, start_mesh
+from moored.mesh import Mesh, peak_memory_bytes, start_mesh
 from moored.model import PolicyModel, load_policy
 from moored.progress import Progress
 from moored.report import show, write
@@ -62,6 +60,8 @@ class Run:
     train_tokens: int = 0
     refused_in_a_row: int = 0
     last_loss: float = float("nan")
+    saved_step: int = 0  # of the newest checkpoint
+    signals: list[int] = field(default_factory=list)
     base_match: float | None = None  # exact match of the base, once known
     alone: bool = True  # not an arm of a comparison, which prints one table for all
 
@@ -98,7 +98,7 @@ def run(
     path = (path or config.output.dir / config.name).absolute()
     with contextlib.ExitStack() as stack:
         if parent is None:
-            stack.callback(leave_mesh)
+            stack.callback(leave)
         directory, attempt = open_together(stack, config, path, mesh, restart=restart)
         setup(mesh.world.rank, path)
         if directory.state().get("status") == "done":
@@ -114,9 +114,9 @@ def run(
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
         one = _prepare(config, mesh, directory, tracker)
-        one.alone, one.base_match = parent is None, base_match
+        one.alone, one.base_match, one.signals = parent is None, base_match, signals
         stack.callback(one.engine.close)
-        _train(one, signals)
+        _train(one)
         _export(one)
         _evaluate_and_report(one, arm or config.regularizer.kind)
     return path
@@ -166,7 +166,7 @@ def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     return one
 
 
-def _train(run: Run, signals: list[int]) -> None:
+def _train(run: Run) -> None:
     """The loop."""
     config, mesh, engine = run.config, run.mesh, run.engine
     if run.step == 0 and config.evaluation.before:
@@ -193,18 +193,25 @@ def _train(run: Run, signals: list[int]) -> None:
             _track_step(run, stats, seconds)
             progress.update(stats, run.train_tokens / run.train_seconds)
             _require_finite(run, stats)
-            stopped = mesh.world.max(float(bool(signals)), mesh.device) > 0
-            due = run.step % config.train.save_every == 0 or run.step == run.num_steps
-            if due or stopped:
+            if run.step % config.train.save_every == 0 or run.step == run.num_steps:
                 _save(run)
-            if stopped and run.step < run.num_steps:
-                raise PreemptedError(
-                    f"stopped by a signal after step {run.step} of {run.num_steps}; saved in "
-                    f"{run.directory.path}: start the same command again to go on"
-                )
+            _stop_if_asked(run)
             every = config.evaluation.every
             if every and run.step % every == 0 and run.step < run.num_steps:
                 _track_evaluation(run, _measure(run, run.suite.without_prompts()))
+
+
+def _stop_if_asked(run: Run) -> None:
+    """Where any rank got a signal, save and leave on all of them. Called every step and batch."""
+    if not run.mesh.world.max(float(bool(run.signals)), run.mesh.device):
+        return
+    if run.saved_step < run.step:
+        _save(run)
+    saved = f"step {run.saved_step} is saved in" if run.saved_step else "nothing is saved yet in"
+    raise PreemptedError(
+        f"stopped by a signal after step {run.step} of {run.num_steps}; {saved} "
+        f"{run.directory.path}: start the same command again to go on"
+    )
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
@@ -217,7 +224,7 @@ def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
         "train/ce_nats_per_token": stats.ce,
         "train/grad_norm": stats.grad_norm,
         "train/learning_rate": stats.learning_rate,
-        "train/targets": stats.num_targets,
+        "train/num_targets": stats.num_targets,
         "perf/tokens_per_second": stats.num_tokens / seconds,
         "perf/step_seconds": seconds,
         "perf/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
@@ -261,25 +268,28 @@ def _save(run: Run) -> None:
             "world_size": run.mesh.world.size,
         },
     )
+    is_saved = True
     if run.mesh.is_main:
         folder = checkpoint.folder_of(run.directory.checkpoints, run.step)
         try:
             checkpoint.write(folder, saved, run.policy.causal_lm, run.config.model.name_or_path)
             checkpoint.prune(run.directory.checkpoints, run.config.train.keep_checkpoints)
             run.directory.update_state(step=run.step, num_steps=run.num_steps)
+            run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
         except OSError as error:
             # A full disk must not end the run: the previous checkpoint still stands.
             log.warning("checkpoint of step %d was not written: %s", run.step, error)
             run.tracker.event("checkpoint_failed", step=run.step, error=str(error))
-            return
-    run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
+            is_saved = False
+    if run.mesh.world.broadcast(is_saved):
+        run.saved_step = run.step
 
 
 def _resume(run: Run, folder: Path) -> None:
     state = checkpoint.read_state(folder)
     run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
     run.stream.load_state_dict(state["cursor"])
-    run.step = state["step"]
+    run.step = run.saved_step = state["step"]
     run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
     run.refused_in_a_row = state["refused_in_a_row"]
     run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
@@ -317,6 +327,7 @@ def _measure(run: Run, suite: Suite, *, base: bool = False) -> Evaluation:
         tokenizer=run.located.tokenizer,
         config=run.config.evaluation,
         base=base,
+        poll=partial(_stop_if_asked, run),
     )
 
 
@@ -344,38 +355,41 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         final_loss=run.last_loss if math.isfinite(run.last_loss) else None,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
     )
+    if run.mesh.is_main:
+        run.directory.update_state(training=asdict(training))
     try:
         after = _measure(run, run.suite)
         if run.suite.prompts and run.base_match is None:
             base = _measure(run, run.suite.only_prompts(), base=True)
             run.base_match = base.exact_match
+        _track_evaluation(run, after)
+        error: BaseException | None = None
+        if run.mesh.is_main:
+            try:
+                _report(run, name, after, training)
+            except Exception as caught:
+                error = caught
+        run.mesh.together(error)
+    except PreemptedError:
+        raise
     except Exception as error:
         raise EvaluationFailedError(
             f"the adapter is in {run.directory.adapter}, but its evaluation failed: {error}: "
             f"mend it and run `moored evaluate {run.directory.path}`"
         ) from error
-    _track_evaluation(run, after)
-    if run.mesh.is_main:
-        report = to_report(
-            run.config,
-            run.located.source,
-            name,
-            after,
-            training,
-            base_match=run.base_match,
-            num_prompts=len(run.suite.prompts),
-        )
-        run.directory.update_state(training=asdict(training))
-        curves = {name: metrics(run.directory.path)}
-        write(report, run.directory.report, curves=curves)
-        run.tracker.artifact(run.directory.report, "report")
-        if run.alone:
-            show(report, sys.stdout)
-    run.mesh.world.barrier()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this process has held: of its GPU, or resident on a CPU machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _report(run: Run, name: str, after: Evaluation, training: Training) -> None:
+    report = to_report(
+        run.config,
+        run.located.source,
+        name,
+        after,
+        training,
+        base_match=run.base_match,
+        num_prompts=len(run.suite.prompts),
+    )
+    write(report, run.directory.report, curves={name: metrics(run.directory.path)})
+    run.tracker.artifact(run.directory.report, "report")
+    if run.alone:
+        show(report, sys.stdout)

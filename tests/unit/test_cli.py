@@ -460,7 +460,7 @@ def test_evaluate_tells_folders_from_overrides(recipe, run, monkeypatch, tmp_pat
     seen: dict[str, object] = {}
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "b").mkdir()
-    room(monkeypatch, "evaluate", run_command=lambda targets, **kw: seen.update(kw, on=targets))
+    room(monkeypatch, "remeasure", run_command=lambda targets, **kw: seen.update(kw, on=targets))
     code, _, err = run("evaluate", "lr=1", "b", "evaluation.max_examples=3", "--recipe", recipe)
     assert (code, err) == (0, "")
     assert seen == {

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from moored.config import Config, Regularizer, arm_names, load_config
 from moored.config import recipe as recipes
 from moored.config.recipe import Key
+from moored.config.reference import reference
 from moored.config.section import Section
 from moored.config.wording import section_at
 from moored.errors import UserError, UserErrors
@@ -701,3 +702,31 @@ def test_no_text_crashes_the_reader(tmp_path_factory, text):
     good = write(tmp_path_factory.mktemp("good"), MINIMAL)
     with contextlib.suppress(UserError):  # it may be valid; nothing else may be raised
         load_config(good, [f"name={text}", f"{text}=1"])
+
+
+def test_the_reference_of_recipes_is_what_the_schema_says():
+    page = Path(__file__).parents[2] / "docs" / "recipe.md"
+    assert page.read_text(encoding="utf-8") == reference(), (
+        "run python -m moored.config.reference > docs/recipe.md"
+    )
+
+
+def test_an_override_must_not_take_an_earlier_one_along(tmp_path):
+    recipe = write(tmp_path, MINIMAL)
+    with pytest.raises(UserError, match=r"optim: replaces optim\.learning_rate=1e-3"):
+        load_config(recipe, ["optim.learning_rate=1e-3", "optim={eps: 1e-8}"])
+    both = load_config(recipe, ["optim={eps: 1e-6}", "optim.learning_rate=1e-3"])
+    assert (both.optim.eps, both.optim.learning_rate) == (1e-6, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.lr=1e-3", "did you mean learning_rate?"),
+        ("adapter.lora_alpha=8", "did you mean alpha?"),
+        ("train.lr=1e-3", "did you mean optim.learning_rate?"),
+        ("data.train=a.jsonl", "write [{path: a.jsonl}]"),
+    ],
+)
+def test_what_other_trainers_call_it(tmp_path, override, says):
+    assert says in "\n".join(problems(write(tmp_path, MINIMAL), override))

@@ -238,3 +238,147 @@ def test_frozen_linear4bit_equals_its_dequantised_weight_in_both_directions():
     assert ((y.detach().double() - expected).abs() <= bound + 1e-6).all()
     bound = 96 * 2**-24 * (grad.double().abs() @ weight.abs())
     assert ((x.grad.double() - grad.double() @ weight).abs() <= bound + 1e-6).all()
+
+
+def saved_base(config: Config, folder: Path, change: str) -> Path:
+    """The recipe's base, saved again with something wrong."""
+    path = Path(config.model.name_or_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    state = model.state_dict()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    if change == "missing":
+        del state[name]
+    elif change == "mismatched":
+        state[name] = torch.zeros(8, 8)
+    elif change == "not finite":
+        state[name][0, 0] = float("inf")
+    model.save_pretrained(folder, state_dict=state)
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("missing", "tensors are missing .*layers.1.self_attn.q_proj.weight"),
+        ("mismatched", "are missing|are broken|a trial forward fails"),
+        ("not finite", "not finite"),
+    ],
+)
+def test_a_base_that_would_not_be_its_own_is_refused(tmp_path, quantization, change, says):
+    config = config_of(tmp_path, f"model.quantization={quantization}")
+    folder = saved_base(config, tmp_path / "broken", change)
+    with pytest.raises(UserError, match=says) as caught:
+        load_policy(folder, config, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_one_line(tmp_path):
+    config = config_of(tmp_path)
+    weights = Path(config.model.name_or_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"weights are broken.*download the model again"):
+        policy_of(config)
+
+
+def quantised_checkpoint(config: Config, folder: Path, **settings: object) -> Path:
+    path = Path(config.model.name_or_path)
+    quantization = transformers.BitsAndBytesConfig(**settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_nf4_is_the_base_that_it_was_made_of(tmp_path):
+    config = config_of(tmp_path)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    folder = quantised_checkpoint(
+        config, tmp_path / "nf4", **settings, bnb_4bit_use_double_quant=True
+    )
+    batch = some_batch()
+    with torch.no_grad():
+        ours, theirs = policy_of(config)(batch), load_policy(folder, config, CPU)(batch)
+    assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match=r"set model\.quantization to nf4"):
+        load_policy(folder, config_of(tmp_path, "model.quantization=none"), CPU)
+    with pytest.raises(UserError, match=r"set model\.double_quantization to true"):
+        load_policy(folder, config_of(tmp_path, "model.double_quantization=false"), CPU)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}]
+)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_checkpoint_quantised_otherwise_is_refused(tmp_path, settings, quantization):
+    """Its codes would be taken for weights."""
+    config = config_of(tmp_path, f"model.quantization={quantization}")
+    folder = quantised_checkpoint(config, tmp_path / "other", **settings)
+    with pytest.raises(UserError, match="quantised already"):
+        load_policy(folder, config, CPU)
+
+
+def odd_base(folder: Path, config: transformers.PretrainedConfig) -> Path:
+    path = tiny_model(folder)
+    (path / "model.safetensors").unlink()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def test_the_dropout_of_the_base_is_off_in_the_policy_too(tmp_path):
+    """Else the KL to the reference would measure it."""
+    gpt2 = transformers.GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    assert gpt2.resid_pdrop > 0
+    path = odd_base(tmp_path / "gpt2", gpt2)
+    policy = load_policy(path, config_of(tmp_path), CPU)
+    batch = some_batch()
+    with torch.no_grad():
+        reference = policy(batch)
+    _, sums = policy(
+        batch, reference_hidden=reference, loss=LossArguments(ce_scale=1.0, kl_scale=1.0)
+    )
+    assert sums.kl_sum.item() == 0.0
+
+
+def test_layers_that_stay_out_of_4_bits(tmp_path, caplog):
+    falcon = transformers.FalconConfig(
+        vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    with pytest.raises(UserError, match=r"FalconForCausalLM: none .* model\.quantization to none"):
+        load_policy(odd_base(tmp_path / "falcon", falcon), config_of(tmp_path), CPU)
+    mixtral = transformers.MixtralConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    load_base(odd_base(tmp_path / "mixtral", mixtral), config_of(tmp_path).model, CPU)
+    assert "are not held in 4 bits" in caplog.text
+
+
+def test_names_and_inits_that_would_do_nothing_are_refused(tmp_path):
+    config = config_of(tmp_path, "adapter.target_modules=[q_proj, k_prj]")
+    with pytest.raises(UserError, match=r"no module is named k_prj: did you mean k_proj\?"):
+        policy_of(config)
+    for init in ("eva", "lora_ga"):
+        with pytest.raises(UserError, match="computed from data beforehand"):
+            policy_of(config_of(tmp_path, f"adapter.init={init}"))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, caplog):
+    config = config_of(tmp_path)
+    policy = policy_of(config)
+    policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = load_policy(Path(config.model.name_or_path), config, CPU, adapter=tmp_path / "adapter")
+    assert again.trainable().keys() == policy.trainable().keys()
+    shallow = config_of(tmp_path / "shallow", num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"the base has no place for .*layers\.1"):
+        load_policy(Path(shallow.model.name_or_path), shallow, CPU, adapter=tmp_path / "adapter")
+    deep = config_of(tmp_path / "deep", num_hidden_layers=3)
+    load_policy(Path(deep.model.name_or_path), deep, CPU, adapter=tmp_path / "adapter")
+    assert "was trained on" in caplog.text  # its names fit the first two layers: not told apart

@@ -163,7 +163,7 @@ def test_command_errors_are_one_line(tmp_path):
     for runs, message in (
         ([], "no run given"),
         ([tmp_path / "nowhere"], "no such run directory"),
-        ([tmp_path / "empty"], "moored evaluate"),
+        ([tmp_path / "empty"], "name a finished run"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             run_command(runs)

@@ -206,15 +206,16 @@ class Config(Section):
         if evaluation.max_examples is not None and not data.eval:
             yield Relation(
                 ("evaluation", "max_examples"),
-                "data.eval is empty, of which it would take the first: add data.eval, or remove it",
+                "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
                 (("data", "eval"),),
             )
-        if train.steps is not None and self.regularizer.every > train.steps:
+        sharded_nf4 = self.model.quantization == "nf4" and self.parallel.zero_stage == 3
+        if self.adapter.use_dora and sharded_nf4:
             yield Relation(
-                ("regularizer", "every"),
-                f"{self.regularizer.every} is more than train.steps {train.steps}, so the "
-                "divergence would act on the first step alone: lower it",
-                (("train", "steps"),),
+                ("adapter", "use_dora"),
+                "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
+                "parts: set parallel.zero_stage to 2",
+                (("parallel", "zero_stage"), ("model", "quantization")),
             )
         for index, arm in enumerate(self.compare):
             first = self.compare.index(arm)

@@ -24,6 +24,24 @@ _COMPARISONS: Mapping[str, tuple[str, str]] = {
     "less_than_equal": ("at most", "le"),
 }
 
+# What other trainers call them.
+_PEERS: Mapping[str, str] = {
+    "lr": "learning_rate",
+    "rank": "r",
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "eval_steps": "every",
+    "max_seq_length": "max_length",
+    "lr_scheduler_type": "schedule",
+}
+
 
 class UnknownKey(NamedTuple):
     """The message for an unknown key, and the key of the same section that was meant, if any."""
@@ -62,6 +80,9 @@ def wording(root: type[Section], key: Key, error: Mapping[str, Any]) -> str:
         bound = context.get("min_length", context.get("max_length"))
         words = "at least" if kind == "too_short" else "at most"
         return f"must have {words} {bound} entries, got {context['actual_length']}"
+    inner = section_at(root, (*key, 0))
+    if kind == "list_type" and isinstance(value, str) and inner and "path" in inner.model_fields:
+        return f"expected a list, got {shorten(value)}: write [{{path: {value}}}]"
     return _wrong_type(kind, value, error)
 
 
@@ -105,7 +126,7 @@ def _missing(root: type[Section], key: Key) -> str:
 
 def unknown_key(root: type[Section], key: Key) -> UnknownKey:
     """Words an unknown key: the nearest of its section, else the section that knows it."""
-    name = str(key[-1])
+    name = _PEERS.get(str(key[-1]), str(key[-1]))
     section = section_at(root, key[:-1])
     siblings = list(section.model_fields) if section else []
     near = suggest(name, siblings)

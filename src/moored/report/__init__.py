@@ -3,7 +3,7 @@
 Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
 """
 
-from moored.report.files import run_command, write
+from moored.report.files import labels_of, run_command, write
 from moored.report.headline import Headline, headline
 from moored.report.merging import merge
 from moored.report.results import ArmResult, BaseResult, Report, increase_pct
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "headline",
     "increase_pct",
+    "labels_of",
     "merge",
     "run_command",
     "settings_of",

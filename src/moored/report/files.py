@@ -84,7 +84,7 @@ def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise UserError("no run given: name at least one run directory")
     places = [_report_file(run) for run in runs]
     reports = [Report.read(place) for place in places]
-    merged = merge(reports, labels=_labels(runs)) if len(reports) > 1 else reports[0]
+    merged = merge(reports, labels=labels_of(runs)) if len(reports) > 1 else reports[0]
     # merge keeps the order of the arms, whatever it calls them.
     names = iter(merged.arms)
     curves = {
@@ -108,13 +108,12 @@ def _report_file(run: Path) -> Path:
     for place in (run / "report" / "report.json", run / "report.json"):
         if place.is_file():
             return place
-    raise UserError(
-        f"{run} has no report/report.json: finish the run, or measure it with "
-        f"`moored evaluate {run}`"
-    )
+    if (run / "adapter" / "adapter_config.json").is_file():
+        raise UserError(f"{run} has no report/report.json: measure it with `moored evaluate {run}`")
+    raise UserError(f"{run} has no report/report.json: name a finished run, or finish this one")
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
+def labels_of(runs: Sequence[Path]) -> list[str]:
     """Folder names, with as many parents as tell them apart."""
     for depth in range(1, 1 + max(len(run.parts) for run in runs)):
         labels = ["/".join(run.parts[-depth:]) for run in runs]

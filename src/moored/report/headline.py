@@ -17,7 +17,7 @@ from moored.report.words import clean, kind_name, percent, ppl
 SAME_PPL_PCT = 3.0
 SAME_INCREASE_POINTS = 1.0
 
-UNKNOWN = "not known"
+UNKNOWN, NOT_FINITE = "not known", "not finite"
 
 Span = tuple[float, float]
 
@@ -100,8 +100,9 @@ class _Group:
         start = f"{ppl(before)} → " if before is not None else ""
         corpora = {pair[0] for arm in self.arms if (pair := arm.worst())}
         where = f" ({clean(min(corpora), 32)})" if len(corpora) == 1 else ""
-        one = f"{start}{_shown(learned, ppl)}" if learned else UNKNOWN
-        two = f"{_shown(forgot, percent)} at worst{where}" if forgot else UNKNOWN
+        unknown = NOT_FINITE if self.broken else UNKNOWN
+        one = f"{start}{_shown(learned, ppl)}" if learned else unknown
+        two = f"{_shown(forgot, percent)} at worst{where}" if forgot else unknown
         return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}."
 
 

@@ -15,7 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moored.report import words
-from moored.report.figures import X_TITLE, Y_TITLE, Frontier, Mark, arm_numbers, frontier, styles
+from moored.report.figures import (
+    X_TITLE,
+    Y_TITLE,
+    Frontier,
+    Mark,
+    arm_numbers,
+    frontier,
+    styles,
+    undrawn,
+)
 from moored.report.geometry import SHAPES, Label
 from moored.report.results import Report
 
@@ -45,11 +54,14 @@ def frontier_png(report: Report) -> bytes:
     subtitle = words.clean(f"{report.base.model.rstrip('/').split('/')[-1]}{quantised}", 90)
     _text(axes, 24, 56, subtitle, size=13.5, color=MUTED)
     if plot is None:
-        message = "Nothing to draw: no arm has both adaptation and retention figures"
+        message = "Nothing to draw: no arm has finite adaptation and retention figures"
         _text(axes, WIDTH / 2, HEIGHT / 2, message, size=15, color=MUTED, ha="center")
     else:
         _draw(axes, plot)
         _key(axes, report, numbers)
+    if missing := undrawn(report):
+        text = words.clean(f"not drawn: {'; '.join(missing)}", 130)
+        _text(axes, 24, HEIGHT - 10, text, size=12, color=MUTED)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # A name may have characters that the font lacks; it is still drawn, as boxes.

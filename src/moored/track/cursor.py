@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.rundir import write_atomically
+from moored.track.journal import JOURNAL_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,13 @@ def _checksum(journal: Path, offset: int) -> int | None:
         file.seek(begin)
         data = file.read(offset - begin)
     return zlib.crc32(data) if len(data) == offset - begin else None
+
+
+def parent_of(run_dir: Path, recorded: str) -> Path:
+    """The comparison of an arm: where the arm lies now, else where it was."""
+    around = run_dir.parent.parent
+    moved = run_dir.parent.name == "arms" and (around / JOURNAL_NAME).is_file()
+    return around if moved else Path(recorded)
 
 
 def lock_holder(run_dir: Path) -> str:

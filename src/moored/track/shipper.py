@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moored.track.cursor import Cursor
+from moored.track.cursor import Cursor, parent_of
 from moored.track.journal import JOURNAL_NAME, Fence, Follower, Line, first_start, is_start
 from moored.track.store import Point, RejectedError, StopError, Store, inside
 
@@ -330,8 +330,10 @@ class Shipper:
                 elif "text" in item:
                     store.upload_text(run_id, item["text"], item["name"])
                     self.num_artifacts += 1
-                elif parent := Cursor.load(Path(item["parent"]), self.target).run_id:
-                    store.link_parent(run_id, parent)
+                elif not (parent := parent_of(self.run_dir, item["parent"])).is_dir():
+                    self._problem(f"parent {parent}: its run directory is gone")
+                elif parent_id := Cursor.load(parent, self.target).run_id:
+                    store.link_parent(run_id, parent_id)
                 else:
                     left.append(item)
             except RejectedError as error:

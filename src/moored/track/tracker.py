@@ -23,7 +23,7 @@ import psutil
 from moored.config import Config
 from moored.errors import UserError
 from moored.track import provenance
-from moored.track.cursor import Cursor, lock_holder, shipping
+from moored.track.cursor import Cursor, lock_holder, parent_of, shipping
 from moored.track.journal import JOURNAL_NAME, Journal, first_start, is_start, read_journal
 from moored.track.mlflow_store import MlflowStore
 from moored.track.process import ShipperProcess
@@ -231,9 +231,9 @@ def sync(
     uri = _sync_uri(run_dir, uri)
     target = provenance.address(uri)
     parent = first["fields"].get("parent")
-    if parent and Cursor.load(Path(parent), target).run_id is None:
+    if parent and Cursor.load(parent_of(run_dir, parent), target).run_id is None:
         with contextlib.suppress(UserError):
-            sync(parent, uri)
+            sync(parent_of(run_dir, parent), uri)
     with _private_files(), shipping(run_dir, lambda: False) as held:
         if not held:
             raise UserError(

@@ -1,0 +1,117 @@
+"""The reference of recipes, docs/recipe.md, written from the schema.
+
+    python -m moored.config.reference > docs/recipe.md
+
+Options are described in `schema.py`; nothing about a single one is known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from moored.config.config import Config
+
+_HEAD = """# Recipes: every option
+
+Written from the schema by `python -m moored.config.reference > docs/recipe.md`; a test holds it
+true. A recipe is strict YAML: an unknown key, or an option that would have no effect, is an error
+with a suggestion. `moored train RECIPE.yaml optim.learning_rate=1e-4` overrides any of them by its
+dotted key. Relative paths resolve against the recipe's folder (`output.dir` left out: against the
+current one).
+"""
+
+
+def reference() -> str:
+    """The whole page as Markdown."""
+    schema = Config.model_json_schema()
+    definitions: dict[str, Any] = schema["$defs"]
+    lines = [_HEAD]
+    for name, field in schema["properties"].items():
+        section = _section_of(field, definitions)
+        if section is None:
+            lines += [f"## `{name}`", "", _text(field), ""]
+            continue
+        definition = definitions[section]
+        lines += [f"## `{_title(name, field)}`", "", definition.get("description", "").strip(), ""]
+        if field.get("description"):
+            lines += [f"({_text(field)})", ""]
+        if section == "Regularizer" and name == "compare":
+            continue
+        lines += [*_table(section, definition, definitions), ""]
+        for inner, value in definition["properties"].items():
+            below = _section_of(value, definitions)
+            if below is not None and inner == "train":  # data.train and data.eval are alike
+                lines += [f"### `{name}.{inner}[]` and `{name}.eval[]`", ""]
+                lines += [*_table(below, definitions[below], definitions), ""]
+    return "\n".join(lines)
+
+
+def _title(name: str, field: dict[str, Any]) -> str:
+    if field.get("type") == "array":
+        return f"{name}[]"
+    return (
+        f"{name}.NAME" if "additionalProperties" in field or "patternProperties" in field else name
+    )
+
+
+def _section_of(field: dict[str, Any], definitions: dict[str, Any]) -> str | None:
+    """The section that a field holds: itself, in a list, or by name."""
+    reference = next((value for value in _values(field) if str(value).startswith("#/$defs/")), None)
+    return None if reference is None else str(reference).rpartition("/")[2]
+
+
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        if "$ref" in value:
+            yield value["$ref"]
+        for key, inner in value.items():
+            if key != "default":
+                yield from _values(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner)
+
+
+def _table(name: str, definition: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
+    yield "| option | value | default | what it is |"
+    yield "|---|---|---|---|"
+    required = definition.get("required", [])
+    for option, field in definition["properties"].items():
+        default = field.get("default", PydanticUndefined)
+        shown = "required" if option in required else _shown(default)
+        kind = "sections, see below" if _section_of(field, definitions) else _kind(field)
+        yield f"| `{option}` | {kind} | {shown} | {_text(field)} |"
+
+
+def _shown(default: Any) -> str:
+    return "empty" if default is PydanticUndefined else f"`{json.dumps(default)}`"
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_kind(choice) for choice in field["anyOf"]))
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    kind = {"integer": "whole number", "number": "number", "boolean": "true or false"}.get(
+        field.get("type", ""), {"array": "list", "object": "mapping"}.get(field.get("type", ""), "")
+    )
+    kind = kind or {"null": "null"}.get(field.get("type", ""), "text")
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[key]:g}" for key, sign in bounds.items() if key in field]
+    return " ".join([kind, ", ".join(limits)]).strip()
+
+
+def _text(field: dict[str, Any]) -> str:
+    texts = [field.get("description", "")]
+    texts += [choice.get("description", "") for choice in field.get("anyOf", [])]
+    return next((text for text in texts if text), "").replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

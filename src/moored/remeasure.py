@@ -1,0 +1,158 @@
+"""`moored evaluate`: finished runs, and adapters that any PEFT-based trainer wrote, measured again.
+
+Never trains; what is measured is `evaluate.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moored.base import locate
+from moored.config import Config, load_config
+from moored.engine import Engine, leave
+from moored.errors import UserError
+from moored.evaluate import Training, build_suite, evaluate, to_report
+from moored.mesh import Mesh, start_mesh
+from moored.model import load_policy
+from moored.report import Report, labels_of, show, write
+from moored.rundir import RunDirectory
+from moored.track.journal import metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One adapter to measure.
+
+    Attributes:
+        adapter: its folder.
+        config: the recipe to measure it by.
+        name: of the arm in the report.
+        run: the run that made it; None for an adapter from elsewhere.
+        folder: of the report.
+    """
+
+    adapter: Path
+    config: Config
+    name: str
+    run: RunDirectory | None
+    folder: Path
+
+
+def run_command(
+    targets: Sequence[str],
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+) -> None:
+    """Measure finished runs by their own recipe (or by `recipe`), adapters by `recipe`.
+
+    A report goes into the run, that of an adapter to `./report`; with `out` there. Where several
+    would share a folder, each has one of its own below it.
+
+    Raises:
+        UserError: a target is neither, or an adapter comes without a recipe.
+    """
+    opened = _open(targets, recipe, overrides, out)
+    mesh = start_mesh(1)
+    try:
+        for target in opened:
+            report = _measure(target, mesh)
+            if mesh.is_main:
+                _write(target, report)
+            mesh.world.barrier()
+    finally:
+        leave()
+
+
+def _open(
+    targets: Sequence[str], recipe: Path | None, overrides: Sequence[str], out: Path | None
+) -> list[Target]:
+    paths = list(dict.fromkeys(Path(target).resolve() for target in targets))
+    labels = dict(zip(paths, labels_of(paths), strict=True))
+    bare = [path for path in paths if not RunDirectory(path).config.exists()]
+    opened = []
+    for path in paths:
+        run = None if path in bare else RunDirectory(path)
+        sharing = bare if out is None else paths
+        folder = run.path / "report" if run is not None and out is None else out or Path("report")
+        if path in sharing and len(sharing) > 1:
+            folder = folder / labels[path]
+        adapter = path if run is None else run.adapter
+        _require_adapter(adapter, run)
+        source = recipe or (None if run is None else run.config)
+        if source is None:
+            raise UserError(
+                f"{path} is an adapter without a recipe: add --recipe RECIPE.yaml to say which "
+                "base, which data and which retention texts"
+            )
+        config = load_config(source, list(overrides))
+        name = labels[path] if run is None else _arm_name(run, config)
+        opened.append(Target(adapter=adapter, config=config, name=name, run=run, folder=folder))
+    return opened
+
+
+def _require_adapter(adapter: Path, run: RunDirectory | None) -> None:
+    if (adapter / "adapter_config.json").exists():
+        return
+    if run is None:
+        raise UserError(
+            f"{adapter} is neither a run directory (config.yaml) nor a PEFT adapter "
+            "(adapter_config.json): name one of these"
+        )
+    if (run.path / "arms").is_dir():
+        raise UserError(f"{run.path} is a comparison: name its arms, {run.path / 'arms'}/*")
+    raise UserError(f"{run.path} has no adapter yet: start its `moored train` command again")
+
+
+def _arm_name(run: RunDirectory, config: Config) -> str:
+    if (run.report / "report.json").is_file():
+        return next(iter(Report.read(run.report / "report.json").arms))
+    return run.path.name if run.path.parent.name == "arms" else config.regularizer.kind
+
+
+def _measure(target: Target, mesh: Mesh) -> Report:
+    config = target.config
+    located = locate(config.model, mesh)
+    suite = build_suite(config, located, mesh)
+    policy = load_policy(located.source.path, config, mesh.device, adapter=target.adapter)
+    engine = Engine(policy, config, mesh)
+    try:
+        ask: Any = partial(
+            evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
+        )
+        after = ask(suite)
+        base_match = None
+        if suite.prompts:
+            base_match = ask(suite.only_prompts(), base=True).exact_match
+    finally:
+        engine.close()
+    training = {} if target.run is None else target.run.state().get("training", {})
+    return to_report(
+        config,
+        located.source,
+        target.name,
+        after,
+        Training(**training),
+        base_match=base_match,
+        num_prompts=len(suite.prompts),
+        foreign=target.run is None,
+    )
+
+
+def _write(target: Target, report: Report) -> None:
+    curves = None if target.run is None else {target.name: metrics(target.run.path)}
+    write(report, target.folder, curves=curves)
+    run = target.run
+    if run is not None and run.state().get("status") == "evaluation_failed":
+        run.update_state(status="done", reason=None)  # this was what it lacked
+    show(report, sys.stdout)
+    print(f"report in {target.folder}")

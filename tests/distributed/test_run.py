@@ -1,0 +1,223 @@
+"""Whole runs: how they end, what they leave, and what the next command makes of that.
+
+The runs of one test share a process, since starting one costs more than a tiny run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed.runner import run_distributed
+from moored import compare, evaluate, remeasure, train
+from moored.config import Config, load_config
+from moored.errors import (
+    EvaluationFailedError,
+    PreemptedError,
+    TrainingRefusedError,
+    UserError,
+)
+from tiny import tiny_recipe, write_chats, write_recipe
+
+
+def recipe_of(folder: Path, *overrides: str, **sections: Any) -> Config:
+    recipe = tiny_recipe(folder)
+    recipe["compare"] = [{"kind": "none"}, {"kind": "tmkl", "weight": 0.5}]
+    for name, values in sections.items():
+        recipe[name] |= values
+    return load_config(write_recipe(folder, recipe), list(overrides))
+
+
+def state(run: Path) -> dict[str, Any]:
+    return json.loads((run / "state.json").read_text())
+
+
+def report(run: Path) -> dict[str, Any]:
+    return json.loads((run / "report/report.json").read_text())
+
+
+def in_one_process(test: Callable[[Path], None], folder: Path) -> None:
+    run_distributed(_alone, 1, test, folder, timeout=300)
+
+
+def _alone(rank: int, world_size: int, test: Callable[[Path], None], folder: Path) -> None:
+    torch.distributed.destroy_process_group()  # a run makes and leaves its own
+    test(folder)
+
+
+# -- a comparison ------------------------------------------------------------------------------
+
+
+def comparing(folder: Path) -> None:
+    config = recipe_of(folder, "evaluation.exact_match=true", "evaluation.max_new_tokens=4")
+    path = compare.run(config)
+    arms = report(path)["arms"]
+    assert list(arms) == ["none", "tmkl"]
+    assert arms["tmkl"]["weight"] == 0.5
+    assert state(path)["status"] == "done"
+    assert all(state(path / "arms" / name)["status"] == "done" for name in arms)
+    page = (path / "report/report.html").read_text()
+    assert page.count("<polyline") >= 2
+    assert (path / "report/frontier.png").read_bytes().startswith(b"\x89PNG")
+    before = (path / "arms/tmkl/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    compare.run(config)  # a finished one is left as it is
+    assert (path / "arms/tmkl/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="is a comparison: name its arms"):
+        remeasure.run_command([str(path)])
+
+    # Adapters alone: what made them is not known, and each has a report of its own.
+    for name in arms:
+        shutil.copytree(path / "arms" / name / "adapter", folder / name)
+    targets = [str(folder / name) for name in arms]
+    with pytest.raises(UserError, match="without a recipe"):
+        remeasure.run_command(targets)
+    remeasure.run_command(targets, recipe=folder / "tiny.yaml", out=folder / "out")
+    for name in arms:
+        [(label, arm)] = json.loads((folder / "out" / name / "report.json").read_text())[
+            "arms"
+        ].items()
+        assert (label, arm["kind"], arm["weight"], arm["seed"]) == (name, "adapter", None, None)
+        expected = arms[name]["adaptation_ppl"]
+        assert arm["adaptation_ppl"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_comparison_and_its_adapters(tmp_path):
+    in_one_process(comparing, tmp_path)
+
+
+# -- ends --------------------------------------------------------------------------------------
+
+
+def failing_to_evaluate(folder: Path) -> None:
+    config = recipe_of(folder)
+    measure = train._measure
+
+    def broken(run: Any, suite: Any, **options: Any) -> Any:
+        raise RuntimeError("out of something")
+
+    train._measure = broken
+    with pytest.raises(EvaluationFailedError, match="moored evaluate"):
+        train.run(config)
+    train._measure = measure
+    run = config.output.dir / "tiny"
+    assert state(run)["status"] == "evaluation_failed"
+    assert (run / "adapter/adapter_model.safetensors").exists()
+    remeasure.run_command([str(run)])  # what the error says
+    assert state(run)["status"] == "done"
+    [(name, arm)] = report(run)["arms"].items()
+    assert (name, arm["num_steps"]) == ("tmkl", 4)
+    assert arm["tokens_per_second"] > 0
+    assert "<polyline" in (run / "report/report.html").read_text(), "the curves are lost"
+
+
+def test_the_remedy_for_a_failed_evaluation(tmp_path):
+    in_one_process(failing_to_evaluate, tmp_path)
+
+
+def stopped_while_evaluating(folder: Path) -> None:
+    config = recipe_of(folder, train={"save_every": 100})
+    drift = evaluate.Engine.drift
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return drift(*arguments)
+
+    for every, step in ((2, 2), (None, 4)):
+        evaluate.Engine.drift = signalled
+        stopped = recipe_of(folder, f"name=every{every}", evaluation={"every": every})
+        with pytest.raises(PreemptedError, match=f"after step {step} of 4; step {step} is saved"):
+            train.run(stopped)
+        run = config.output.dir / f"every{every}"
+        assert state(run)["status"] == "preempted"
+        evaluate.Engine.drift = drift
+        train.run(stopped)
+        assert state(run)["status"] == "done"
+
+
+def test_a_signal_during_an_evaluation_saves_and_leaves(tmp_path):
+    in_one_process(stopped_while_evaluating, tmp_path)
+
+
+def on_a_full_disk(folder: Path) -> None:
+    config = recipe_of(folder, adapter={"r": 16}, train={"save_every": 1})
+    run = config.output.dir / "tiny"
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Between the size of the adapter, which is exported, and of the optimizer's three times that.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    train.run(config)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert state(run)["status"] == "done"
+    adapter = (run / "adapter/adapter_model.safetensors").stat().st_size
+    assert 100_000 < adapter < 300_000 < 3 * adapter, "not a test"
+    assert list((run / "checkpoints").iterdir()) == [], "half a checkpoint was left"
+    journal = (run / "journal.jsonl").read_text()
+    assert journal.count('"checkpoint_failed"') == 4
+
+
+def test_a_disk_too_full_for_checkpoints_does_not_end_a_run(tmp_path):
+    in_one_process(on_a_full_disk, tmp_path)
+
+
+def poisoned(folder: Path) -> None:
+    config = recipe_of(folder, train={"max_nonfinite_updates": 2})
+    load = train.load_policy
+
+    def poisoning(*arguments: Any) -> Any:
+        policy = load(*arguments)
+        next(iter(policy.trainable().values())).register_hook(lambda grad: grad * float("nan"))
+        return policy
+
+    train.load_policy = poisoning
+    with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
+        train.run(config)
+    assert state(config.output.dir / "tiny")["status"] == "refused"
+
+
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    in_one_process(poisoned, tmp_path)
+
+
+def on_other_data(folder: Path) -> None:
+    config = recipe_of(folder, train={"save_every": 2})
+    seen = train.TrainStream.next_step
+
+    def cut(self: Any, **place: int) -> Any:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return seen(self, **place)
+
+    train.TrainStream.next_step = cut
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config)
+    assert state(config.output.dir / "tiny")["status"] == "interrupted"
+    train.TrainStream.next_step = seen
+    write_chats(folder / "train.jsonl", count=25)
+    with pytest.raises(UserError, match="not those that the run began with"):
+        train.run(config)
+    write_chats(folder / "train.jsonl")
+    train.run(config)
+    assert state(config.output.dir / "tiny")["status"] == "done"
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
+    in_one_process(on_other_data, tmp_path)
+
+
+def with_an_endless_warm_up(folder: Path) -> None:
+    config = recipe_of(folder, train={"steps": None, "epochs": 1.0}, optim={"warmup_steps": 1000})
+    with pytest.raises(UserError, match=r"warmup_steps=1000, but the run has 4 steps"):
+        train.run(config)
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path):
+    in_one_process(with_an_endless_warm_up, tmp_path)
