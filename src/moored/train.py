@@ -11,12 +11,14 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from moored import checkpoint
+from moored import checkpoint, measures
 from moored.base import Located, locate
+from moored.batch import Batch
 from moored.config import Config
 from moored.data import TrainStream, check_data, load_samples
 from moored.engine import Engine, leave
@@ -172,13 +174,14 @@ def _train(run: Run) -> None:
     if run.step == 0 and config.evaluation.before:
         before = _measure(run, run.suite, base=True)
         run.base_match = before.exact_match
-        _track_evaluation(run, before)
+        run.tracker.metrics(run.step, measures.of_evaluation(before))
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
         while run.step < run.num_steps:
+            batches = run.stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
             started = time.perf_counter()
             stats = train_step(
                 engine,
-                run.stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size),
+                batches,
                 mesh,
                 step=run.step,
                 regularizer=config.regularizer,
@@ -192,17 +195,23 @@ def _train(run: Run) -> None:
             run.last_loss = stats.loss
             _track_step(run, stats, seconds)
             progress.update(stats, run.train_tokens / run.train_seconds)
-            _require_finite(run, stats)
+            _require_finite(run, stats, batches)
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
                 _save(run)
             _stop_if_asked(run)
             every = config.evaluation.every
             if every and run.step % every == 0 and run.step < run.num_steps:
-                _track_evaluation(run, _measure(run, run.suite.without_prompts()))
+                evaluation = _measure(run, run.suite.without_prompts())
+                run.tracker.metrics(run.step, measures.of_evaluation(evaluation))
 
 
 def _stop_if_asked(run: Run) -> None:
-    """Where any rank got a signal, save and leave on all of them. Called every step and batch."""
+    """Where any rank got a signal, save and leave on all of them. Called every step and batch.
+
+    Says too that the run is alive, to those who would take over its lock.
+    """
+    if run.mesh.is_main:
+        heartbeat(run.directory.path)
     if not run.mesh.world.max(float(bool(run.signals)), run.mesh.device):
         return
     if run.saved_step < run.step:
@@ -215,34 +224,26 @@ def _stop_if_asked(run: Run) -> None:
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
-    if run.mesh.is_main:
-        heartbeat(run.directory.path)
     if run.step % run.config.train.log_every and run.step != run.num_steps:
         return
-    values = {
-        "train/loss": stats.loss,
-        "train/ce_nats_per_token": stats.ce,
-        "train/grad_norm": stats.grad_norm,
-        "train/learning_rate": stats.learning_rate,
-        "train/num_targets": stats.num_targets,
-        "perf/tokens_per_second": stats.num_tokens / seconds,
-        "perf/step_seconds": seconds,
-        "perf/peak_memory_bytes": peak_memory_bytes(run.mesh.device),
-    }
-    if stats.kl is not None:
-        values[f"train/{run.config.regularizer.kind}_nats_per_token"] = stats.kl
+    kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
+    values = measures.of_step(stats, kind, seconds=seconds, peak_memory_bytes=peak)
     run.tracker.metrics(run.step, values)
 
 
-def _require_finite(run: Run, stats: StepStats) -> None:
+def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> None:
     """Count refused updates; stop when too many follow each other."""
     if stats.applied:
         run.refused_in_a_row = 0
         return
     run.refused_in_a_row += 1
     run.tracker.event("update_refused", step=run.step, loss=stats.loss)
+    samples = [name for batch in batches for name in batch.sample_ids]
     log.warning(
-        "step %d: the gradient is not finite (loss %.4g): update refused", run.step, stats.loss
+        "step %d: the gradient is not finite (loss %.4g): update refused; samples of this rank: %s",
+        run.step,
+        stats.loss,
+        ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if samples[20:] else ""),
     )
     limit = run.config.train.max_nonfinite_updates
     if run.refused_in_a_row >= limit:
@@ -331,20 +332,6 @@ def _measure(run: Run, suite: Suite, *, base: bool = False) -> Evaluation:
     )
 
 
-def _track_evaluation(run: Run, evaluation: Evaluation) -> None:
-    values: dict[str, float] = {}
-    if evaluation.adaptation is not None:
-        values["eval/adaptation_perplexity"] = evaluation.adaptation.policy_ppl
-    if evaluation.exact_match is not None:
-        values["eval/exact_match_fraction"] = evaluation.exact_match
-    for name, figures in evaluation.retention.items():
-        values[f"retention/{name}/perplexity"] = figures.policy_ppl
-        values[f"drift/{name}/kl_nats_per_token"] = figures.kl
-        values[f"drift/{name}/tmkl_nats_per_token"] = figures.tmkl
-        values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
-    run.tracker.metrics(run.step, values)
-
-
 def _evaluate_and_report(run: Run, name: str) -> None:
     """Measure the adapter that was exported; a failure here must not cost it."""
     log.info("evaluating the adapter against its base")
@@ -362,7 +349,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         if run.suite.prompts and run.base_match is None:
             base = _measure(run, run.suite.only_prompts(), base=True)
             run.base_match = base.exact_match
-        _track_evaluation(run, after)
+        run.tracker.metrics(run.step, measures.of_evaluation(after))
         error: BaseException | None = None
         if run.mesh.is_main:
             try:

@@ -180,7 +180,9 @@ def poisoned(folder: Path) -> None:
     train.load_policy = poisoning
     with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
         train.run(config)
-    assert state(config.output.dir / "tiny")["status"] == "refused"
+    run = config.output.dir / "tiny"
+    assert state(run)["status"] == "refused"
+    assert "samples of this rank: train.jsonl:" in (run / "logs/rank-0.log").read_text()
 
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path):

@@ -324,6 +324,29 @@ def test_a_crash_of_both_is_completed_by_sync(place: Place) -> None:
     assert place.run().info.status == "KILLED"
 
 
+def test_a_comparison_that_was_moved_is_shipped_whole(place: Place, empty_store: Path) -> None:
+    config = place.config(mlflow=False)
+    old, moved = place.folder / "runs" / "both", place.folder / "moved"
+    parent = Tracker.start(config, old, attempt=1)
+    child = Tracker.start(config, old / "arms" / "a", attempt=1, parent=old)
+    train(child, range(3))
+    child.finish("FINISHED")
+    parent.finish("FINISHED")
+    old.rename(moved)
+    above, below = (sync(run, place.database) for run in (moved, moved / "arms" / "a"))
+    assert above.complete
+    assert below.complete
+    tags = place.client().get_run(below.run_id).data.tags
+    assert tags["mlflow.parentRunId"] == above.run_id
+    # An arm that lies elsewhere by itself has no parent any more, and says so.
+    shutil.copytree(moved / "arms" / "a", place.folder / "alone")
+    (place.folder / "alone" / "mlflow.json").unlink()
+    shutil.copy(empty_store, place.folder / "other.db")
+    alone = sync(place.folder / "alone", f"sqlite:///{place.folder}/other.db")
+    assert alone.complete
+    assert alone.problems == (f"parent {old}: its run directory is gone",)
+
+
 def test_sync_waits_for_nobody_while_another_process_ships(place: Place) -> None:
     Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1).finish("FINISHED")
     with shipping(place.run_dir, lambda: False), pytest.raises(UserError, match="being shipped"):

@@ -1,0 +1,43 @@
+"""Steps and evaluations as metrics: names that carry their units, for the journal and MLflow.
+
+Nothing is measured or written here.
+"""
+
+from __future__ import annotations
+
+from moored.evaluate import Evaluation
+from moored.step import StepStats
+
+
+def of_step(
+    stats: StepStats, kind: str, *, seconds: float, peak_memory_bytes: int
+) -> dict[str, float]:
+    """The metrics of one update; `kind` is the regulariser's."""
+    values = {
+        "train/loss": stats.loss,
+        "train/ce_nats_per_token": stats.ce,
+        "train/grad_norm": stats.grad_norm,
+        "train/learning_rate": stats.learning_rate,
+        "train/num_targets": float(stats.num_targets),
+        "perf/tokens_per_second": stats.num_tokens / seconds,
+        "perf/step_seconds": seconds,
+        "perf/peak_memory_bytes": float(peak_memory_bytes),
+    }
+    if stats.kl is not None:
+        values[f"train/{kind}_nats_per_token"] = stats.kl
+    return values
+
+
+def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics of one evaluation, per corpus."""
+    values: dict[str, float] = {}
+    if evaluation.adaptation is not None:
+        values["eval/adaptation_perplexity"] = evaluation.adaptation.policy_ppl
+    if evaluation.exact_match is not None:
+        values["eval/exact_match_fraction"] = evaluation.exact_match
+    for name, figures in evaluation.retention.items():
+        values[f"retention/{name}/perplexity"] = figures.policy_ppl
+        values[f"drift/{name}/kl_nats_per_token"] = figures.kl
+        values[f"drift/{name}/tmkl_nats_per_token"] = figures.tmkl
+        values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
+    return values
