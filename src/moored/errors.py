@@ -47,6 +47,12 @@ class EvaluationFailedError(MooredError):
     exit_code = 4
 
 
+class PeerLostError(MooredError):
+    """A collective failed because another process of the run is gone."""
+
+    exit_code = 1
+
+
 class PreemptedError(MooredError):
     """A signal asked the run to leave; its state is saved and it can be requeued."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from moored.config import Config
 from moored.errors import (
     EvaluationFailedError,
     MooredError,
+    PeerLostError,
     PreemptedError,
     TrainingRefusedError,
     UserError,
@@ -30,6 +32,9 @@ STATUS = {
     EvaluationFailedError: "evaluation_failed",
     KeyboardInterrupt: "interrupted",
 }
+_LOST_PEER = re.compile(
+    r"(closed|reset) by peer|Broken pipe|[Tt]imed out|Socket Timeout|ncclRemoteError|remote process"
+)
 MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}
 
 
@@ -84,11 +89,27 @@ def signals_seen() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
+def _lost_peers_named(mesh: Mesh) -> Iterator[None]:
+    """What gloo and NCCL say of a connection that broke, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if mesh.world.size == 1 or not _LOST_PEER.search(str(error)):
+            raise
+        raise PeerLostError(
+            f"rank {mesh.world.rank} lost another process of the run "
+            f"({str(error).splitlines()[0][-120:]}): its own log, logs/rank-*.log, says why; start "
+            "the same command again to go on from the newest checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
 def ending(directory: RunDirectory, tracker: Tracker, mesh: Mesh) -> Iterator[None]:
     """Write down how the run ended, whatever way that is."""
     status, reason = "done", None
     try:
-        yield
+        with _lost_peers_named(mesh):
+            yield
     except BaseException as error:
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), "failed")
         reason = f"{type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
+from distributed.test_launchers import free_port
 from moored import train
 from moored.config import Config, load_config
 from moored.data.stream import TrainStream
@@ -181,3 +182,41 @@ def test_kill_9_in_the_middle_then_the_same_command_again(tmp_path, world_size, 
     assert_identical(config.output.dir / "killed", config.output.dir / "whole")
     state = json.loads((config.output.dir / "killed" / "state.json").read_text())
     assert (state["status"], state["attempt"]) == ("done", 2)
+
+
+def test_a_process_that_is_lost_is_named_by_the_others(tmp_path):
+    recipe_of(tmp_path)
+    recipe = json.loads((tmp_path / "tiny.yaml").read_text())
+    recipe["train"]["steps"] = 100_000
+    path = write_recipe(tmp_path, recipe)
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "moored", "train", str(path), "name=lost"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    run = tmp_path / "runs" / "lost"
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "journal.jsonl").exists() and losses(run)):
+            assert all(rank.poll() is None for rank in ranks)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks[1].kill()
+        _, error = ranks[0].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 1
+    assert "error: rank 0 lost another process of the run" in error
+    assert "Traceback" not in error
+    state = json.loads((run / "state.json").read_text())
+    assert (state["status"], state["reason"][:13]) == ("failed", "PeerLostError")

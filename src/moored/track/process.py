@@ -32,6 +32,7 @@ URI_VARIABLE = "MOORED_TRACKING_URI"
 COMPLETE, INCOMPLETE, STOPPED = 0, 3, 4  # exit codes; any other is a death
 MAX_RESTARTS = 3
 SAY_SECONDS = 5.0
+FAILING_SECONDS = 15.0  # of waiting for a store that does not work
 DRAIN_SECONDS = 60.0  # of trying on, once the trainer is gone
 NICE = 10
 
@@ -109,6 +110,8 @@ class ShipperProcess:
             code = self._process.poll()
             if code in (COMPLETE, INCOMPLETE, STOPPED):
                 return code == COMPLETE
+            if waited >= FAILING_SECONDS and Cursor.load(self._run_dir, address(self._uri)).error:
+                break  # it will not answer now: the journal has everything
             if waited >= say_at:
                 say_at = waited + SAY_SECONDS
                 logger.info("waiting up to %.0f s more for MLflow: %s", seconds - waited, self)
