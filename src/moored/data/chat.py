@@ -106,7 +106,7 @@ class ChatEncoder:
         if self._template.marked:
             covered = "\n".join(text[start:stop] for start, stop in spans)
             turns = [m for m in messages if m["role"] == "assistant"]
-            if not _in_order(covered, turns) or not covered.strip():
+            if not _in_order(covered, turns, turns[-1]) or not covered.strip():
                 raise TemplateError(
                     "the chat template's {% generation %} markers do not cover every assistant "
                     "turn: put them around the assistant's words in data.chat_template"
@@ -126,15 +126,15 @@ class ChatEncoder:
     ) -> tuple[int, int]:
         """Where turn `index` is: after what the model is given to answer, up to the turn's end."""
         given = self._template.render(messages[:index], tools, generation_prompt=True)
-        before = self._template.render(messages[:index], tools)
-        if not text.startswith(given) and text.startswith(before) and given.startswith(before):
-            same = os.path.commonprefix([given, text])  # noqa: RUF071 - of characters
-            opening = given[len(same) :]
-            raise TemplateError(
-                f"the chat template opens an answer with {opening!r}, as messages[{index}] does "
-                f"not in this conversation: begin the answer like that, or {_FIX}"
-            )
         if not text.startswith(given):
+            before = self._template.render(messages[:index], tools)
+            if text.startswith(before) and given.startswith(before):
+                same = os.path.commonprefix([given, text])  # noqa: RUF071 - of characters
+                raise TemplateError(
+                    f"the chat template opens an answer with {given[len(same) :]!r}, as "
+                    f"messages[{index}] does not in this conversation: begin the answer like that, "
+                    f"or {_FIX}"
+                )
             raise TemplateError(
                 f"the chat template rewrites what comes before messages[{index}], so this answer "
                 f"cannot be located in the conversation: {_FIX}, or split it into one sample an "
@@ -149,12 +149,17 @@ class ChatEncoder:
             stop = len(until)
         else:
             stop = self._end_of_words(text, messages, index, tools)
-        begin = len(before) if given.startswith(before) else len(given)  # it may open the answer
-        if stop <= len(given) or _content(messages[index]) not in text[begin:stop]:
+        turn, last = messages[index], messages[-1]
+        if stop > len(given) and _in_order(text[len(given) : stop], [turn], last):
+            return len(given), stop
+        # What the model is given may open the answer, which then says it too.
+        before = self._template.render(messages[:index], tools)
+        said = text[len(before) if given.startswith(before) else len(given) : stop]
+        if stop <= len(given) or _content(turn) not in said:
             raise TemplateError(
                 f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
             )
-        if not _in_order(text[begin:stop], [messages[index]]):
+        if not _in_order(said, [turn], last):
             raise TemplateError(
                 f"the chat template leaves out the tool calls or the reasoning of messages[{index}]"
                 ": write them into its content, remove them, or set data.chat_template"
@@ -322,14 +327,17 @@ def _content(message: dict[str, Any]) -> str:
     return (message.get("content") or "").strip()
 
 
-def _in_order(text: str, turns: Sequence[dict[str, Any]]) -> bool:
-    """Whether the text has what each turn says, calls and reasons, one turn after the other."""
+def _in_order(text: str, turns: Sequence[dict[str, Any]], last: dict[str, Any]) -> bool:
+    """Whether the text has what each turn says, calls and reasons, one turn after the other.
+
+    Reasoning is asked for in the `last` turn alone: many templates drop an earlier one's by design.
+    """
     position = 0
     for turn in turns:
         words = [_content(turn)]
         for call in turn.get("tool_calls") or ():
             words.append(str((call.get("function") or call).get("name", "")))
-        if turn is turns[-1]:  # of earlier turns many templates leave it out by design
+        if turn is last:
             words.append((turn.get("reasoning_content") or "").strip())
         found = [text.find(word, position) for word in words]
         if -1 in found:
