@@ -159,6 +159,11 @@ def load_base(path: Path, config: ModelConfig, device: torch.device) -> nn.Modul
             f"model.name_or_path={config.name_or_path}: cannot be loaded as a causal language "
             f"model: {str(error).splitlines()[0]}"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: does not fit into the memory of {device} "
+            f"({str(error).splitlines()[0][:160]}): free it, or take nf4 or a smaller model"
+        ) from error
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"model.name_or_path={config.name_or_path}: its weights are broken or not those of its "
@@ -306,6 +311,8 @@ def _install_head(causal_lm: Any, device: torch.device) -> None:
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits[0, batch.target_index]
             hidden = final_hidden(causal_lm, batch)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(
             f"{name}: a trial forward fails ({str(error).splitlines()[0][:160]}): this "

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from moored.config import Config
 from moored.errors import (
     EvaluationFailedError,
@@ -89,10 +91,17 @@ def signals_seen() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _lost_peers_named(mesh: Mesh) -> Iterator[None]:
-    """What gloo and NCCL say of a connection that broke, in words."""
+def failures_named(mesh: Mesh) -> Iterator[None]:
+    """In words: a device that is full, and what gloo and NCCL say of a connection that broke."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"rank {mesh.world.rank}: {str(error).splitlines()[0][:160]} Lower "
+            "train.micro_batch_size (or evaluation.micro_batch_size), then data.max_length; set "
+            "train.gradient_checkpointing to non_reentrant, model.quantization to nf4, "
+            "parallel.zero_stage to 3"
+        ) from error
     except RuntimeError as error:
         if mesh.world.size == 1 or not _LOST_PEER.search(str(error)):
             raise
@@ -108,7 +117,7 @@ def ending(directory: RunDirectory, tracker: Tracker, mesh: Mesh) -> Iterator[No
     """Write down how the run ended, whatever way that is."""
     status, reason = "done", None
     try:
-        with _lost_peers_named(mesh):
+        with failures_named(mesh):
             yield
     except BaseException as error:
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), "failed")

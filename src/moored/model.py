@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from moored.base import final_hidden, load_base, probe_batch, resolve_dtype
@@ -154,6 +159,8 @@ def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
         )
         torch.manual_seed(seed)
         model = get_peft_model(causal_lm, lora, autocast_adapter_dtype=True)
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(
             f"adapter: {' '.join(str(error).split())[:300]}: change adapter.target_modules or "
@@ -178,11 +185,16 @@ def open_adapter(causal_lm: Any, folder: Path) -> PeftModel:
         model = PeftModel.from_pretrained(
             causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
         )
+        written = set(load_peft_weights(str(folder), device="cpu"))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
-    written = set(load_file(folder / "adapter_model.safetensors"))
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if own := sorted(name for name in written - expected if "lora" not in name):
+        raise UserError(
+            f"{folder}: carries weights of the base itself ({own[0]}), which the reference shares: "
+            "save it again without them (save_embedding_layers=False)"
+        )
     if odd := sorted(written ^ expected):
         where = "it lacks" if odd[0] in expected else "the base has no place for"
         raise UserError(

@@ -5,6 +5,7 @@ Never trains; what is measured is `evaluate.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def _require_adapter(adapter: Path, run: RunDirectory | None) -> None:
 
 
 def _arm_name(run: RunDirectory, config: Config) -> str:
-    if (run.report / "report.json").is_file():
+    with contextlib.suppress(UserError, StopIteration):  # a broken one is what is mended here
         return next(iter(Report.read(run.report / "report.json").arms))
     return run.path.name if run.path.parent.name == "arms" else config.regularizer.kind
 

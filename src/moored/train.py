@@ -24,12 +24,19 @@ from moored.data import TrainStream, check_data, load_samples
 from moored.engine import Engine, leave
 from moored.errors import (
     EvaluationFailedError,
+    PeerLostError,
     PreemptedError,
     TrainingRefusedError,
     UserError,
 )
 from moored.evaluate import Evaluation, Suite, Training, build_suite, evaluate, to_report
-from moored.lifecycle import ending, open_together, require_same, signals_seen
+from moored.lifecycle import (
+    ending,
+    failures_named,
+    open_together,
+    require_same,
+    signals_seen,
+)
 from moored.log import setup
 from moored.mesh import Mesh, peak_memory_bytes, start_mesh
 from moored.model import PolicyModel, load_policy
@@ -345,19 +352,20 @@ def _evaluate_and_report(run: Run, name: str) -> None:
     if run.mesh.is_main:
         run.directory.update_state(training=asdict(training))
     try:
-        after = _measure(run, run.suite)
-        if run.suite.prompts and run.base_match is None:
-            base = _measure(run, run.suite.only_prompts(), base=True)
-            run.base_match = base.exact_match
-        run.tracker.metrics(run.step, measures.of_evaluation(after))
-        error: BaseException | None = None
-        if run.mesh.is_main:
-            try:
-                _report(run, name, after, training)
-            except Exception as caught:
-                error = caught
-        run.mesh.together(error)
-    except PreemptedError:
+        with failures_named(run.mesh):
+            after = _measure(run, run.suite)
+            if run.suite.prompts and run.base_match is None:
+                base = _measure(run, run.suite.only_prompts(), base=True)
+                run.base_match = base.exact_match
+            run.tracker.metrics(run.step, measures.of_evaluation(after))
+            error: BaseException | None = None
+            if run.mesh.is_main:
+                try:
+                    _report(run, name, after, training)
+                except Exception as caught:
+                    error = caught
+            run.mesh.together(error)
+    except (PreemptedError, PeerLostError):
         raise
     except Exception as error:
         raise EvaluationFailedError(

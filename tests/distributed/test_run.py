@@ -110,6 +110,8 @@ def failing_to_evaluate(folder: Path) -> None:
     train._measure = measure
     run = config.output.dir / "tiny"
     assert state(run)["status"] == "evaluation_failed"
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report/report.json").write_text("")  # as a crash may leave it
     assert (run / "adapter/adapter_model.safetensors").exists()
     remeasure.run_command([str(run)])  # what the error says
     assert state(run)["status"] == "done"
@@ -223,3 +225,19 @@ def with_an_endless_warm_up(folder: Path) -> None:
 
 def test_a_warm_up_longer_than_the_epochs_is_refused(tmp_path):
     in_one_process(with_an_endless_warm_up, tmp_path)
+
+
+def out_of_memory(folder: Path) -> None:
+    config = recipe_of(folder)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    evaluate.Engine.forward = full
+    with pytest.raises(UserError, match=r"out of memory.*Lower train\.micro_batch_size"):
+        train.run(config)
+    assert state(config.output.dir / "tiny")["status"] == "failed"
+
+
+def test_a_full_device_says_what_to_lower(tmp_path):
+    in_one_process(out_of_memory, tmp_path)

@@ -525,3 +525,16 @@ def test_turns_cannot_be_left_out_of_learning(tmp_path):
     chat = [U, {**A, "train": False}]
     path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
     assert r"messages[1].train: turns cannot be weighted" in problems_of(Path(path))
+
+
+@pytest.mark.parametrize("call", ["f()", {"function": "f"}, {"function": {"name": None}}])
+def test_a_tool_call_names_a_function(tmp_path, call):
+    chat = [U, {"role": "assistant", "tool_calls": [call]}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    assert "messages[1].tool_calls[0]: names no function" in problems_of(Path(path))
+
+
+def test_a_limit_of_a_folder_of_texts_counts_documents(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"words of {name}")
+    assert len(load(tmp_path, source={"limit": 2})) == 2

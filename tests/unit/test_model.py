@@ -382,3 +382,22 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, caplog):
     deep = config_of(tmp_path / "deep", num_hidden_layers=3)
     load_policy(Path(deep.model.name_or_path), deep, CPU, adapter=tmp_path / "adapter")
     assert "was trained on" in caplog.text  # its names fit the first two layers: not told apart
+
+
+def test_an_adapter_that_carries_the_head_is_refused_with_the_reason(tmp_path):
+    config = config_of(tmp_path, tie_word_embeddings=False)
+    policy = policy_of(config)
+    policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(UserError, match="carries weights of the base itself"):
+        load_policy(Path(config.model.name_or_path), config, CPU, adapter=tmp_path / "adapter")
+
+
+def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):
+    config = config_of(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(UserError, match="does not fit into the memory"):
+        policy_of(config)

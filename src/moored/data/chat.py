@@ -159,12 +159,17 @@ class ChatEncoder:
             raise TemplateError(
                 f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
             )
-        if not _in_order(said, [turn], last):
+        if _in_order(said, [turn], last):
+            return len(given), stop
+        if _in_order(text[len(given) :], [turn], last):  # the words end before the calls do
             raise TemplateError(
-                f"the chat template leaves out the tool calls or the reasoning of messages[{index}]"
-                ": write them into its content, remove them, or set data.chat_template"
+                f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
             )
-        return len(given), stop
+        what = "tool_calls" if turn.get("tool_calls") else "reasoning_content"
+        raise TemplateError(
+            f"the chat template leaves out messages[{index}].{what}: write it into the content, "
+            "remove it, or set data.chat_template"
+        )
 
     def _end_of_words(
         self,

@@ -128,7 +128,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
             given = {
                 "fields": bool(source.fields),
                 "format": source.format not in ("auto", "text"),
-                "limit": source.limit is not None,
+                "limit": source.limit is not None and len(reader.files) == 1,
             }
             problems += [
                 f"{label}.{option}: a {sorted(suffixes)[0]} file is plain text, cut into rows of "
@@ -283,7 +283,8 @@ def _find(path: Path, label: str, problems: list[str]) -> list[tuple[Path, str]]
                 for item in everything
                 if item[1].suffix.lower() in PLAIN and item[1].stem.lower() != "readme"
             ]
-            others = [name for name, entry in everything if (name, entry) not in files]
+            read = {name for name, _ in files}
+            others = [name for name, _ in everything if name not in read]
             if not files:
                 found = f", but {', '.join(others[:3])}" if others else ""
                 problems.append(

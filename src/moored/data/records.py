@@ -223,6 +223,13 @@ def _turn_problem(message: Any) -> str | None:
     if message.get("tool_calls") is not None:
         if role != "assistant" or not isinstance(message["tool_calls"], list):
             return ".tool_calls: must be a list, in an assistant turn: move or remove it"
+        for number, call in enumerate(message["tool_calls"]):
+            inner = (call.get("function") or call) if isinstance(call, dict) else None
+            if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+                return (
+                    f".tool_calls[{number}]: names no function: write "
+                    '{"function": {"name": ..., "arguments": ...}}'
+                )
         if message["tool_calls"] and not message.get("content"):
             return _deep_problem(message)  # a call needs no words
     if isinstance(message["content"], list):

@@ -266,7 +266,7 @@ class TrainStream:
                 f"the checkpoint's data cursor is of the sources {list(state.get('sources', []))}, "
                 f"the recipe has {names}: resume with the recipe of the run, or start a new run"
             )
-        if state["data"] != self.fingerprint():
+        if state.get("data", self.fingerprint()) != self.fingerprint():
             raise UserError(
                 f"the data of {', '.join(names)} (or the template or tokenizer) are not those that "
                 "the run began with, so samples would be repeated or lost: restore them, start a "
