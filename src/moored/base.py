@@ -318,10 +318,10 @@ def _install_head(causal_lm: Any, device: torch.device) -> None:
             f"{name}: a trial forward fails ({str(error).splitlines()[0][:160]}): this "
             "architecture is not supported (or not in 4 bits: try model.quantization none)"
         ) from error
-    if not bool(torch.isfinite(full).all()):
+    if not bool(torch.isfinite(hidden).all() and torch.isfinite(full).all()):
         raise UserError(
-            f"{name}: its logits are not finite: the weights are broken, or overflow in "
-            f"{full.dtype}: download the model again, or set model.dtype to float32"
+            f"{name}: its hidden states or logits are not finite: the weights are broken, or "
+            f"overflow in {full.dtype}: download the model again, or set model.dtype to float32"
         )
     ours = head(hidden).float() * scale
     if softcap is not None:

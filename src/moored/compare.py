@@ -16,7 +16,7 @@ from moored import train
 from moored.config import Config, arm_names
 from moored.engine import leave
 from moored.errors import PreemptedError
-from moored.lifecycle import ending, open_together, signals_seen
+from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen
 from moored.log import setup
 from moored.mesh import start_mesh
 from moored.report import Report, merge, show, write
@@ -49,7 +49,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
         signals = stack.enter_context(signals_seen())  # between arms; an arm has its own
         base_match = None  # generated once, by the first arm
         for name, regularizer in zip(names, config.compare, strict=True):
-            if mesh.world.max(float(bool(signals)), mesh.device):
+            if asked_to_stop(mesh, signals):
                 raise PreemptedError(
                     f"stopped by a signal before arm {name}: start the same command again to go on"
                 )

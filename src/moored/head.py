@@ -153,7 +153,7 @@ def _run(
     # would underflow.
     ce_scale, kl_scale = scales
     ce_unit, kl_unit = (torch.as_tensor(x, dtype=dtype, device=h_ND.device).abs() for x in scales)
-    units = {with_kl: _not_0(x) for with_kl, x in ((False, ce_unit), (True, ce_unit.max(kl_unit)))}
+    units = {False: _not_0(ce_unit), True: _not_0(ce_unit.max(kl_unit))}
     size = _chunk_size(chunk_tokens, plan.num_targets, logits)
     buffer = logits.new_buffer(min(size, plan.num_targets), dtype)
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):

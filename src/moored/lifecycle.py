@@ -90,6 +90,11 @@ def signals_seen() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def asked_to_stop(mesh: Mesh, signals: list[int]) -> bool:
+    """Whether any rank has seen a signal; the same answer on all of them. Collective."""
+    return mesh.world.max(float(bool(signals)), mesh.device) > 0
+
+
 @contextlib.contextmanager
 def failures_named(mesh: Mesh) -> Iterator[None]:
     """In words: a device that is full, and what gloo and NCCL say of a connection that broke."""

@@ -254,11 +254,6 @@ def load_policy(
     pristine = _pristine_hidden(causal_lm, batch, dtype)
     if config.data.packing:
         _require_isolation(causal_lm, batch, pristine, dtype)
-    if not bool(torch.isfinite(pristine).all()):
-        raise UserError(
-            f"model.name_or_path={config.model.name_or_path}: the base's hidden states are not "
-            "finite: its weights are broken, or overflow: download it again or set model.dtype"
-        )
     if adapter is None:
         label = f"{config.adapter.method} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed)

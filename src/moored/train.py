@@ -31,6 +31,7 @@ from moored.errors import (
 )
 from moored.evaluate import Evaluation, Suite, Training, build_suite, evaluate, to_report
 from moored.lifecycle import (
+    asked_to_stop,
     ending,
     failures_named,
     open_together,
@@ -219,7 +220,7 @@ def _stop_if_asked(run: Run) -> None:
     """
     if run.mesh.is_main:
         heartbeat(run.directory.path)
-    if not run.mesh.world.max(float(bool(run.signals)), run.mesh.device):
+    if not asked_to_stop(run.mesh, run.signals):
         return
     if run.saved_step < run.step:
         _save(run)

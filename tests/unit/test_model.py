@@ -192,8 +192,7 @@ def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, mon
 
 
 def test_logit_scale_of_the_architecture_reaches_the_head(tmp_path):
-    tokenizer_path = tiny_model(tmp_path / "plain")
-    config = transformers.GraniteConfig(
+    granite = transformers.GraniteConfig(
         vocab_size=259,
         hidden_size=64,
         intermediate_size=128,
@@ -202,8 +201,8 @@ def test_logit_scale_of_the_architecture_reaches_the_head(tmp_path):
         num_key_value_heads=2,
         logits_scaling=8.0,
     )
-    transformers.GraniteForCausalLM(config).save_pretrained(tokenizer_path)
-    settings = config_of(tmp_path, f"model.name_or_path={tokenizer_path}")
+    path = odd_base(tmp_path / "granite", granite)
+    settings = config_of(tmp_path, f"model.name_or_path={path}")
     policy = policy_of(settings)
     batch = some_batch()
     loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))

@@ -230,10 +230,11 @@ def sync(
         raise UserError(f"{run_dir} has no journal of a run: give a run directory")
     uri = _sync_uri(run_dir, uri)
     target = provenance.address(uri)
-    parent = first["fields"].get("parent")
-    if parent and Cursor.load(parent_of(run_dir, parent), target).run_id is None:
+    recorded = first["fields"].get("parent")
+    parent = parent_of(run_dir, recorded) if recorded else None
+    if parent and Cursor.load(parent, target).run_id is None:
         with contextlib.suppress(UserError):
-            sync(parent_of(run_dir, parent), uri)
+            sync(parent, uri)
     with _private_files(), shipping(run_dir, lambda: False) as held:
         if not held:
             raise UserError(
