@@ -9,11 +9,19 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moored.mesh import Axis, Mesh
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = ["the quick brown fox jumps over the lazy dog", "user assistant count one two three four"]
+ALONE = Mesh(
+    world=Axis(name="world"),
+    dp=Axis(name="dp"),
+    tp=Axis(name="tp"),
+    device=torch.device("cpu"),
+)
 ARCHITECTURES = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,

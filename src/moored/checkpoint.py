@@ -118,6 +118,13 @@ def load_masters(optimizer: dict[str, torch.Tensor], policy: PolicyModel) -> Non
     """
     masters = masters_of(optimizer)
     own = policy.trainable()
+    if policy.sharding is not None:
+        try:
+            masters = {
+                n: policy.sharding.local(n, m) if n in own else m for n, m in masters.items()
+            }
+        except ValueError as error:
+            raise UserError(f"checkpoint: {error}: resume with the recipe that wrote it") from error
     wrong = sorted(
         name
         for name in own.keys() | masters.keys()

@@ -24,7 +24,7 @@ from moored.config import Config
 from moored.data import SampleSet, check_data, load_samples
 from moored.errors import UserError
 from moored.evaluate import build_suite
-from moored.mesh import Mesh, leave_mesh, start_mesh
+from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.model import load_policy
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
@@ -40,7 +40,7 @@ def run(config: Config | None) -> None:
         UserError: the first thing that would stop a run.
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    mesh = start_mesh(1)
+    mesh = start_mesh(1 if config is None else degree_for(config.parallel.tensor_parallel_degree))
     try:
         if mesh.is_main:
             _machine(console, config)
@@ -108,7 +108,7 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
         for name, batches in suite.retention.items():
             scored = sum(batch.num_targets for batch in batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
-    policy = load_policy(source.path, config, mesh.device)
+    policy = load_policy(source.path, config, mesh)
     if mesh.is_main:
         trained = sum(p.numel() for p in policy.trainable().values())
         console.print(

@@ -19,7 +19,7 @@ import torch
 
 from moored.batch import Batch
 from moored.config import Config
-from moored.errors import UserError
+from moored.errors import TrainingRefusedError, UserError
 from moored.head import DriftSums
 from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
@@ -90,12 +90,18 @@ class Engine:
             weight_decay=config.optim.weight_decay,
             foreach=False,
         )
+        self._sharding = policy.sharding
+        for name, parameter in self._trainable.items():
+            # DeepSpeed counts what is cut once per rank in the norm, what is shared once in all.
+            if self._sharding is not None and self._sharding.split_of(name) is not None:
+                parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self._engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
             config=zero_config(config),
             dist_init_required=False,
+            mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
         )[0]
 
     # -- forward and backward ---------------------------------------------------------------
@@ -141,8 +147,7 @@ class Engine:
         return norm if self._engine.was_step_applied() else float("nan")
 
     def _step_unpartitioned(self) -> float:
-        grads = [p.grad for p in self._trainable.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self._grad_norm()
         if not torch.isfinite(norm):
             for parameter in self._trainable.values():
                 parameter.grad = None
@@ -153,6 +158,16 @@ class Engine:
             )
         self._engine.step()
         return float(norm)
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Over all parameters, each counted once however many ranks hold it."""
+        grads = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        if self._sharding is None:
+            return torch.nn.utils.get_total_norm(grads.values())
+        cut = [g for name, g in grads.items() if self._sharding.split_of(name) is not None]
+        shared = [g for name, g in grads.items() if self._sharding.split_of(name) is None]
+        norms = [torch.nn.utils.get_total_norm(part).double() for part in (cut, shared)]
+        return (self.mesh.tp.sum(norms[0] ** 2) + norms[1] ** 2).sqrt()
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -176,16 +191,48 @@ class Engine:
         """Every adapter parameter, whole and in fp32 on the CPU. Collective under ZeRO-3."""
         tensors = {}
         for name, parameter in self._trainable.items():
-            with self._whole(parameter):
-                tensors[name] = parameter.detach().float().cpu().clone()
+            with self._gathered(parameter):
+                tensors[name] = self._whole(name, parameter.detach().float().clone()).cpu()
         return tensors
+
+    def require_equal_replicas(self) -> None:
+        """Look whether what a tensor-parallel group shares is the same bit for bit. Collective.
+
+        Raises:
+            TrainingRefusedError: it is not, so that the ranks no longer train one model.
+        """
+        if self._sharding is None:
+            return
+        names = [n for n in self._trainable if self._sharding.split_of(n) is None]
+        sums = [self._checksum(self._trainable[name]) for name in names]
+        if not sums:
+            return
+        low, high = self.mesh.tp.extremes(torch.stack(sums))
+        odd = (low != high).nonzero().flatten().tolist()
+        if odd:
+            raise TrainingRefusedError(
+                f"{names[odd[0]]} ({len(odd)} tensors in all) differs between the ranks of a "
+                "tensor-parallel group: one of them computes or receives wrongly: start again on "
+                "other nodes, from a checkpoint before it"
+            )
+
+    def _checksum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        with self._gathered(parameter):
+            bits = parameter.detach().contiguous().view(torch.int32).flatten().long()
+            return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+
+    def _whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        return local if self._sharding is None else self._sharding.whole(name, local)
+
+    def _local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self._sharding is None else self._sharding.local(name, whole)
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """The fp32 master, Adam's moments and step per parameter, whole, on the CPU. Collective."""
         tensors = {f"{name}.master": tensor for name, tensor in self.adapter_tensors().items()}
         for name, parameter in self._trainable.items():
             for key in MOMENTS:
-                tensors[f"{name}.{key}"] = self._get_moment(parameter, key).cpu()
+                tensors[f"{name}.{key}"] = self._whole(name, self._get_moment(parameter, key)).cpu()
             tensors[f"{name}.step"] = torch.tensor(self._steps_taken(), dtype=torch.float32)
         return tensors
 
@@ -198,7 +245,8 @@ class Engine:
         self._create_optimizer_state(float(steps))
         for name, parameter in self._trainable.items():
             for key in MOMENTS:
-                self._set_moment(parameter, key, tensors[f"{name}.{key}"])
+                moment = self._local(name, tensors[f"{name}.{key}"])
+                self._set_moment(parameter, key, moment)
 
     @property
     def _flat_parameters(self) -> list[torch.Tensor]:
@@ -232,7 +280,7 @@ class Engine:
     def _get_moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         if not self._adam_state.get(self._flat_parameters[0]):
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            return torch.zeros(shape, dtype=torch.float32)
+            return torch.zeros(shape, dtype=torch.float32, device=self.mesh.device)
         if self.stage == 0:
             return self._adam_state[parameter][key].detach().clone()
         whole = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
@@ -247,7 +295,7 @@ class Engine:
             deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
 
     @contextlib.contextmanager
-    def _whole(self, parameter: torch.nn.Parameter) -> Iterator[None]:
+    def _gathered(self, parameter: torch.nn.Parameter) -> Iterator[None]:
         if self.stage == 3:
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield
@@ -257,6 +305,35 @@ class Engine:
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
         self._engine.destroy()
+
+
+class _ModelParallelUnit:
+    """The mesh in the words in which DeepSpeed asks for it."""
+
+    def __init__(self, mesh: Mesh):
+        self._dp, self._tp = mesh.dp, mesh.tp
+
+    def get_data_parallel_group(self, **_: Any) -> Any:
+        return self._dp.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._dp.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tp.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
 
 def leave() -> None:

@@ -235,6 +235,7 @@ class Head(nn.Module):
         self.logit_softcap = logit_softcap
         self.shard = shard
         self.chunk_tokens = chunk_tokens
+        self._widths: list[int] | None = None  # columns of every rank
 
     def forward(
         self,
@@ -267,12 +268,13 @@ class Head(nn.Module):
             drift: compare policy and reference instead.
 
         Returns:
-            Plain `hidden @ weight.T + bias` without `targets` (no cap, no scale: a Hugging Face
-            forward applies its own); else (grad_hidden [N, D] in at least fp32, LossSums), neither
+            Plain `hidden @ weight.T + bias` of the whole vocabulary without `targets`: no cap, no
+            scale (a Hugging Face forward applies its own), a shard's columns gathered, as
+            generation needs them. Else (grad_hidden [N, D] in at least fp32, LossSums), neither
             with a graph: so ZeRO-3 has no backward for which to gather the weight again.
         """
         if targets is None:
-            return nn.functional.linear(hidden, self.weight, self.bias)
+            return self._all_columns(nn.functional.linear(hidden, self.weight, self.bias))
         if drift:
             if reference_hidden is None:
                 raise ValueError("drift needs reference_hidden")
@@ -346,6 +348,23 @@ class Head(nn.Module):
             empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
             return DriftSums(empty, empty, empty, empty, empty.bool(), empty.bool())
         return DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
+
+    def _all_columns(self, logits_v: Tensor) -> Tensor:
+        """Every rank's columns, [..., V], without padding; no gradient where there are several."""
+        shard = self.shard
+        if shard is None or shard.world_size == 1:
+            return logits_v
+        if self._widths is None:
+            mine = torch.tensor([shard.num_valid], device=logits_v.device)
+            widths = mine.new_empty(shard.world_size)
+            dist.all_gather_into_tensor(widths, mine, group=shard.group)  # pyright: ignore
+            self._widths = [int(width) for width in widths]
+        widest = max(self._widths)
+        valid_v = logits_v.detach()[..., : shard.num_valid]
+        mine = nn.functional.pad(valid_v, (0, widest - shard.num_valid)).contiguous()
+        parts = mine.new_empty((shard.world_size, *mine.shape))
+        dist.all_gather_into_tensor(parts.view(-1), mine.view(-1), group=shard.group)  # pyright: ignore
+        return torch.cat([p[..., :w] for p, w in zip(parts, self._widths, strict=True)], dim=-1)
 
     def _logits(self) -> Logits:
         return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from moored.errors import UserError
 from moored.launched import Launched, launched
@@ -42,6 +43,45 @@ class Axis:
         if self.size > 1:
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
         return total
+
+    def concatenate(self, part: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """Every rank's part, joined along `dim`.
+
+        Args:
+            part: this rank's; the parts differ along `dim` at most.
+            dim: where they are joined.
+            sizes: each rank's length along `dim`, in rank order.
+        """
+        if self.size == 1:
+            return part
+        widest = max(sizes)
+        mine = part.movedim(dim, 0).contiguous()
+        if len(mine) < widest:
+            mine = torch.cat([mine, mine.new_zeros(widest - len(mine), *mine.shape[1:])])
+        parts = mine.new_empty(self.size * widest, *mine.shape[1:])
+        # Its successor all_gather_single is absent from the older releases that we support.
+        dist.all_gather_into_tensor(parts, mine, group=self.group)  # pyright: ignore
+        if min(sizes) < widest:
+            starts = range(0, len(parts), widest)
+            parts = torch.cat([parts[i : i + n] for i, n in zip(starts, sizes, strict=True)])
+        return parts.movedim(0, dim)
+
+    def sum_part(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part along `dim` of the sum over the axis; equal parts (reduce-scatter)."""
+        if self.size == 1:
+            return values
+        whole = values.movedim(dim, 0).contiguous()
+        part = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
+        dist.reduce_scatter_tensor(part, whole, group=self.group)  # pyright: ignore
+        return part.movedim(0, dim)
+
+    def extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest of each entry over the axis."""
+        low, high = values.clone(), values.clone()
+        if self.size > 1:
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
+        return low, high
 
     def max(self, value: float, device: torch.device | None = None) -> float:
         """Largest `value` over the axis, the same on every rank."""
@@ -149,7 +189,7 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
     place = launched()
     if place.world_size % tensor_parallel_degree:
         raise UserError(
-            f"tensor_parallel_degree={tensor_parallel_degree} does not divide "
+            f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
             f"the {place.world_size} processes: start a multiple of it"
         )
     device = torch.device("cpu")
@@ -163,10 +203,18 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
     if tensor_parallel_degree == 1:
         dp = Axis(name="dp", rank=world.rank, size=world.size)
         return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device)
-    raise UserError(
-        f"tensor_parallel_degree={tensor_parallel_degree}: this version trains with data "
-        "parallelism and ZeRO only; set it to 1"
+    shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+    dp, tp = (
+        Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
+        for name, size in zip(("dp", "tp"), shape, strict=True)
     )
+    return Mesh(world=world, dp=dp, tp=tp, device=device)
+
+
+def degree_for(wanted: int) -> int:
+    """The degree to measure with: 1 in a process alone, which then holds the whole model."""
+    return wanted if launched().world_size > 1 else 1
 
 
 def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None:

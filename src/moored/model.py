@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,26 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
 from torch import nn
 
-from moored.base import final_hidden, load_base, probe_batch, resolve_dtype
+from moored.base import resolve_dtype
 from moored.batch import Batch
 from moored.config import AdapterConfig, Config
 from moored.errors import UserError
+from moored.forward import final_hidden, probe_batch
 from moored.head import Head, attach_gradient
+from moored.loading import load_base
+from moored.mesh import Mesh
 from moored.reference import adapters_off, dropout_off, require_identity
+from moored.tensor_parallel import Sharding, whole_adapters
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +65,16 @@ class PolicyModel(nn.Module):
     Attributes:
         causal_lm: the PEFT model around the Hugging Face causal language model.
         compute_dtype: the dtype of the base's activations; adapters are kept in fp32.
+        sharding: how the model is spread over ranks; None on one.
     """
 
-    def __init__(self, causal_lm: PeftModel, compute_dtype: torch.dtype):
+    def __init__(
+        self, causal_lm: PeftModel, compute_dtype: torch.dtype, sharding: Sharding | None = None
+    ):
         super().__init__()
         self.causal_lm = causal_lm
         self.compute_dtype = compute_dtype
+        self.sharding = sharding
 
     @property
     def head(self) -> Head:
@@ -129,8 +140,16 @@ class PolicyModel(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
 
-def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
+def add_adapters(
+    causal_lm: Any, config: AdapterConfig, seed: int, sharding: Sharding | None = None
+) -> PeftModel:
     """Put the recipe's adapters into the base, in fp32, initialised from `seed`.
+
+    Args:
+        causal_lm: the base.
+        config: the recipe's.
+        seed: of the initial values, which are the same on every mesh.
+        sharding: how the base is spread.
 
     Raises:
         UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
@@ -167,6 +186,9 @@ def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
             "adapter.init"
         ) from error
     assert isinstance(model, PeftModel)
+    if sharding is not None:
+        sharding.adopt(causal_lm)
+        _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, lora, seed))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -175,17 +197,21 @@ def add_adapters(causal_lm: Any, config: AdapterConfig, seed: int) -> PeftModel:
     return model
 
 
-def open_adapter(causal_lm: Any, folder: Path) -> PeftModel:
+def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None) -> PeftModel:
     """Put a saved PEFT adapter on the base, in fp32.
 
     Raises:
         UserError: PEFT cannot read it, or it does not fit this base.
     """
     try:
-        model = PeftModel.from_pretrained(
-            causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
-        )
-        written = set(load_peft_weights(str(folder), device="cpu"))
+        tensors = load_peft_weights(str(folder), device="cpu")
+        written = set(tensors)
+        if sharding is None:
+            model = PeftModel.from_pretrained(
+                causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
+            )
+        else:
+            model = _open_parts(causal_lm, folder, sharding, tensors)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
@@ -205,6 +231,30 @@ def open_adapter(causal_lm: Any, folder: Path) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _open_parts(
+    causal_lm: Any, folder: Path, sharding: Sharding, tensors: dict[str, torch.Tensor]
+) -> PeftModel:
+    """As `PeftModel.from_pretrained`, of a base whose layers have this rank's sizes."""
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    model = get_peft_model(causal_lm, config, autocast_adapter_dtype=True)
+    assert isinstance(model, PeftModel)
+    sharding.adopt(causal_lm)
+    own = {name for name in tensors if "lora" in name}
+    parts = {name: sharding.local(name, tensors[name]) for name in own}
+    set_peft_model_state_dict(model, parts)
+    return model
+
+
+def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, torch.Tensor]) -> None:
+    """Give this rank's parts of whole matrices to the adapters; DoRA's magnitudes stay."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            path = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            if path in whole:
+                parameter.copy_(sharding.local(name, whole[path]))
 
 
 def _require_known(causal_lm: Any, targets: list[str]) -> None:
@@ -232,34 +282,32 @@ def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
                 )
 
 
-def load_policy(
-    path: Path, config: Config, device: torch.device, adapter: Path | None = None
-) -> PolicyModel:
+def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = None) -> PolicyModel:
     """Base, head and adapters, with the reference proved to be the base.
 
     Args:
         path: a local folder with the model.
         config: the recipe.
-        device: where it goes.
+        mesh: the processes; the model is spread over its tensor-parallel axis. Collective.
         adapter: a PEFT folder whose adapter is loaded; None makes a fresh one by the recipe.
 
     Raises:
         UserError: see `load_base`, `add_adapters`; the adapters change the base; packing would
             let samples see each other.
     """
-    causal_lm = load_base(path, config.model, device)
-    dtype = resolve_dtype(config.model, device)
-    vocab_size = causal_lm.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    batch = probe_batch(vocab_size, device)
+    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel)
+    dtype = resolve_dtype(config.model, mesh.device)
+    vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
+    batch = probe_batch(vocab_size, mesh.device)
     pristine = _pristine_hidden(causal_lm, batch, dtype)
     if config.data.packing:
-        _require_isolation(causal_lm, batch, pristine, dtype)
+        _require_isolation(causal_lm, batch, pristine, dtype, vocab_size)
     if adapter is None:
         label = f"{config.adapter.method} with init {config.adapter.init}"
-        model = add_adapters(causal_lm, config.adapter, config.train.seed)
+        model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
     else:
         label = str(adapter)
-        model = open_adapter(causal_lm, adapter)
+        model = open_adapter(causal_lm, adapter, sharding)
         made_for = model.peft_config["default"].base_model_name_or_path
         if made_for and made_for != config.model.name_or_path:
             log.warning(
@@ -268,7 +316,7 @@ def load_policy(
                 made_for,
                 config.model.name_or_path,
             )
-    policy = PolicyModel(model, dtype)
+    policy = PolicyModel(model, dtype, sharding)
     policy.train()
     with adapters_off(policy):
         off = policy(batch)
@@ -298,11 +346,11 @@ def _pristine_hidden(causal_lm: nn.Module, batch: Batch, dtype: torch.dtype) -> 
 
 
 def _require_isolation(
-    causal_lm: Any, batch: Batch, pristine: torch.Tensor, dtype: torch.dtype
+    causal_lm: Any, batch: Batch, pristine: torch.Tensor, dtype: torch.dtype, vocab_size: int
 ) -> None:
     """Change the first packed sample; the second one's hidden states must not move."""
     ids = batch.input_ids.clone()
-    ids[:, :8] = (ids[:, :8] + 1) % causal_lm.get_input_embeddings().weight.shape[0]
+    ids[:, :8] = (ids[:, :8] + 1) % vocab_size
     fields = {name: getattr(batch, name) for name in Batch.__slots__}
     moved = _pristine_hidden(causal_lm, Batch(**{**fields, "input_ids": ids}), dtype)
     first, second = (moved - pristine).float().abs().amax(dim=1).split(4)

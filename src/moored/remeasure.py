@@ -19,7 +19,7 @@ from moored.config import Config, load_config
 from moored.engine import Engine, leave
 from moored.errors import UserError
 from moored.evaluate import Training, build_suite, evaluate, to_report
-from moored.mesh import Mesh, start_mesh
+from moored.mesh import Mesh, degree_for, start_mesh
 from moored.model import load_policy
 from moored.report import Report, labels_of, show, write
 from moored.rundir import RunDirectory
@@ -63,7 +63,7 @@ def run_command(
         UserError: a target is neither, or an adapter comes without a recipe.
     """
     opened = _open(targets, recipe, overrides, out)
-    mesh = start_mesh(1)
+    mesh = start_mesh(_degree(opened))
     try:
         for target in opened:
             report = _measure(target, mesh)
@@ -72,6 +72,25 @@ def run_command(
             mesh.world.barrier()
     finally:
         leave()
+
+
+def _degree(targets: Sequence[Target]) -> int:
+    """Of the tensor parallelism that they are measured with, which changes no figure."""
+    parallel = [target.config.parallel for target in targets]
+    wanted = {p.tensor_parallel_degree for p in parallel}
+    degree = degree_for(max(wanted))
+    if degree > 1 and len(wanted) > 1:
+        raise UserError(
+            f"the targets have parallel.tensor_parallel_degree {sorted(wanted)}: add one for all, "
+            f"such as parallel.tensor_parallel_degree={degree}"
+        )
+    for p in parallel:
+        if p.quantization_statistics == "slice" and degree != p.tensor_parallel_degree:
+            raise UserError(
+                "parallel.quantization_statistics is slice, so the base depends on the degree: "
+                f"start {p.tensor_parallel_degree} processes"
+            )
+    return degree
 
 
 def _open(
@@ -124,7 +143,7 @@ def _measure(target: Target, mesh: Mesh) -> Report:
     config = target.config
     located = locate(config.model, mesh)
     suite = build_suite(config, located, mesh)
-    policy = load_policy(located.source.path, config, mesh.device, adapter=target.adapter)
+    policy = load_policy(located.source.path, config, mesh, adapter=target.adapter)
     engine = Engine(policy, config, mesh)
     try:
         ask: Any = partial(

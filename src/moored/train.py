@@ -153,7 +153,7 @@ def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         num_tokens=samples.num_tokens,
     )
 
-    policy = load_policy(located.source.path, config, mesh.device)
+    policy = load_policy(located.source.path, config, mesh)
     newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
     newest = mesh.world.broadcast(newest)
     if newest is not None:
@@ -204,6 +204,8 @@ def _train(run: Run) -> None:
             _track_step(run, stats, seconds)
             progress.update(stats, run.train_tokens / run.train_seconds)
             _require_finite(run, stats, batches)
+            if run.step % config.parallel.replica_check_every == 0:
+                engine.require_equal_replicas()
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
                 _save(run)
             _stop_if_asked(run)

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from distributed.runner import run_distributed
-from moored import base
+from moored import loading
 from moored.batch import Batch, Sample, batches_of
 from moored.config import Config, load_config
 from moored.engine import Engine
@@ -47,8 +47,8 @@ def global_batch(step: int, vocab_size: int = 259) -> list[list[Sample]]:
 
 
 def build(config: Config) -> tuple[Mesh, Engine]:
-    mesh = start_mesh(1)
-    policy = load_policy(Path(config.model.name_or_path), config, mesh.device)
+    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    policy = load_policy(Path(config.model.name_or_path), config, mesh)
     return mesh, Engine(policy, config, mesh)
 
 
@@ -288,7 +288,7 @@ def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -
     results = {}
     for case, config in configs.items():
         if case == "bitsandbytes' own layer":
-            base.make_zero_safe = leave_bitsandbytes_layers
+            loading.make_zero_safe = leave_bitsandbytes_layers
         mesh, engine = build(config)
         shards = {
             p.ds_tensor.untyped_storage().data_ptr()

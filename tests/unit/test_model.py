@@ -15,9 +15,11 @@ from moored.batch import Sample, collate
 from moored.config import Config, load_config
 from moored.errors import UserError
 from moored.linear4bit import FrozenLinear4bit, make_zero_safe
-from moored.model import LossArguments, PolicyModel, load_base, load_policy
+from moored.loading import load_base
+from moored.model import LossArguments, PolicyModel, load_policy
+from moored.weights import Loader
 from moored.reference import adapters_off, dropout_off
-from tiny import tiny_model, tiny_recipe, write_recipe
+from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")
 
@@ -30,7 +32,7 @@ def config_of(
 
 
 def policy_of(config: Config) -> PolicyModel:
-    return load_policy(Path(config.model.name_or_path), config, CPU)
+    return load_policy(Path(config.model.name_or_path), config, ALONE)
 
 
 def some_batch(rows: int = 2, length: int = 12, vocab_size: int = 259, seed: int = 0):
@@ -73,7 +75,7 @@ def test_reference_is_the_untouched_base_bit_for_bit(
 ):
     overrides = [f"model.dtype={dtype}", f"model.quantization={quantization}"]
     config = config_of(tmp_path, *overrides, architecture=architecture, **settings)
-    base = load_base(Path(config.model.name_or_path), config.model, CPU)
+    base = load_base(Path(config.model.name_or_path), config.model, ALONE, config.parallel)[0]
     batch = some_batch()
     with (
         torch.no_grad(),
@@ -184,9 +186,7 @@ class OddLlama(transformers.LlamaForCausalLM):
 
 def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, monkeypatch):
     config = config_of(tmp_path)
-    monkeypatch.setattr(
-        transformers.AutoModelForCausalLM, "from_pretrained", OddLlama.from_pretrained
-    )
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", OddLlama._from_config)
     with pytest.raises(UserError, match="OddLlama: its forward does more to the logits"):
         policy_of(config)
 
@@ -213,7 +213,7 @@ def test_logit_scale_of_the_architecture_reaches_the_head(tmp_path):
 def test_a_missing_model_is_one_line(tmp_path):
     config = config_of(tmp_path)
     with pytest.raises(UserError, match="cannot be loaded") as caught:
-        load_base(tmp_path / "nowhere", config.model, CPU)
+        load_base(tmp_path / "nowhere", config.model, ALONE, config.parallel)
     assert "\n" not in str(caught.value)
 
 
@@ -269,7 +269,7 @@ def test_a_base_that_would_not_be_its_own_is_refused(tmp_path, quantization, cha
     config = config_of(tmp_path, f"model.quantization={quantization}")
     folder = saved_base(config, tmp_path / "broken", change)
     with pytest.raises(UserError, match=says) as caught:
-        load_policy(folder, config, CPU)
+        load_policy(folder, config, ALONE)
     assert "\n" not in str(caught.value)
 
 
@@ -299,12 +299,12 @@ def test_a_checkpoint_in_nf4_is_the_base_that_it_was_made_of(tmp_path):
     )
     batch = some_batch()
     with torch.no_grad():
-        ours, theirs = policy_of(config)(batch), load_policy(folder, config, CPU)(batch)
+        ours, theirs = policy_of(config)(batch), load_policy(folder, config, ALONE)(batch)
     assert torch.equal(ours, theirs)
     with pytest.raises(UserError, match=r"set model\.quantization to nf4"):
-        load_policy(folder, config_of(tmp_path, "model.quantization=none"), CPU)
+        load_policy(folder, config_of(tmp_path, "model.quantization=none"), ALONE)
     with pytest.raises(UserError, match=r"set model\.double_quantization to true"):
-        load_policy(folder, config_of(tmp_path, "model.double_quantization=false"), CPU)
+        load_policy(folder, config_of(tmp_path, "model.double_quantization=false"), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_checkpoint_quantised_otherwise_is_refused(tmp_path, settings, quantiz
     config = config_of(tmp_path, f"model.quantization={quantization}")
     folder = quantised_checkpoint(config, tmp_path / "other", **settings)
     with pytest.raises(UserError, match="quantised already"):
-        load_policy(folder, config, CPU)
+        load_policy(folder, config, ALONE)
 
 
 def odd_base(folder: Path, config: transformers.PretrainedConfig) -> Path:
@@ -331,7 +331,7 @@ def test_the_dropout_of_the_base_is_off_in_the_policy_too(tmp_path):
     gpt2 = transformers.GPT2Config(vocab_size=259, n_embd=64, n_layer=2, n_head=4, n_positions=64)
     assert gpt2.resid_pdrop > 0
     path = odd_base(tmp_path / "gpt2", gpt2)
-    policy = load_policy(path, config_of(tmp_path), CPU)
+    policy = load_policy(path, config_of(tmp_path), ALONE)
     batch = some_batch()
     with torch.no_grad():
         reference = policy(batch)
@@ -346,7 +346,7 @@ def test_layers_that_stay_out_of_4_bits(tmp_path, caplog):
         vocab_size=259, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
     )
     with pytest.raises(UserError, match=r"FalconForCausalLM: none .* model\.quantization to none"):
-        load_policy(odd_base(tmp_path / "falcon", falcon), config_of(tmp_path), CPU)
+        load_policy(odd_base(tmp_path / "falcon", falcon), config_of(tmp_path), ALONE)
     mixtral = transformers.MixtralConfig(
         vocab_size=259,
         hidden_size=64,
@@ -356,7 +356,8 @@ def test_layers_that_stay_out_of_4_bits(tmp_path, caplog):
         num_key_value_heads=2,
         num_local_experts=2,
     )
-    load_base(odd_base(tmp_path / "mixtral", mixtral), config_of(tmp_path).model, CPU)
+    config = config_of(tmp_path)
+    load_base(odd_base(tmp_path / "mixtral", mixtral), config.model, ALONE, config.parallel)
     assert "are not held in 4 bits" in caplog.text
 
 
@@ -373,13 +374,15 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, caplog):
     config = config_of(tmp_path)
     policy = policy_of(config)
     policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    again = load_policy(Path(config.model.name_or_path), config, CPU, adapter=tmp_path / "adapter")
+    again = load_policy(
+        Path(config.model.name_or_path), config, ALONE, adapter=tmp_path / "adapter"
+    )
     assert again.trainable().keys() == policy.trainable().keys()
     shallow = config_of(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(UserError, match=r"the base has no place for .*layers\.1"):
-        load_policy(Path(shallow.model.name_or_path), shallow, CPU, adapter=tmp_path / "adapter")
+        load_policy(Path(shallow.model.name_or_path), shallow, ALONE, adapter=tmp_path / "adapter")
     deep = config_of(tmp_path / "deep", num_hidden_layers=3)
-    load_policy(Path(deep.model.name_or_path), deep, CPU, adapter=tmp_path / "adapter")
+    load_policy(Path(deep.model.name_or_path), deep, ALONE, adapter=tmp_path / "adapter")
     assert "was trained on" in caplog.text  # its names fit the first two layers: not told apart
 
 
@@ -388,7 +391,7 @@ def test_an_adapter_that_carries_the_head_is_refused_with_the_reason(tmp_path):
     policy = policy_of(config)
     policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     with pytest.raises(UserError, match="carries weights of the base itself"):
-        load_policy(Path(config.model.name_or_path), config, CPU, adapter=tmp_path / "adapter")
+        load_policy(Path(config.model.name_or_path), config, ALONE, adapter=tmp_path / "adapter")
 
 
 def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):
@@ -399,4 +402,4 @@ def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
     with pytest.raises(UserError, match="does not fit into the memory"):
-        policy_of(config)
+    monkeypatch.setattr(Loader, "load", full)

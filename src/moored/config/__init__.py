@@ -12,6 +12,7 @@ from moored.config.schema import (
     EvaluationConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     Regularizer,
     Source,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "EvaluationConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "Regularizer",
     "Source",
     "arm_names",

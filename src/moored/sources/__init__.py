@@ -3,6 +3,6 @@
 No weights are loaded into memory here, except by the conversion of a GGUF file in its own process.
 """
 
-from moored.sources.resolve import ResolvedModel, resolve_model
+from moored.sources.resolve import ResolvedModel, cache_folder, resolve_model
 
-__all__ = ["ResolvedModel", "resolve_model"]
+__all__ = ["ResolvedModel", "cache_folder", "resolve_model"]

@@ -1,0 +1,285 @@
+"""From a folder to the frozen base on this rank: quantised, its share of it, the head in place.
+
+Two ways lead to the same bits: weights are streamed from safetensors tensor by tensor
+(`weights.py`), or, where a checkpoint needs conversions that only transformers knows, loaded by it.
+"""
+
+# transformers and accelerate are typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import get_hf_quantizer
+
+from moored import quantized
+from moored.base import resolve_dtype
+from moored.config import ModelConfig, ParallelConfig
+from moored.errors import UserError
+from moored.forward import install_head
+from moored.linear4bit import make_zero_safe
+from moored.mesh import Mesh
+from moored.tensor_parallel import Sharding, layout_of
+from moored.weights import Files, Loader
+
+log = logging.getLogger(__name__)
+
+
+def load_base(
+    path: Path, config: ModelConfig, mesh: Mesh, parallel: ParallelConfig
+) -> tuple[nn.Module, Sharding | None]:
+    """The frozen base from a local folder, quantised as the recipe says, head in place.
+
+    Args:
+        path: the folder.
+        config: how it is held.
+        mesh: the processes; the model is spread over its tensor-parallel axis.
+        parallel: how it is spread.
+
+    Returns:
+        The Hugging Face causal language model, and how it is spread (None on one rank).
+
+    Raises:
+        UserError: the architecture cannot be loaded or spread, or computes its logits in a way
+            that the head does not know.
+    """
+    dtype = resolve_dtype(config, mesh.device)
+    with _failures_named(config, mesh.device):
+        hf_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+        _without_dropout(hf_config)
+        quantization = _quantization(hf_config, config, dtype)
+        causal_lm, sharding, absent = _stream(
+            path, hf_config, config, mesh, parallel, dtype, quantization
+        )
+        if causal_lm is None:
+            causal_lm, absent = _by_transformers(
+                path, hf_config, config, mesh.device, dtype, quantization
+            )
+    if absent:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: {len(absent)} tensors are missing from its "
+            f"weights (first: {absent[0]}), and would be random: copy or download the model again"
+        )
+    causal_lm.requires_grad_(False)
+    causal_lm.config.use_cache = False
+    num_layers = make_zero_safe(causal_lm, dtype)
+    if config.quantization == "nf4":
+        _require_quantized(causal_lm, num_layers)
+    if sharding is not None:
+        sharding.connect(causal_lm)
+    install_head(causal_lm, mesh.device, sharding)
+    return causal_lm, sharding
+
+
+@contextlib.contextmanager
+def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]:
+    label = f"model.name_or_path={config.name_or_path}"
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(
+            f"{label}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{label}: does not fit into the memory of {device} "
+            f"({str(error).splitlines()[0][:160]}): free it, or take nf4 or a smaller model"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{label}: its weights are broken or not those of its config.json "
+            f"({str(error).splitlines()[0]}): copy or download the model again"
+        ) from error
+
+
+# ---------------------------------------------------------------- streamed
+
+
+def _stream(
+    path: Path,
+    hf_config: Any,
+    config: ModelConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+) -> tuple[Any, Sharding | None, list[str]]:
+    """The model with this rank's slices, its sharding, and what is missing.
+
+    The model is None where only transformers can load the checkpoint.
+    """
+    files = Files(path)
+    if not files.names and mesh.tp.size == 1:
+        return None, None, []
+    causal_lm = _without_weights(path, hf_config, config, dtype)
+    convertible = any(isinstance(module, Conv1D) for module in causal_lm.modules())
+    unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
+    if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
+        log.debug("%s is loaded by transformers, which converts its weights", path)
+        return None, None, []
+    if not files.names:
+        raise OSError("tensor parallelism reads safetensors, of which the folder has none")
+    quantizer = _quantizer(hf_config, quantization, mesh.device)
+    sharding = None
+    if mesh.tp.size > 1:
+        in_blocks = config.quantization == "nf4"
+        layout = layout_of(causal_lm, mesh.tp.size, in_blocks=in_blocks)
+        sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
+    if quantizer is not None:
+        quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
+    if sharding is not None:
+        sharding.narrow(causal_lm)
+    loader = Loader(
+        files=files,
+        dtype=dtype,
+        device=mesh.device,
+        double=config.double_quantization,
+        layout=sharding.layout if sharding else None,
+        axis=mesh.tp,
+        whole_scales=parallel.quantization_statistics == "whole",
+        keep_fp32=frozenset(causal_lm._keep_in_fp32_modules_strict or ()),
+    )
+    if config.cache_quantized and config.quantization == "nf4":
+        absent = quantized.load(causal_lm, loader, path, mesh)
+    else:
+        absent = loader.load(causal_lm)
+    causal_lm.tie_weights(missing_keys=absent, recompute_mapping=False)
+    if quantizer is not None:
+        quantizer.postprocess_model(causal_lm)
+    causal_lm.eval()
+    return causal_lm, sharding, sorted(absent)
+
+
+def _without_weights(path: Path, hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The architecture with every parameter on `meta`, and its buffers where they belong."""
+    with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+        causal_lm: Any = transformers.AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=None if config.attention == "auto" else config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if (path / transformers.utils.GENERATION_CONFIG_NAME).is_file():
+        causal_lm.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return causal_lm
+
+
+def _quantizer(hf_config: Any, quantization: dict[str, Any], device: torch.device) -> Any:
+    """Transformers' own quantiser, which knows what stays out of 4 bits; None without one."""
+    return get_hf_quantizer(
+        hf_config, quantization.get("quantization_config"), {"": device}, True, {}
+    )[0]
+
+
+# ---------------------------------------------------------------- by transformers
+
+
+def _by_transformers(
+    path: Path,
+    hf_config: Any,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+) -> tuple[Any, list[str]]:
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # may return a pair
+    causal_lm, loaded = load(
+        path,
+        config=hf_config,
+        dtype=dtype,
+        attn_implementation=None if config.attention == "auto" else config.attention,
+        trust_remote_code=config.trust_remote_code,
+        device_map={"": device},
+        output_loading_info=True,
+        **quantization,
+    )
+    absent = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    return causal_lm, sorted(absent)
+
+
+# ---------------------------------------------------------------- what it must be
+
+
+def _quantization(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What to tell transformers of it; nothing where the checkpoint is in NF4 already.
+
+    Raises:
+        UserError: the checkpoint is quantised otherwise than the recipe says.
+    """
+    label = f"model.name_or_path={config.name_or_path}"
+    own: Any = getattr(hf_config, "quantization_config", None)
+    if own is None:
+        if config.quantization == "none":
+            return {}
+        return {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=config.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        }
+    own = own if isinstance(own, dict) else own.to_dict()
+    if not (own.get("load_in_4bit") and own.get("bnb_4bit_quant_type") == "nf4"):
+        bits = "8-bit " if own.get("load_in_8bit") else ""
+        raise UserError(
+            f"{label}: its weights are quantised already ({bits}{own.get('quant_method')}), and "
+            "not to NF4: give the unquantised model"
+        )
+    if config.quantization != "nf4":
+        raise UserError(f"{label}: its weights are in NF4 already: set model.quantization to nf4")
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    if double != config.double_quantization:
+        raise UserError(
+            f"{label}: its weights are in NF4 already, {'with' if double else 'without'} double "
+            f"quantisation: set model.double_quantization to {str(double).lower()}"
+        )
+    return {}
+
+
+def _without_dropout(hf_config: Any) -> None:
+    """The base is frozen: its own dropout would only part the policy from the reference."""
+    for part in {id(part): part for part in (hf_config, hf_config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _require_quantized(causal_lm: Any, num_layers: int) -> None:
+    """A 4-bit base must be one: some architectures have layers that bitsandbytes passes by."""
+    name = type(causal_lm).__name__
+    if num_layers == 0:
+        raise UserError(
+            f"{name}: none of its layers can be held in 4 bits: set model.quantization to none"
+        )
+    vocabulary = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    known = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+    large = {
+        key: p.numel() * p.element_size()
+        for key, p in causal_lm.named_parameters()
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in known
+    }
+    packed = sum(p.numel() for p in causal_lm.parameters() if p.dtype == torch.uint8)
+    if sum(large.values()) > 0.1 * packed:
+        log.warning(
+            "%s: %.2f GB in %d tensors are not held in 4 bits (first: %s), beside %.2f GB that are",
+            name,
+            sum(large.values()) / 1e9,
+            len(large),
+            next(iter(large)),
+            packed / 1e9,
+        )

@@ -1,0 +1,19 @@
+"""One model spread over the ranks of a tensor-parallel group.
+
+`layout.py` says who holds what, `regions.py` moves activations, `sharding.py` puts both to work
+on a model, `adapters.py` on what PEFT adds to it, `traffic.py` counts what is sent.
+"""
+
+from moored.tensor_parallel.adapters import whole_adapters
+from moored.tensor_parallel.layout import NF4_BLOCK, Layout, Sharded, Split, layout_of
+from moored.tensor_parallel.sharding import Sharding
+
+__all__ = [
+    "NF4_BLOCK",
+    "Layout",
+    "Sharded",
+    "Sharding",
+    "Split",
+    "layout_of",
+    "whole_adapters",
+]
