@@ -17,8 +17,8 @@ from moored.errors import UserError
 from moored.linear4bit import FrozenLinear4bit, make_zero_safe
 from moored.loading import load_base
 from moored.model import LossArguments, PolicyModel, load_policy
-from moored.weights import Loader
 from moored.reference import adapters_off, dropout_off
+from moored.weights import Loader
 from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")
@@ -184,9 +184,13 @@ class OddLlama(transformers.LlamaForCausalLM):
         return output
 
 
+def odd_llama(config: transformers.LlamaConfig, *, dtype: torch.dtype, **_: object) -> OddLlama:
+    return OddLlama(config).to(dtype)
+
+
 def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, monkeypatch):
     config = config_of(tmp_path)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", OddLlama._from_config)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", odd_llama)
     with pytest.raises(UserError, match="OddLlama: its forward does more to the logits"):
         policy_of(config)
 
@@ -400,6 +404,6 @@ def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(UserError, match="does not fit into the memory"):
     monkeypatch.setattr(Loader, "load", full)
+    with pytest.raises(UserError, match="does not fit into the memory"):
+        policy_of(config)
