@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
 log = logging.getLogger(__name__)
@@ -96,12 +97,14 @@ class Engine:
             if self._sharding is not None and self._sharding.split_of(name) is not None:
                 parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
+        deepspeed_groups.mpu = unit  # not that of an earlier engine of this process
         self._engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
             config=zero_config(config),
             dist_init_required=False,
-            mpu=_ModelParallelUnit(mesh) if mesh.tp.size > 1 else None,
+            mpu=unit,
         )[0]
 
     # -- forward and backward ---------------------------------------------------------------
@@ -315,6 +318,9 @@ class _ModelParallelUnit:
 
     def get_data_parallel_group(self, **_: Any) -> Any:
         return self._dp.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return torch.distributed.get_process_group_ranks(self._dp.group)
 
     def get_data_parallel_rank(self) -> int:
         return self._dp.rank

@@ -1,0 +1,310 @@
+"""A model spread over ranks trains as one process does: losses, gradients, adapters, every mesh.
+
+Derived tolerances. The meshes sum the same fp32 numbers in another order, so what test_zero.py
+derives holds here, too: 1e-5, relative, for losses and adapters after a few steps at eps = 1e-3.
+A gradient of one batch against fp64 is a chain of about 30 matrix products of length K <= 256,
+each with a relative error of about sqrt(K) * 2**-24 ~ 1e-6 in norm: 3e-5, relative.
+
+All cases of one world size share its processes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distributed.runner import run_distributed
+from distributed.test_zero import build, by_case, global_batch, step_once
+from moored.batch import batches_of
+from moored.config import Config, load_config
+from moored.forward import final_hidden
+from moored.linear4bit import FrozenLinear4bit
+from moored.mesh import start_mesh
+from moored.model import LossArguments, PolicyModel, load_policy
+from moored.reference import adapters_off
+from reference import dense_loss
+from tiny import ALONE, tiny_recipe, write_recipe
+
+STEPS = 5
+HEADS = {
+    "intermediate_size": 320,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+THIRDS = {"hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": HEADS,
+    "qwen2": HEADS | {"tie_word_embeddings": False},
+    "qwen3": HEADS,
+    "mistral": HEADS | {"tie_word_embeddings": False, "sliding_window": 12},
+    "gemma2": HEADS | {"sliding_window": 12},
+    "thirds": THIRDS | {"intermediate_size": 192},
+}
+CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+Case = tuple[Any, ...]
+
+
+def config_of(folder: Path, case: Case) -> Config:
+    """Of (architecture, quantisation, direction, dp, tp, stage, checkpointing, more...)."""
+    name, quantization, direction, _, tp, stage, checkpointing, *more = case
+    architecture = "llama" if name == "thirds" else name
+    path = folder / name
+    recipe = tiny_recipe(path, architecture, **ARCHITECTURES[name])
+    overrides = [
+        f"model.quantization={quantization}",
+        f"regularizer.direction={direction}",
+        f"parallel.tensor_parallel_degree={tp}",
+        f"parallel.zero_stage={stage}",
+        f"train.gradient_checkpointing={checkpointing}",
+        *more,
+    ]
+    return load_config(write_recipe(path, recipe), overrides)
+
+
+def as_one(case: Case) -> Case:
+    """The same on one process, stage 0, without checkpointing."""
+    name, quantization, direction = case[:3]
+    ours = [text for text in case[7:] if not text.startswith("parallel.")]
+    return (name, quantization, direction, 1, 1, 0, "none", *ours)
+
+
+def train(config: Config) -> dict[str, Any]:
+    mesh, engine = build(config)
+    stats = [step_once(engine, mesh, config, step) for step in range(STEPS)]
+    engine.require_equal_replicas()
+    result: dict[str, Any] = {
+        "loss": [s.loss for s in stats],
+        "kl": [s.kl for s in stats],
+        "grad_norm": [s.grad_norm for s in stats],
+        "optimizer": engine.optimizer_tensors(),
+    }
+    engine.close()
+    return result
+
+
+def train_each(rank: int, world_size: int, configs: dict[Case, Config]) -> dict[Case, Any]:
+    return {case: train(config) for case, config in configs.items()}
+
+
+CASES: dict[int, list[Case]] = {
+    2: [
+        *(
+            (name, quantization, "forward", 1, 2, stage % 4, "none")
+            for stage, name in enumerate(ARCHITECTURES)
+            for quantization in ("nf4", "none")
+        ),
+        *(
+            ("llama", "nf4", "reverse", 1, 2, stage, checkpointing)
+            for stage in range(4)
+            for checkpointing in CHECKPOINTING
+        ),
+        ("qwen2", "nf4", "forward", 2, 1, 2, "non_reentrant"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "model.double_quantization=false"),
+        ("llama", "nf4", "forward", 1, 2, 0, "none", "adapter.dropout=0.2"),
+        ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", "adapter.dropout=0.2"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
+        ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[o_proj,up_proj]"),
+        *(
+            (name, "nf4", "forward", 1, 2, stage, checkpointing, "parallel.sequence_parallel=true")
+            for name, stage, checkpointing in [
+                ("llama", 0, "none"),
+                ("qwen3", 2, "reentrant"),
+                ("gemma2", 3, "non_reentrant"),
+            ]
+        ),
+    ],
+    3: [
+        ("thirds", quantization, direction, 1, 3, stage, "non_reentrant", *more)
+        for quantization, direction, stage, more in [
+            ("nf4", "forward", 2, ()),
+            ("none", "reverse", 3, ()),
+            ("nf4", "forward", 1, ("parallel.sequence_parallel=true",)),
+        ]
+    ],
+    4: [
+        *(
+            (name, "nf4", "forward", 2, 2, stage, "non_reentrant")
+            for name, stage in [
+                ("llama", 0),
+                ("llama", 1),
+                ("llama", 2),
+                ("llama", 3),
+                ("qwen2", 3),
+                ("gemma2", 2),
+            ]
+        ),
+        ("mistral", "none", "reverse", 2, 2, 3, "reentrant"),
+        ("qwen3", "nf4", "reverse", 1, 4, 0, "none"),
+        ("qwen2", "none", "forward", 1, 4, 2, "non_reentrant"),
+        ("llama", "nf4", "forward", 2, 2, 2, "none", "parallel.sequence_parallel=true"),
+    ],
+}
+ALL = [case for cases in CASES.values() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tp")
+
+
+@pytest.fixture(scope="module")
+def one_process(folder) -> dict[Case, dict[str, Any]]:
+    configs = {as_one(case): config_of(folder, as_one(case)) for case in ALL}
+    return run_distributed(train_each, 1, configs, timeout=300)[0]
+
+
+@pytest.fixture(scope="module")
+def spread(folder) -> dict[Case, list[dict[str, Any]]]:
+    runs: dict[Case, list[dict[str, Any]]] = {}
+    for world_size, cases in CASES.items():
+        configs = {case: config_of(folder, case) for case in cases}
+        runs |= by_case(run_distributed(train_each, world_size, configs, timeout=400))
+    return runs
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: "-".join(map(str, case)))
+def test_every_mesh_trains_as_one_process(spread, one_process, case):
+    expected = one_process[as_one(case)]
+    assert any(t.abs().max() > 0 for n, t in expected["optimizer"].items() if "lora_B" in n)
+    for run in spread[case]:
+        for key in ("loss", "kl", "grad_norm"):
+            np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
+        assert run["optimizer"].keys() == expected["optimizer"].keys()
+        for name, tensor in expected["optimizer"].items():
+            if name.endswith(("master", "exp_avg")):
+                distance = (run["optimizer"][name] - tensor).norm()
+                assert distance <= 1e-5 * tensor.norm() + 1e-9, name
+
+
+# ---------------------------------------------------------------- gradients against fp64
+
+
+def fill(policy: PolicyModel) -> None:
+    """The same values everywhere for whole tensors, none of them 0."""
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            shape = list(parameter.shape)
+            split = policy.sharding.split_of(name) if policy.sharding else None
+            if split is not None:
+                shape[split.dim] = split.whole
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            whole = 0.05 * torch.randn(shape, generator=generator)
+            if "magnitude" in name:
+                whole = whole.abs() + 1.0
+            parameter.copy_(policy.sharding.local(name, whole) if policy.sharding else whole)
+
+
+def batch_of() -> Any:
+    return batches_of(global_batch(0), micro_batch_size=6, dp_rank=0, dp_size=1, pad_token_id=0)[0]
+
+
+def gradients(config: Config) -> dict[str, torch.Tensor]:
+    """Whole gradients of one batch, and the loss."""
+    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    policy = load_policy(Path(config.model.name_or_path), config, mesh)
+    fill(policy)
+    batch = batch_of()
+    with adapters_off(policy):
+        reference = policy(batch)
+    arguments = LossArguments(
+        ce_scale=1 / batch.num_targets,
+        kl_scale=0.7 / batch.num_kl,
+        direction=config.regularizer.direction,
+    )
+    loss, _ = policy(batch, reference_hidden=reference, loss=arguments)
+    loss.backward()
+    found = {"loss": loss.detach(), "hidden": reference}
+    for name, parameter in policy.trainable().items():
+        assert parameter.grad is not None
+        whole = policy.sharding.whole if policy.sharding else (lambda _, tensor: tensor)
+        found[name] = whole(name, parameter.grad)
+    return found
+
+
+def gradients_each(rank: int, world_size: int, configs: dict[Case, Config]) -> dict[Case, Any]:
+    return {case: gradients(config) for case, config in configs.items()}
+
+
+def in_fp64(config: Config) -> dict[str, torch.Tensor]:
+    """The same by Hugging Face's and PEFT's own forward in fp64, logits and all."""
+    policy = load_policy(Path(config.model.name_or_path), config, ALONE)
+    fill(policy)
+    base: Any = policy.causal_lm.get_base_model()
+    for path, module in list(base.named_modules()):
+        if isinstance(module, FrozenLinear4bit):
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            dense.weight = nn.Parameter(module.dequantized(torch.float64), requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.double(), requires_grad=False)
+            parent, _, leaf = path.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, dense)
+    policy.double()
+    batch, head = batch_of(), policy.head
+
+    def logits() -> torch.Tensor:
+        s = final_hidden(base, batch) @ head.weight.t()
+        cap = head.logit_softcap
+        return s if cap is None else cap * torch.tanh(s / cap)
+
+    with adapters_off(policy):
+        reference = logits()
+    loss, _, _ = dense_loss(
+        logits(), reference, batch.targets, kl_weight=0.7, direction=config.regularizer.direction
+    )
+    loss.backward()
+    grads = {name: p.grad for name, p in policy.trainable().items()}
+    return {"loss": loss.detach(), **grads}
+
+
+GRADIENTS: dict[int, list[Case]] = {
+    2: [
+        (name, quantization, direction, 1, 2, 0, checkpointing, *more)
+        for name, quantization, direction, checkpointing, more in [
+            ("llama", "nf4", "forward", "none", ()),
+            ("llama", "nf4", "reverse", "non_reentrant", ()),
+            ("llama", "none", "forward", "reentrant", ("parallel.sequence_parallel=true",)),
+            ("qwen2", "none", "forward", "none", ()),
+            ("qwen3", "nf4", "jsd", "none", ()),
+            ("mistral", "nf4", "forward", "none", ()),
+            ("gemma2", "nf4", "forward", "non_reentrant", ()),
+            ("thirds", "nf4", "forward", "none", ()),
+        ]
+    ],
+    4: [
+        ("qwen2", "nf4", "forward", 1, 4, 0, "non_reentrant"),
+        ("gemma2", "none", "reverse", 1, 4, 0, "none", "parallel.sequence_parallel=true"),
+    ],
+}
+ALL_GRADIENTS = [case for cases in GRADIENTS.values() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def gradients_spread(folder) -> dict[Case, list[dict[str, torch.Tensor]]]:
+    found: dict[Case, list[dict[str, torch.Tensor]]] = {}
+    for world_size, cases in GRADIENTS.items():
+        configs = {case: config_of(folder, case) for case in cases}
+        found |= by_case(run_distributed(gradients_each, world_size, configs, timeout=300))
+    return found
+
+
+@pytest.mark.parametrize("case", ALL_GRADIENTS, ids=lambda case: "-".join(map(str, case)))
+def test_gathered_gradients_are_those_of_a_dense_fp64_model(folder, gradients_spread, case):
+    expected = in_fp64(config_of(folder, as_one(case)))
+    first = gradients_spread[case][0]
+    assert abs(first["loss"] - expected["loss"]) <= 1e-5 * expected["loss"]
+    for name, gradient in expected.items():
+        if name != "loss":
+            distance = (first[name].double() - gradient).norm()
+            assert distance <= 3e-5 * gradient.norm(), (name, float(distance / gradient.norm()))
+    for other in gradients_spread[case][1:]:
+        for name, tensor in first.items():
+            assert torch.equal(other[name], tensor), f"{name} differs between ranks"
