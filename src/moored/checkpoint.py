@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moored import sealed
+from moored.config import Config
 from moored.errors import UserError
 from moored.model import PolicyModel
 
@@ -211,6 +212,28 @@ def read_state(folder: Path) -> dict[str, Any]:
             "resume with the version that wrote it"
         )
     return state
+
+
+def scales_of(config: Config, degree: int) -> str:
+    """Whose NF4 scales the base has, on which its values depend under double quantisation."""
+    sliced = config.parallel.quantization_statistics == "slice" and degree > 1
+    if sliced and config.model.quantization == "nf4" and config.model.double_quantization:
+        return f"slices at tensor_parallel_degree {degree}"
+    return "whole tensors"
+
+
+def require_same_base(folder: Path, state: dict[str, Any], scales: str) -> None:
+    """Refuse to go on with another base than the checkpoint's.
+
+    Raises:
+        UserError: its NF4 scales are not those of `scales`.
+    """
+    before = state.get("scales", scales)
+    if before != scales:
+        raise UserError(
+            f"{folder} was trained on a base with the NF4 scales of {before}, not of {scales}: "
+            "resume with its parallel.quantization_statistics and tensor_parallel_degree"
+        )
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:

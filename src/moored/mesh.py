@@ -64,7 +64,7 @@ class Axis:
         if min(sizes) < widest:
             starts = range(0, len(parts), widest)
             parts = torch.cat([parts[i : i + n] for i, n in zip(starts, sizes, strict=True)])
-        return parts.movedim(0, dim)
+        return parts.movedim(0, dim).contiguous()
 
     def sum_part(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's part along `dim` of the sum over the axis; equal parts (reduce-scatter)."""
@@ -73,7 +73,7 @@ class Axis:
         whole = values.movedim(dim, 0).contiguous()
         part = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
         dist.reduce_scatter_tensor(part, whole, group=self.group)  # pyright: ignore
-        return part.movedim(0, dim)
+        return part.movedim(0, dim).contiguous()
 
     def extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest of each entry over the axis."""

@@ -277,6 +277,7 @@ def _save(run: Run) -> None:
             "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
             "seed": run.config.train.seed,
             "world_size": run.mesh.world.size,
+            "scales": checkpoint.scales_of(run.config, run.mesh.tp.size),
         },
     )
     is_saved = True
@@ -298,6 +299,8 @@ def _save(run: Run) -> None:
 
 def _resume(run: Run, folder: Path) -> None:
     state = checkpoint.read_state(folder)
+    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
+    checkpoint.require_same_base(folder, state, scales)
     run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
     run.stream.load_state_dict(state["cursor"])
     run.step = run.saved_step = state["step"]

@@ -173,7 +173,7 @@ class Loader:
             return nf4.state_of(codes, self.dtype, double=self.double)
         mine = _as_blocks(codes, split)
         per_rank = [size * mine.shape[split.dim] // codes.shape[split.dim] for size in split.sizes]
-        whole = self.axis.concatenate(mine, split.dim, per_rank).contiguous()
+        whole = self.axis.concatenate(mine, split.dim, per_rank)
         rounded = nf4.rounded(whole.flatten()).view_as(whole)
         start = sum(per_rank[: self.axis.rank])
         own = rounded.narrow(split.dim, start, per_rank[self.axis.rank]).contiguous().flatten()

@@ -66,6 +66,9 @@ _COSMETIC: tuple[Key, ...] = (
     ("train", "keep_checkpoints"),
     ("train", "log_every"),
 )
+# What changes them by the order of sums at most, so that a run may go on on another mesh. (What it
+# may not go on with, other scales of the base, a checkpoint knows.)
+_MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"))
 
 
 class Config(Section):
@@ -267,9 +270,9 @@ class Config(Section):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def changed_keys(self, other: Config) -> list[str]:
-        """The dotted keys that make two fingerprints differ, for a message to the user."""
+        """The dotted keys that a run may not go on with, for a message to the user."""
         mine, theirs = self.flat(), other.flat()
-        cosmetic = tuple(dotted_key(key) for key in _COSMETIC)
+        cosmetic = tuple(dotted_key(key) for key in (*_COSMETIC, *_MESH))
         return sorted(
             key
             for key in mine.keys() | theirs.keys()

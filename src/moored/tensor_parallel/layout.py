@@ -205,10 +205,12 @@ class _Model:
                     raise self.refusal(f"{odd} does not divide into {what}")
             most = self._aligned(num_units, paths, members)
             if most < self.degree:
+                most = max(most, 1)
                 blocks = f" in whole NF4 blocks of {NF4_BLOCK}" if self.in_blocks else ""
                 raise self.refusal(
-                    f"{parent} has {what}, which{blocks} go to {max(most, 1)} ranks at most",
-                    f"set it to {max(most, 1)} or less",
+                    f"{parent} has {what}, which{blocks} can be dealt to {most} rank"
+                    f"{'s' if most > 1 else ''} at most",
+                    f"set it to {most}{' or less' if most > 1 else ''}",
                 )
             for path, width in widths.items():
                 dim = 1 if members[path] in ("row", "split") else 0
