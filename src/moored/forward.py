@@ -89,6 +89,7 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             ).logits[0, batch.target_index]
             hidden = final_hidden(causal_lm, batch)
+            ours = nn.functional.linear(hidden, head.weight, head.bias).float() * scale
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -101,7 +102,6 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
             f"{name}: its hidden states or logits are not finite: the weights are broken, or "
             f"overflow in {full.dtype}: download the model again, or set model.dtype to float32"
         )
-    ours = nn.functional.linear(hidden, head.weight, head.bias).float() * scale
     if softcap is not None:
         ours = softcap * torch.tanh(ours / softcap)
     # The two differ by the rounding of the logits to the model's dtype alone.

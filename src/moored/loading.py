@@ -1,6 +1,6 @@
 """From a folder to the frozen base on this rank: quantised, its share of it, the head in place.
 
-Two ways lead to the same bits: weights are streamed from safetensors tensor by tensor
+Two ways lead to the same base: weights are streamed from safetensors tensor by tensor
 (`weights.py`), or, where a checkpoint needs conversions that only transformers knows, loaded by it.
 """
 
@@ -66,6 +66,8 @@ def load_base(
             path, hf_config, config, mesh, parallel, dtype, quantization
         )
         if causal_lm is None:
+            if config.cache_quantized:
+                log.warning("model.cache_quantized: not for a checkpoint that needs conversion")
             causal_lm, absent = _by_transformers(
                 path, hf_config, config, mesh.device, dtype, quantization
             )
@@ -129,7 +131,6 @@ def _stream(
     convertible = any(isinstance(module, Conv1D) for module in causal_lm.modules())
     unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
     if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
-        log.debug("%s is loaded by transformers, which converts its weights", path)
         return None, None, []
     if not files.names:
         raise OSError("tensor parallelism reads safetensors, of which the folder has none")

@@ -41,7 +41,9 @@ class Files:
     def __init__(self, folder: Path):
         self._of: Mapping[str, Path] = {}
         if (folder / INDEX).is_file():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            weight_map = json.loads((folder / INDEX).read_text()).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise OSError(f"{INDEX} has no weight_map")
             self._of = {name: folder / file for name, file in weight_map.items()}
         elif (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as file:
@@ -64,7 +66,7 @@ class Files:
     def whole(self, name: str) -> Tensor:
         """A tensor of its own, all of it."""
         with self.open(name) as stored:
-            return stored[:].clone()
+            return _slice(stored, None, 0).clone()
 
 
 class ShapeError(RuntimeError):
@@ -190,19 +192,18 @@ class Loader:
             if key.startswith(f"{name}.")
         }
         state: Any = bnb_functional.QuantState.from_dict(parts, device=self.device)
-        state.dtype = self.dtype if split is not None else state.dtype
         _require_shape(name, list(state.shape), list(whole))
         with self.files.open(name) as stored:
             if split is None:
                 packed = stored[:].to(self.device, copy=True)
                 return nf4.Codes(packed, state.absmax, whole), state
-            packed = stored[:].view(torch.uint8).view(whole[0], -1)
-            rows, columns = _ranges(whole, split, self.axis.rank)
             if whole[1] % 2 or state.blocksize != nf4.BLOCK:
                 raise ShapeError(
                     f"{name} is packed in blocks of {state.blocksize} over {whole[1]} columns, "
                     "which cannot be cut"
                 )
+            packed = stored[:].view(torch.uint8).view(whole[0], -1)
+            rows, columns = _ranges(whole, split, self.axis.rank)
             mine = packed[rows[0] : rows[1], columns[0] // 2 : columns[1] // 2]
             mine = mine.to(self.device, copy=True).contiguous().view(-1, 1)
         scales = state.absmax

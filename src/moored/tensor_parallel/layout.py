@@ -131,10 +131,13 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> Layout:
         style = _STYLES.get(plan.get(_pattern(path), ""))
         if style is not None:
             regions[path.rpartition(".")[0]][path] = style
-    layers: dict[str, Sharded] = {}
+    groups: list[_Group] = []
     for parent, members in regions.items():
-        model.require_region(parent, members)
-        layers |= model.split_region(parent, members)
+        model.require_region(parent, members, plan)
+        groups += model.groups_of(parent, members)
+    if groups and min(group.num_units for group in groups) < degree:
+        raise model.too_many_ranks(min(groups, key=lambda group: group.num_units))
+    layers = {path: layer for group in groups for path, layer in group.dealt(degree).items()}
     for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()):
         path = next(p for p, m in causal_lm.named_modules() if m is module)
         layers[path] = Sharded("vocabulary", Split.even(0, module.weight.shape[0], 1, degree))
@@ -146,6 +149,34 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> Layout:
 
 def _pattern(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers of one region that are cut at the same units.
+
+    Attributes:
+        parent: path of the region.
+        styles: of the layers, by path.
+        widths: of the dimension that is cut.
+        num_units: into how many equal units each width may be cut at most.
+        what: they are, for people.
+    """
+
+    parent: str
+    styles: Mapping[str, Style]
+    widths: Mapping[str, int]
+    num_units: int
+    what: str
+
+    def dealt(self, degree: int) -> dict[str, Sharded]:
+        """The layers with their splits."""
+        layers: dict[str, Sharded] = {}
+        for path, width in self.widths.items():
+            dim = 1 if self.styles[path] in ("row", "split") else 0
+            split = Split.even(dim, width, width // self.num_units, degree)
+            layers[path] = Sharded(self.styles[path], split)
+        return layers
 
 
 class _Model:
@@ -180,47 +211,56 @@ class _Model:
                 raise self.refusal(f"its plan splits {pattern} by {style}, which is not known here")
         return plan
 
-    def require_region(self, parent: str, members: Mapping[str, Style]) -> None:
-        """All linear layers of a parent follow the plan, and one of them joins what is split."""
-        for path in self.linear:
-            if path.startswith(f"{parent}.") and path not in members:
-                raise self.refusal(f"{path} is not in its plan, beside {next(iter(members))}")
+    def require_region(
+        self, parent: str, members: Mapping[str, Style], plan: Mapping[str, str]
+    ) -> None:
+        """Everything in a region follows the plan, and one of its layers joins what is split."""
+        for name, parameter in self.causal_lm.get_submodule(parent).named_parameters(parent):
+            path = name.rpartition(".")[0]
+            whole = "gathered" in members.values()  # beside what is joined before it is used
+            if path not in members and not whole and _pattern(path) not in plan:
+                raise self.refusal(
+                    f"{name} {tuple(parameter.shape)} is not in its plan, beside "
+                    f"{next(iter(members))}"
+                )
         if not {"row", "split"} & set(members.values()):
             raise self.refusal(f"nothing in {parent} joins what its plan splits")
 
-    def split_region(self, parent: str, members: Mapping[str, Style]) -> dict[str, Sharded]:
+    def groups_of(self, parent: str, members: Mapping[str, Style]) -> list[_Group]:
         """Column and row layers of one parent share their units; joined ones stand alone."""
         together = [path for path, style in members.items() if style in ("column", "row")]
         groups = [together] if together else []
         groups += [[path] for path in members if path not in together]
-        layers: dict[str, Sharded] = {}
+        found: list[_Group] = []
         for paths in groups:
             widths = {path: self._width(path, members) for path in paths}
             num_units = math.gcd(*widths.values())
             what = f"{num_units} columns"
             if paths is together and re.search("attn|attention", parent.rpartition(".")[2]):
-                num_units = self._num_heads()
+                num_units = self._num_heads(parent, num_units)
                 what = f"{num_units} key/value heads"
-                if odd := next((p for p, width in widths.items() if width % num_units), None):
-                    raise self.refusal(f"{odd} does not divide into {what}")
-            most = self._aligned(num_units, paths, members)
-            if most < self.degree:
-                most = max(most, 1)
-                blocks = f" in whole NF4 blocks of {NF4_BLOCK}" if self.in_blocks else ""
-                raise self.refusal(
-                    f"{parent} has {what}, which{blocks} can be dealt to {most} rank"
-                    f"{'s' if most > 1 else ''} at most",
-                    f"set it to {most}{' or less' if most > 1 else ''}",
-                )
-            for path, width in widths.items():
-                dim = 1 if members[path] in ("row", "split") else 0
-                split = Split.even(dim, width, width // most, self.degree)
-                layers[path] = Sharded(members[path], split)
-        return layers
+            aligned = self._aligned(num_units, paths, members)
+            found.append(_Group(parent, {p: members[p] for p in paths}, widths, aligned, what))
+        return found
 
-    def _num_heads(self) -> int:
-        config = self.causal_lm.config.get_text_config()
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    def too_many_ranks(self, group: _Group) -> UserError:
+        """The refusal of a degree that one group cannot be dealt out to."""
+        most = max(group.num_units, 1)
+        blocks = f" in whole NF4 blocks of {NF4_BLOCK}" if self.in_blocks else ""
+        return self.refusal(
+            f"{group.parent} has {group.what}, which{blocks} can be dealt to {most} rank"
+            f"{'s' if most > 1 else ''} at most",
+            f"set it to {most}{' or less' if most > 1 else ''}",
+        )
+
+    def _num_heads(self, parent: str, common_width: int) -> int:
+        """Key/value heads: the common width of all projections of an attention, in heads."""
+        attention = self.causal_lm.get_submodule(parent)
+        sizes = (getattr(attention, name, None) for name in ("head_dim", "head_size"))
+        head_dim = next((size for size in sizes if isinstance(size, int) and size > 0), None)
+        if head_dim is None or common_width % head_dim:
+            raise self.refusal(f"{parent} does not say of what size its heads are")
+        return common_width // head_dim
 
     def _width(self, path: str, members: Mapping[str, Style]) -> int:
         layer = self.linear[path]

@@ -53,7 +53,8 @@ class Sharding:
             size = layer.split.sizes[self.axis.rank]
             for kind, parameter in list(module.named_parameters(recurse=False)):
                 split = self.layout.of_parameter(f"{path}.{kind}")
-                if split is not None and not isinstance(module, bnb.nn.Linear4bit):
+                is_packed = kind == "weight" and isinstance(module, bnb.nn.Linear4bit)
+                if split is not None and not is_packed:
                     shape = list(parameter.shape)
                     shape[split.dim] = size
                     empty = torch.empty(shape, dtype=parameter.dtype, device="meta")

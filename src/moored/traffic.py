@@ -1,0 +1,143 @@
+"""What tensor parallelism sends: collectives and bytes of one micro-batch, by where they arise.
+
+A pure function of sizes, without torch, so that it can be asked before anything is started; a test
+holds it against what a training step really sends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Collectives of one kind and size.
+
+    Attributes:
+        where: `embedding`, `layers`, `sequence`, `adapters` or `head`.
+        kind: what is done; over the ranks of one tensor-parallel group.
+        count: how many.
+        bytes_each: the whole tensor: what an all-reduce sums, an all-gather makes, a
+            reduce-scatter takes.
+    """
+
+    where: str
+    kind: Kind
+    count: int
+    bytes_each: int
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return self.count * self.bytes_each
+
+    def wire_bytes(self, degree: int) -> float:
+        """What each rank sends for them by the ring algorithm."""
+        passes = 2 if self.kind == "all_reduce" else 1
+        return passes * (degree - 1) / degree * self.bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One micro-batch of one data-parallel rank.
+
+    Attributes:
+        rows: sequences.
+        length: tokens of each, padding included.
+        num_targets: rows of the head.
+        num_kl: those with the divergence; 0 without one.
+    """
+
+    rows: int
+    length: int
+    num_targets: int
+    num_kl: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """How a model is spread.
+
+    Attributes:
+        degree: ranks of a tensor-parallel group.
+        hidden_size: features of the residual stream.
+        num_layers: decoder layers, of two regions each (attention and MLP).
+        activation_bytes: of one number: 4 in fp32, 2 in bf16.
+        shared_adapter_sizes: elements of every adapter matrix that all ranks hold.
+        sequence_parallel: norms and residuals are spread by tokens.
+        checkpointing: none, reentrant or non_reentrant.
+        chunk_tokens: rows of the head at a time.
+        direction: of the divergence.
+        is_warm: its temperature is not 1.
+    """
+
+    degree: int
+    hidden_size: int
+    num_layers: int
+    activation_bytes: int
+    shared_adapter_sizes: Sequence[int]
+    sequence_parallel: bool = False
+    checkpointing: str = "none"
+    chunk_tokens: int = 4096
+    direction: str = "forward"
+    is_warm: bool = False
+
+
+def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
+    """Forward of reference and policy, loss and backward of one micro-batch."""
+    if spread.degree == 1:
+        return []
+    passes = 2 if batch.num_kl else 1
+    regions = 2 * spread.num_layers
+    length = batch.length
+    if spread.sequence_parallel:
+        length += -length % spread.degree
+    stream = batch.rows * length * spread.hidden_size * spread.activation_bytes
+    whole = batch.rows * batch.length * spread.hidden_size * spread.activation_bytes
+    # With checkpointing the backward enters each region again, leaves it again (without reentry not
+    # the last one of a layer), and goes down to the embedding, whose output then requires grad.
+    again = spread.checkpointing != "none"
+    again_out = {"none": 0, "reentrant": regions, "non_reentrant": spread.num_layers}
+    backward_in = regions if again else regions - 1
+    sent = [Sent("embedding", "all_reduce", passes, whole)]
+    if spread.sequence_parallel:
+        gathers = passes * regions + again * regions + regions
+        scatters = passes * regions + again_out[spread.checkpointing] + backward_in
+        sent += [
+            Sent("layers", "all_gather", gathers, stream),
+            Sent("layers", "reduce_scatter", scatters, stream),
+            Sent("sequence", "all_gather", passes + again, stream),
+        ]
+    else:
+        sums = passes * regions + again_out[spread.checkpointing] + backward_in
+        sent.append(Sent("layers", "all_reduce", sums, stream))
+    sent += [
+        Sent("adapters", "all_reduce", spread.shared_adapter_sizes.count(size), 4 * size)
+        for size in sorted(set(spread.shared_adapter_sizes))
+    ]
+    return [*sent, *_of_the_head(spread, batch)]
+
+
+def _of_the_head(spread: Spread, batch: MicroBatch) -> list[Sent]:
+    """One all-gather of numbers per row and chunk, two for jsd, and the sum of the gradient."""
+    sent: list[Sent] = []
+    per_row = 7 if spread.is_warm else 6
+    groups = [(batch.num_kl, per_row), (batch.num_targets - batch.num_kl, 2)]
+    for rows, numbers in groups:
+        if not rows:
+            continue
+        chunk = math.ceil(rows / math.ceil(rows / spread.chunk_tokens))
+        full, rest = divmod(rows, chunk)
+        widths = [numbers, *([3] if spread.direction == "jsd" and numbers > 2 else [])]
+        for width in widths:
+            each = 8 * width * spread.degree
+            sent.append(Sent("head", "all_gather", full, each * chunk))
+            if rest:
+                sent.append(Sent("head", "all_gather", 1, each * rest))
+    gradient = 4 * batch.num_targets * spread.hidden_size
+    return [*sent, Sent("head", "all_reduce", 1, gradient)] if batch.num_targets else sent

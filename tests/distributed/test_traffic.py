@@ -1,0 +1,138 @@
+"""What `traffic.py` says is sent over the tensor-parallel axis is what a training step sends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from distributed.runner import run_distributed
+from distributed.test_tensor_parallel import ARCHITECTURES, config_of
+from distributed.test_zero import local_batches, step_once
+from moored.config import Config
+from moored.engine import Engine
+from moored.mesh import start_mesh
+from moored.model import load_policy
+from moored.tmkl import default_chunk_tokens
+from moored.traffic import MicroBatch, Spread, micro_batch_traffic
+
+WATCHED = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
+NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+OTHERS = ("broadcast", "all_gather", "reduce", "all_to_all", "send", "gather", "scatter")
+CASES = [
+    ("llama", "nf4", "forward", 1, 2, 0, "none"),
+    ("llama", "nf4", "forward", 1, 2, 0, "non_reentrant"),
+    ("llama", "none", "reverse", 1, 2, 2, "reentrant"),
+    ("qwen2", "nf4", "jsd", 1, 2, 1, "none", "regularizer.temperature=2.0"),
+    ("llama", "nf4", "forward", 1, 2, 0, "none", "regularizer.every=2"),  # a step without a KL
+    ("gemma2", "none", "forward", 1, 2, 0, "none", "parallel.sequence_parallel=true"),
+    ("llama", "none", "forward", 1, 2, 0, "non_reentrant", "parallel.sequence_parallel=true"),
+    ("llama", "none", "forward", 1, 2, 0, "reentrant", "parallel.sequence_parallel=true"),
+    ("qwen3", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[q_proj,o_proj]"),
+]
+
+
+def sent_each(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, Any]:
+    return {case: sent(config) for case, config in configs.items()}
+
+
+def sent(config: Config) -> tuple[Counter, Counter]:
+    """(kind, bytes) -> count, as seen in torch.distributed and as foretold."""
+    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    policy = load_policy(Path(config.model.name_or_path), config, mesh)
+    engine = Engine(policy, config, mesh)
+    step_once(engine, mesh, config, 0)
+    seen: Counter = Counter()
+    originals = {name: getattr(dist, name) for name in (*WATCHED, *OTHERS)}
+
+    def watch(name: str) -> None:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("group") is mesh.tp.group:
+                assert name in WATCHED, f"{name} is not accounted for"
+                tensor = kwargs["tensor"] if "tensor" in kwargs else args[WATCHED[name]]
+                if tensor.numel() > 1:  # the norm of the gradient is one number a step
+                    size = tensor.numel() * tensor.element_size()
+                    seen[NAMES.get(name, name), size] += 1
+            return originals[name](*args, **kwargs)
+
+        setattr(dist, name, watching)
+
+    for name in originals:
+        watch(name)
+    try:
+        step_once(engine, mesh, config, 1)
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return seen, foretold(config, mesh, policy)
+
+
+def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
+    shared = [p.numel() for n, p in policy.trainable().items() if not policy.sharding.split_of(n)]
+    hf_config = policy.causal_lm.config
+    spread = Spread(
+        degree=mesh.tp.size,
+        hidden_size=hf_config.hidden_size,
+        num_layers=hf_config.num_hidden_layers,
+        activation_bytes=4,
+        shared_adapter_sizes=shared,
+        sequence_parallel=config.parallel.sequence_parallel,
+        checkpointing=config.train.gradient_checkpointing,
+        chunk_tokens=default_chunk_tokens(10**6, policy.head.shard),
+        direction=config.regularizer.direction,
+        is_warm=config.regularizer.temperature != 1.0,
+    )
+    total: Counter = Counter()
+    for batch in local_batches(config, mesh, 1):
+        rows, length = batch.input_ids.shape
+        num_kl = batch.num_kl if config.regularizer.every == 1 else 0
+        one = MicroBatch(rows=rows, length=length, num_targets=batch.num_targets, num_kl=num_kl)
+        for what in micro_batch_traffic(spread, one):
+            if what.count:
+                total[what.kind, what.bytes_each] += what.count
+    return total
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> dict[Any, Any]:
+    folder = tmp_path_factory.mktemp("traffic")
+    configs = {case: config_of(folder, case) for case in CASES}
+    return run_distributed(sent_each, 2, configs, timeout=300)[0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_what_a_step_sends_is_what_was_foretold(counted, case):
+    seen, expected = counted[case]
+    assert seen == expected
+    assert sum(seen.values()) > 10
+
+
+def test_more_layers_send_more(tmp_path, monkeypatch):
+    """The count per layer, which two layers alone would not pin."""
+    deep = ARCHITECTURES["llama"] | {"num_hidden_layers": 4}
+    monkeypatch.setitem(ARCHITECTURES, "llama", deep)
+    cases = [case for case in CASES if case[0] == "llama" and len(case) in (7, 8)][:6]
+    configs = {case: config_of(tmp_path, case) for case in cases}
+    for seen, expected in run_distributed(sent_each, 2, configs, timeout=300)[0].values():
+        assert seen == expected
+
+
+def test_one_rank_sends_nothing():
+    spread = Spread(
+        degree=1, hidden_size=8, num_layers=2, activation_bytes=4, shared_adapter_sizes=[8]
+    )
+    batch = MicroBatch(rows=1, length=4, num_targets=3, num_kl=3)
+    assert micro_batch_traffic(spread, batch) == []
+
+
+def test_bytes_on_the_wire_are_those_of_a_ring():
+    spread = Spread(
+        degree=8, hidden_size=8192, num_layers=80, activation_bytes=2, shared_adapter_sizes=[]
+    )
+    batch = MicroBatch(rows=1, length=8192, num_targets=8192, num_kl=8192)
+    layers = next(s for s in micro_batch_traffic(spread, batch) if s.where == "layers")
+    assert layers.count == 2 * 160 + 159
+    assert layers.wire_bytes(8) == 2 * 7 / 8 * layers.count * 8192 * 8192 * 2
