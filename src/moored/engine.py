@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO around the policy: forward, backward, update, and the state to save.
 
-The only importer of deepspeed. No loss and no schedule is decided here.
+Beside `partition.py` the only importer of deepspeed. No loss and no schedule is decided here.
 
 Precision is ours, not DeepSpeed's: adapters, gradients and moments are fp32 (so the adapter is its
 own fp32 master), the base computes in its own dtype, and DeepSpeed's bf16 mode stays off, which
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import logger as deepspeed_logger
 
 from moored.batch import Batch
 from moored.config import Config
@@ -23,48 +25,12 @@ from moored.errors import TrainingRefusedError, UserError
 from moored.head import DriftSums
 from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
+from moored.partition import zero_config
 from moored.reference import adapters_off, dropout_off
 from moored.tmkl import LossSums
 
-os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import logger as deepspeed_logger
-
 log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def zero_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's configuration for a recipe (pure).
-
-    Micro-batch and accumulation are fixed at 1: the step sets the boundary itself, because the
-    number of micro-batches differs from step to step.
-    """
-    stage = config.parallel.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
-    if config.parallel.offload == "optimizer":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if stage == 3:
-        # Let go of a layer after its use: by default up to 1e9 elements stay gathered for reuse.
-        zero["stage3_max_reuse_distance"] = 0
-    if stage in (1, 2):
-        zero |= {"overlap_comm": False, "contiguous_gradients": True}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # Stage 0 is clipped in `Engine.step`, where its norm is computed anyway.
-        "gradient_clipping": (config.optim.max_grad_norm or 0.0) if stage else 0.0,
-        "zero_optimization": zero,
-        # One AdamW (torch's) on every stage, so that all stages compute the same update.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
 
 
 class Engine:
@@ -77,7 +43,6 @@ class Engine:
 
     def __init__(self, policy: PolicyModel, config: Config, mesh: Mesh):
         deepspeed_logger.setLevel(logging.ERROR)
-        _skip_shared_memory_extension()
         self.policy, self.mesh, self.stage = policy, mesh, config.parallel.zero_stage
         self._max_grad_norm = config.optim.max_grad_norm
         self._trainable = policy.trainable()
@@ -98,6 +63,8 @@ class Engine:
                 parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
+        if policy.partition is not None:
+            policy.partition.hand_over()
         deepspeed_groups.mpu = unit  # not that of an earlier engine of this process
         self._engine: Any = deepspeed.initialize(
             model=policy,
@@ -347,9 +314,3 @@ def leave() -> None:
     if deepspeed.comm.is_initialized():
         deepspeed.comm.destroy_process_group()
     leave_mesh()
-
-
-def _skip_shared_memory_extension() -> None:
-    # On CPUs DeepSpeed would compile a C++ extension (over a minute) at the first collective.
-    with contextlib.suppress(ImportError, AttributeError):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -32,13 +32,17 @@ from moored.forward import install_head
 from moored.linear4bit import make_zero_safe
 from moored.mesh import Mesh
 from moored.tensor_parallel import Sharding, layout_of
-from moored.weights import Files, Loader
+from moored.weights import AfterModule, Files, Loader
 
 log = logging.getLogger(__name__)
 
 
 def load_base(
-    path: Path, config: ModelConfig, mesh: Mesh, parallel: ParallelConfig
+    path: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    after: AfterModule | None = None,
 ) -> tuple[nn.Module, Sharding | None]:
     """The frozen base from a local folder, quantised as the recipe says, head in place.
 
@@ -47,6 +51,7 @@ def load_base(
         config: how it is held.
         mesh: the processes; the model is spread over its tensor-parallel axis.
         parallel: how it is spread.
+        after: called with each module's path and the module, once its weights are there.
 
     Returns:
         The Hugging Face causal language model, and how it is spread (None on one rank).
@@ -63,7 +68,7 @@ def load_base(
         _without_dropout(hf_config)
         quantization = _quantization(hf_config, config, dtype)
         causal_lm, sharding, absent = _stream(
-            path, hf_config, config, mesh, parallel, dtype, quantization
+            path, hf_config, config, mesh, parallel, dtype, quantization, after
         )
         if causal_lm is None:
             if config.cache_quantized:
@@ -71,6 +76,9 @@ def load_base(
             causal_lm, absent = _by_transformers(
                 path, hf_config, config, mesh.device, dtype, quantization
             )
+            if after is not None:
+                for name, module in causal_lm.named_modules():
+                    after(name, module)
     if absent:
         raise UserError(
             f"model.name_or_path={config.name_or_path}: {len(absent)} tensors are missing from its "
@@ -119,6 +127,7 @@ def _stream(
     parallel: ParallelConfig,
     dtype: torch.dtype,
     quantization: dict[str, Any],
+    after: AfterModule | None,
 ) -> tuple[Any, Sharding | None, list[str]]:
     """The model with this rank's slices, its sharding, and what is missing.
 
@@ -155,9 +164,9 @@ def _stream(
         keep_fp32=frozenset(causal_lm._keep_in_fp32_modules_strict or ()),
     )
     if config.cache_quantized and config.quantization == "nf4":
-        absent = quantized.load(causal_lm, loader, path, mesh)
+        absent = quantized.load(causal_lm, loader, path, mesh, after)
     else:
-        absent = loader.load(causal_lm)
+        absent = loader.load(causal_lm, after)
     causal_lm.tie_weights(missing_keys=absent, recompute_mapping=False)
     if quantizer is not None:
         quantizer.postprocess_model(causal_lm)
@@ -274,7 +283,8 @@ def _require_quantized(causal_lm: Any, num_layers: int) -> None:
         for key, p in causal_lm.named_parameters()
         if p.dim() > 1 and p.is_floating_point() and id(p) not in known
     }
-    packed = sum(p.numel() for p in causal_lm.parameters() if p.dtype == torch.uint8)
+    states = (getattr(p, "quant_state", None) for p in causal_lm.parameters())
+    packed = sum(state.shape.numel() // 2 for state in states if state is not None)
     if sum(large.values()) > 0.1 * packed:
         log.warning(
             "%s: %.2f GB in %d tensors are not held in 4 bits (first: %s), beside %.2f GB that are",

@@ -123,12 +123,14 @@ class Mesh:
         dp: the processes that hold different data.
         tp: the processes that hold different slices of the same layers.
         device: this process's device.
+        first_on_machine: whether it is of the first tensor-parallel group of its machine.
     """
 
     world: Axis
     dp: Axis
     tp: Axis
     device: torch.device
+    first_on_machine: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -202,14 +204,16 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
     if tensor_parallel_degree == 1:
         dp = Axis(name="dp", rank=world.rank, size=world.size)
-        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device)
+        first = place.local_rank == 0
+        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first)
     shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
     dp, tp = (
         Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
         for name, size in zip(("dp", "tp"), shape, strict=True)
     )
-    return Mesh(world=world, dp=dp, tp=tp, device=device)
+    first = place.local_rank < tensor_parallel_degree
+    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first)
 
 
 def degree_for(wanted: int) -> int:

@@ -5,37 +5,29 @@ Nothing here knows ZeRO, optimizers or files of a run.
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import inspect
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError
+from peft import PeftConfig, PeftModel
 from torch import nn
 
+from moored.adapters import add_adapters, open_adapter
 from moored.base import resolve_dtype
 from moored.batch import Batch
-from moored.config import AdapterConfig, Config
+from moored.config import Config
 from moored.errors import UserError
 from moored.forward import final_hidden, probe_batch
 from moored.head import Head, attach_gradient
 from moored.loading import load_base
 from moored.mesh import Mesh
+from moored.partition import Partition
 from moored.reference import adapters_off, dropout_off, require_identity
-from moored.tensor_parallel import Sharding, whole_adapters
+from moored.tensor_parallel import Sharding
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +58,20 @@ class PolicyModel(nn.Module):
         causal_lm: the PEFT model around the Hugging Face causal language model.
         compute_dtype: the dtype of the base's activations; adapters are kept in fp32.
         sharding: how the model is spread over ranks; None on one.
+        partition: of the base's layers under ZeRO-3; None where every rank has them whole.
     """
 
     def __init__(
-        self, causal_lm: PeftModel, compute_dtype: torch.dtype, sharding: Sharding | None = None
+        self,
+        causal_lm: PeftModel,
+        compute_dtype: torch.dtype,
+        sharding: Sharding | None = None,
+        partition: Partition | None = None,
     ):
         super().__init__()
         self.causal_lm = causal_lm
         self.compute_dtype = compute_dtype
-        self.sharding = sharding
+        self.sharding, self.partition = sharding, partition
 
     @property
     def head(self) -> Head:
@@ -140,148 +137,6 @@ class PolicyModel(nn.Module):
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
 
-def add_adapters(
-    causal_lm: Any, config: AdapterConfig, seed: int, sharding: Sharding | None = None
-) -> PeftModel:
-    """Put the recipe's adapters into the base, in fp32, initialised from `seed`.
-
-    Args:
-        causal_lm: the base.
-        config: the recipe's.
-        seed: of the initial values, which are the same on every mesh.
-        sharding: how the base is spread.
-
-    Raises:
-        UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
-    """
-    if config.init in ("eva", "lora_ga"):
-        raise UserError(
-            f"adapter.init: {config.init} is computed from data beforehand, which is not done "
-            "here: use default or gaussian"
-        )
-    init: Any = True if config.init == "default" else config.init
-    targets: Any = config.target_modules
-    if not isinstance(targets, str):
-        targets = list(targets)
-        _require_known(causal_lm, targets)
-        _refuse_head(causal_lm, targets)
-    try:
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights=init,
-            task_type="CAUSAL_LM",
-        )
-        torch.manual_seed(seed)
-        model = get_peft_model(causal_lm, lora, autocast_adapter_dtype=True)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"adapter: {' '.join(str(error).split())[:300]}: change adapter.target_modules or "
-            "adapter.init"
-        ) from error
-    assert isinstance(model, PeftModel)
-    if sharding is not None:
-        sharding.adopt(causal_lm)
-        _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, lora, seed))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if "lora" not in name:
-                raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
-    return model
-
-
-def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None) -> PeftModel:
-    """Put a saved PEFT adapter on the base, in fp32.
-
-    Raises:
-        UserError: PEFT cannot read it, or it does not fit this base.
-    """
-    try:
-        tensors = load_peft_weights(str(folder), device="cpu")
-        written = set(tensors)
-        if sharding is None:
-            model = PeftModel.from_pretrained(
-                causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
-            )
-        else:
-            model = _open_parts(causal_lm, folder, sharding, tensors)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if own := sorted(name for name in written - expected if "lora" not in name):
-        raise UserError(
-            f"{folder}: carries weights of the base itself ({own[0]}), which the reference shares: "
-            "save it again without them (save_embedding_layers=False)"
-        )
-    if odd := sorted(written ^ expected):
-        where = "it lacks" if odd[0] in expected else "the base has no place for"
-        raise UserError(
-            f"{folder}: not an adapter for this base: {where} {odd[0]} ({len(odd)} such tensors): "
-            "name the base that it was trained on"
-        )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def _open_parts(
-    causal_lm: Any, folder: Path, sharding: Sharding, tensors: dict[str, torch.Tensor]
-) -> PeftModel:
-    """As `PeftModel.from_pretrained`, of a base whose layers have this rank's sizes."""
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    model = get_peft_model(causal_lm, config, autocast_adapter_dtype=True)
-    assert isinstance(model, PeftModel)
-    sharding.adopt(causal_lm)
-    own = {name for name in tensors if "lora" in name}
-    parts = {name: sharding.local(name, tensors[name]) for name in own}
-    set_peft_model_state_dict(model, parts)
-    return model
-
-
-def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, torch.Tensor]) -> None:
-    """Give this rank's parts of whole matrices to the adapters; DoRA's magnitudes stay."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            path = name.removeprefix("base_model.model.").removesuffix(".default.weight")
-            if path in whole:
-                parameter.copy_(sharding.local(name, whole[path]))
-
-
-def _require_known(causal_lm: Any, targets: list[str]) -> None:
-    """PEFT is content if any of the names is found."""
-    names = [name for name, _ in causal_lm.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            last = {name.rpartition(".")[2] for name in names}
-            close = difflib.get_close_matches(target, sorted(last), 1)
-            hint = f"did you mean {close[0]}?" if close else "see the model's own names"
-            raise UserError(f"adapter.target_modules: no module is named {target}: {hint}")
-
-
-def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
-    frozen = {
-        id(causal_lm.get_output_embeddings()): "output head",
-        id(causal_lm.get_input_embeddings()): "token embedding",
-    }
-    for name, module in causal_lm.named_modules():
-        for target in targets:
-            if id(module) in frozen and (name == target or name.endswith(f".{target}")):
-                raise UserError(
-                    f"adapter.target_modules: {target} is the {frozen[id(module)]}, which the "
-                    "reference shares and the loss keeps frozen: remove it from the list"
-                )
-
-
 def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = None) -> PolicyModel:
     """Base, head and adapters, with the reference proved to be the base.
 
@@ -295,7 +150,8 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
         UserError: see `load_base`, `add_adapters`; the adapters change the base; packing would
             let samples see each other.
     """
-    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel)
+    partition = _partition(config, mesh, adapter)
+    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel, partition)
     dtype = resolve_dtype(config.model, mesh.device)
     vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
     batch = probe_batch(vocab_size, mesh.device)
@@ -316,7 +172,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
                 made_for,
                 config.model.name_or_path,
             )
-    policy = PolicyModel(model, dtype, sharding)
+    policy = PolicyModel(model, dtype, sharding, partition)
     policy.train()
     with adapters_off(policy):
         off = policy(batch)
@@ -326,6 +182,17 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
             _require_neutral(policy(batch), off, label)
     _set_checkpointing(policy.causal_lm, config.train.gradient_checkpointing)
     return policy
+
+
+def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | None:
+    """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
+    if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
+        return None
+    use_dora = config.adapter.use_dora
+    if adapter is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
+            use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)
+    return None if use_dora else Partition(config, mesh)
 
 
 def _require_neutral(on: torch.Tensor, off: torch.Tensor, adapter: str) -> None:

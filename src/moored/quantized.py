@@ -9,6 +9,7 @@ holds everything that they depend on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,30 +17,41 @@ import logging
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import bitsandbytes as bnb
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moored import sealed
 from moored.mesh import Mesh
 from moored.sources import cache_folder
-from moored.weights import INDEX, Files, Loader
+from moored.weights import INDEX, AfterModule, Files, Loader
 
 log = logging.getLogger(__name__)
 FILE_BYTES = 2**28
 FORMAT = 1
 
 
-def load(causal_lm: nn.Module, loader: Loader, source: Path, mesh: Mesh) -> set[str]:
+def load(
+    causal_lm: nn.Module,
+    loader: Loader,
+    source: Path,
+    mesh: Mesh,
+    after: AfterModule | None = None,
+) -> set[str]:
     """Fill the model from the cache, or from its source and the cache from it. Collective.
+
+    The first tensor-parallel group of each machine writes. A cache that cannot be written costs a
+    warning, not the run.
 
     Args:
         causal_lm: without weights, with this rank's sizes.
         loader: of the source.
         source: the model's folder.
         mesh: the processes.
+        after: as in `Loader.load`.
 
     Returns:
         As `Loader.load`.
@@ -49,10 +61,19 @@ def load(causal_lm: nn.Module, loader: Loader, source: Path, mesh: Mesh) -> set[
     if all(mesh.tp.gather(fault is None)):
         log.info("quantised weights from %s", folder)
         cached = dataclasses.replace(loader, files=Files(folder), layout=None)
-        return cached.load(causal_lm)
-    absent = loader.load(causal_lm)
-    sealed.make_once(folder, lambda new: _write(causal_lm, new))
-    return absent
+        return cached.load(causal_lm, after)
+    if fault is not None and folder.exists():
+        log.warning("%s is broken (%s): making it again", folder, fault)
+    if fault is None or not mesh.first_on_machine:
+        return loader.load(causal_lm, after)
+    with _Writer(folder) as writer:
+
+        def both(path: str, module: nn.Module) -> None:
+            writer.add(path, module)
+            if after is not None:
+                after(path, module)
+
+        return loader.load(causal_lm, both)
 
 
 def _key(loader: Loader, source: Path) -> str:
@@ -71,41 +92,78 @@ def _key(loader: Loader, source: Path) -> str:
     return f"{source.name[:40]}-{digest}{place}"
 
 
-def _write(causal_lm: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write what the model holds, a file at a time, so that no second copy of it exists."""
-    weight_map: dict[str, str] = {}
-    pending: dict[str, Tensor] = {}
-    size = 0
+class _Writer:
+    """Writes modules as they are filled, a file at a time: no second copy of them exists."""
 
-    def flush() -> None:
-        nonlocal size
-        if pending:
-            name = f"model-{len(set(weight_map.values())):05d}.safetensors"
-            save_file(pending, folder / name, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(pending, name))
-            pending.clear()
-            size = 0
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._weight_map: dict[str, str] = {}
+        self._pending: dict[str, Tensor] = {}
+        self._stack = contextlib.ExitStack()
+        self._new: Path | None = None  # None once it cannot be written
 
-    for name, tensor in _tensors(causal_lm):
-        pending[name] = tensor.detach().cpu().clone()  # of its own: some are shared
-        size += tensor.numel() * tensor.element_size()
+    def __enter__(self) -> Self:
+        with self._or_without():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._new, facts = self._stack.enter_context(sealed.publishing(self.folder))
+            facts["format"] = FORMAT
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._or_without():
+            if self._new is not None and error[0] is None:
+                self._flush()
+                index = json.dumps({"weight_map": self._weight_map})
+                (self._new / INDEX).write_text(index)
+                self._stack.close()
+                return
+        # Any error keeps the half folder from getting its name.
+        abandoned = OSError("abandoned")
+        with contextlib.suppress(OSError):
+            self._stack.__exit__(OSError, abandoned, None)
+
+    def add(self, path: str, module: nn.Module) -> None:
+        """Take up the tensors of one module, submodules apart."""
+        if self._new is None:
+            return
+        for name, tensor in _tensors(path, module):
+            self._pending[name] = tensor.detach().cpu().clone()  # of its own: some are shared
+        size = sum(tensor.nbytes for tensor in self._pending.values())
         if size >= FILE_BYTES:
-            flush()
-    flush()
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    return {"format": FORMAT}
+            with self._or_without():
+                self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending or self._new is None:
+            return
+        name = f"model-{len(set(self._weight_map.values())):05d}.safetensors"
+        try:
+            save_file(self._pending, self._new / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
+        self._weight_map.update(dict.fromkeys(self._pending, name))
+        self._pending.clear()
+
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("the quantised weights are not kept: %s: %s", self.folder, error)
+            self._new = None
+            self._pending.clear()
 
 
-def _tensors(causal_lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in causal_lm.named_parameters():
+def _tensors(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    prefix = f"{path}." if path else ""
+    for kind, parameter in module.named_parameters(recurse=False):
         if parameter.is_meta:  # tied, or missing
             continue
-        yield name, parameter.data
+        yield prefix + kind, parameter.data
         state = getattr(parameter, "quant_state", None)
         if isinstance(parameter, bnb.nn.Params4bit) and state is not None:
-            for kind, tensor in state.as_dict(packed=True).items():
-                yield f"{name}.{kind}", tensor
-    for path, module in causal_lm.named_modules():
-        for kind, buffer in module.named_buffers(recurse=False):
-            if kind not in module._non_persistent_buffers_set:
-                yield f"{path}.{kind}", buffer
+            for what, tensor in state.as_dict(packed=True).items():
+                yield f"{prefix}{kind}.{what}", tensor
+    for kind, buffer in module.named_buffers(recurse=False):
+        if kind not in module._non_persistent_buffers_set:
+            yield prefix + kind, buffer

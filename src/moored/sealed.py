@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,27 @@ def make_once(
 
 
 def _make(folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
+    with publishing(folder) as (new, facts):
+        facts.update(make(new))
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Fill an empty folder, which is sealed and gets its name when the body ends well.
+
+    Where another process was first, its copy stays.
+
+    Yields:
+        The folder to fill, and facts for the manifest, to be filled, too.
+    """
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
     ) as temporary:
-        new = Path(temporary) / "new"
+        new, facts = Path(temporary) / "new", dict[str, Any]()
         new.mkdir(mode=0o700)
-        facts = make(new)
+        yield new, facts
         seal(new, facts)
-        if fault_of(folder) is None:  # without locks, a peer's copy serves as well
+        if fault_of(folder) is None:
             return
         if folder.exists():
             shutil.rmtree(folder)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from moored.mesh import Axis
 from moored.tensor_parallel import Layout, Split
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PIECE = 2**24  # elements that are cast and quantised at a time
+PIECE = {"cpu": 2**20, "cuda": 2**24}  # elements that are cast and quantised at a time
+AfterModule = Callable[[str, nn.Module], None]
 _STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
@@ -98,8 +99,12 @@ class Loader:
     whole_scales: bool = True
     keep_fp32: frozenset[str] = frozenset()
 
-    def load(self, model: nn.Module) -> set[str]:
+    def load(self, model: nn.Module, after: AfterModule | None = None) -> set[str]:
         """Fill the model.
+
+        Args:
+            model: on `meta`, with this rank's sizes.
+            after: called with each module's path and the module, once it is filled.
 
         Returns:
             The names of parameters that have no tensor, still on `meta`: tied ones, or missing.
@@ -110,23 +115,30 @@ class Loader:
         """
         absent: set[str] = set()
         for path, module in model.named_modules():
-            for kind, parameter in list(module.named_parameters(recurse=False)):
-                name = f"{path}.{kind}" if path else kind
-                if name not in self.files.names:
-                    absent.add(name)
-                elif isinstance(module, bnb.nn.Linear4bit) and kind == "weight":
-                    self._load_packed(module, path)
-                else:
-                    self._load_plain(module, kind, name, parameter)
-            for kind, buffer in list(module.named_buffers(recurse=False)):
-                name = f"{path}.{kind}" if path else kind
-                if name in self.files.names:
-                    buffer = self.files.whole(name).to(buffer.dtype)
-                module.register_buffer(
-                    kind,
-                    buffer.to(self.device),
-                    persistent=kind not in module._non_persistent_buffers_set,
-                )
+            absent |= self._load_module(module, path)
+            if after is not None:
+                after(path, module)
+        return absent
+
+    def _load_module(self, module: nn.Module, path: str) -> set[str]:
+        absent: set[str] = set()
+        for kind, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{path}.{kind}" if path else kind
+            if name not in self.files.names:
+                absent.add(name)
+            elif isinstance(module, bnb.nn.Linear4bit) and kind == "weight":
+                self._load_packed(module, path)
+            else:
+                self._load_plain(module, kind, name, parameter)
+        for kind, buffer in list(module.named_buffers(recurse=False)):
+            name = f"{path}.{kind}" if path else kind
+            if name in self.files.names:
+                buffer = self.files.whole(name).to(buffer.dtype)
+            module.register_buffer(
+                kind,
+                buffer.to(self.device),
+                persistent=kind not in module._non_persistent_buffers_set,
+            )
         return absent
 
     def _split(self, name: str) -> Split | None:
@@ -166,7 +178,7 @@ class Loader:
             _require_shape(name, stored.get_shape(), list(whole))
             pieces = (
                 stored[rows[0] + a : rows[0] + b, columns[0] : columns[1]]
-                for a, b in nf4.rows_of(shape, PIECE)
+                for a, b in nf4.rows_of(shape, PIECE.get(self.device.type, 2**20))
             )
             return nf4.quantize(pieces, shape, self.dtype, self.device)
 

@@ -380,7 +380,7 @@ def test_the_loader_quantises_in_pieces(tmp_path, streamed, monkeypatch, piece):
         return quantize(iter(pieces), *args)
 
     monkeypatch.setattr(nf4, "quantize", counted)
-    monkeypatch.setattr(weights, "PIECE", piece)
+    monkeypatch.setattr(weights, "PIECE", {"cpu": piece})
     require_same_base(ours(path), whole)
     assert max(rows) == {1: 1, 300: 4}[piece]
 
@@ -845,7 +845,7 @@ def cached(path: Path) -> Callable[[Any, Loader, Any], set[str]]:
     def load(model: Any, loader: Loader, axis: Any) -> set[str]:
         if not axis.joined:
             return loader.load(model)
-        return quantized.load(model, loader, path, SimpleNamespace(tp=axis))
+        return quantized.load(model, loader, path, SimpleNamespace(tp=axis, first_on_machine=True))
 
     return load
 
