@@ -10,6 +10,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,7 +26,8 @@ from moored.data import SampleSet, check_data, load_samples
 from moored.errors import UserError
 from moored.evaluate import build_suite
 from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
-from moored.model import load_policy
+from moored.model import PolicyModel, load_policy
+from moored.traffic import MicroBatch, Spread, micro_batch_traffic
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
 GIB = 2**30
@@ -114,6 +116,43 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
         console.print(
             f"adapter     {trained:,} parameters; with adapters off the model is its base"
         )
+        if policy.sharding is not None:
+            console.print(f"sharding    {_sharded(policy, config, mesh)}")
+
+
+def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
+    """What this rank holds, and what a micro-batch of full length sends."""
+    length, rows = config.data.max_length, config.train.micro_batch_size
+    num_kl = 0 if config.regularizer.kind == "none" else rows * length
+    batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
+    sent = micro_batch_traffic(spread_of(policy, config, mesh), batch)
+    packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)
+    return (
+        f"rank 0 of {mesh.tp.size} holds {packed / 1e6:,.1f} MB of 4-bit weights; a micro-batch of "
+        f"{rows} x {length} tokens sends {sum(s.wire_bytes(mesh.tp.size) for s in sent) / 1e6:,.1f}"
+        f" MB per rank in {sum(s.count for s in sent)} collectives"
+    )
+
+
+def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
+    """What `traffic.py` needs to know of a model that is spread over ranks."""
+    assert policy.sharding is not None
+    of_adapters = policy.trainable().items()
+    hf_config: Any = policy.causal_lm.get_base_model().config
+    return Spread(
+        degree=mesh.tp.size,
+        hidden_size=hf_config.get_text_config().hidden_size,
+        num_layers=hf_config.get_text_config().num_hidden_layers,
+        activation_bytes=policy.compute_dtype.itemsize,
+        shared_adapter_sizes=[
+            p.numel() for name, p in of_adapters if policy.sharding.split_of(name) is None
+        ],
+        sequence_parallel=config.parallel.sequence_parallel,
+        checkpointing=config.train.gradient_checkpointing,
+        chunk_tokens=policy.head.chunk_tokens_for(10**6),
+        direction=config.regularizer.direction,
+        is_warm=config.regularizer.temperature != 1.0,
+    )
 
 
 def _streamed(samples: SampleSet) -> str:

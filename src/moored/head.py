@@ -366,6 +366,10 @@ class Head(nn.Module):
         dist.all_gather_into_tensor(parts.view(-1), mine.view(-1), group=shard.group)  # pyright: ignore
         return torch.cat([p[..., :w] for p, w in zip(parts, self._widths, strict=True)], dim=-1)
 
+    def chunk_tokens_for(self, num_tokens: int) -> int:
+        """Rows that are under way at a time, of `num_tokens`."""
+        return _chunk_size(self.chunk_tokens, num_tokens, self._logits())
+
     def _logits(self) -> Logits:
         return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)
 

@@ -38,8 +38,8 @@ SIZES = {
     "head_dim": 64,
     "tie_word_embeddings": False,
 }
-# Quantising 2**20 elements at a time takes some 20 bytes each (a cast to fp32, and what bitsandbytes
-# makes of it); the rest is Python's.
+# Quantising 2**20 elements at a time takes some 20 bytes each (a cast to fp32, and what
+# bitsandbytes makes of it); the rest is Python's.
 WORKING = 32 * MIB
 
 

@@ -13,10 +13,10 @@ from distributed.runner import run_distributed
 from distributed.test_tensor_parallel import ARCHITECTURES, config_of
 from distributed.test_zero import local_batches, step_once
 from moored.config import Config
+from moored.doctor import spread_of
 from moored.engine import Engine
 from moored.mesh import start_mesh
 from moored.model import load_policy
-from moored.tmkl import default_chunk_tokens
 from moored.traffic import MicroBatch, Spread, micro_batch_traffic
 
 WATCHED = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
@@ -71,20 +71,7 @@ def sent(config: Config) -> tuple[Counter, Counter]:
 
 
 def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
-    shared = [p.numel() for n, p in policy.trainable().items() if not policy.sharding.split_of(n)]
-    hf_config = policy.causal_lm.config
-    spread = Spread(
-        degree=mesh.tp.size,
-        hidden_size=hf_config.hidden_size,
-        num_layers=hf_config.num_hidden_layers,
-        activation_bytes=4,
-        shared_adapter_sizes=shared,
-        sequence_parallel=config.parallel.sequence_parallel,
-        checkpointing=config.train.gradient_checkpointing,
-        chunk_tokens=default_chunk_tokens(10**6, policy.head.shard),
-        direction=config.regularizer.direction,
-        is_warm=config.regularizer.temperature != 1.0,
-    )
+    spread = spread_of(policy, config, mesh)
     total: Counter = Counter()
     for batch in local_batches(config, mesh, 1):
         rows, length = batch.input_ids.shape
