@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, RandLoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
@@ -189,6 +189,12 @@ def refused(rank: int, world_size: int, folder: Path) -> None:
     with pytest.raises(TrainingRefusedError, match=r"q_proj\.lora_A.*differs between the ranks"):
         engine.require_equal_replicas()
     engine.close()
+
+    base, _ = load_base(Path(config.model.name_or_path), config.model, ALONE, config.parallel)
+    foreign = folder / f"foreign-{rank}"
+    get_peft_model(base, RandLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(foreign)
+    with pytest.raises(UserError, match="Linear4bit cannot be spread over ranks: use lora"):
+        load_policy(Path(config.model.name_or_path), config, mesh, adapter=foreign)
 
     path = config.output.dir / "slices"
     run_all(0, 2, [(recipe_of(folder, SLICES, mesh="1x2"), path, True)])

@@ -112,6 +112,10 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
         ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
+        *(
+            ("llama", "nf4", "forward", 1, 2, stage, "none", "optim.max_grad_norm=0.02")
+            for stage in (0, 2, 3)
+        ),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[o_proj,up_proj]"),
         *(
             (name, "nf4", "forward", 1, 2, stage, checkpointing, "parallel.sequence_parallel=true")
@@ -175,6 +179,7 @@ def spread(folder) -> dict[Case, list[dict[str, Any]]]:
 def test_every_mesh_trains_as_one_process(spread, one_process, case):
     expected = one_process[as_one(case)]
     assert any(t.abs().max() > 0 for n, t in expected["optimizer"].items() if "lora_B" in n)
+    assert min(expected["grad_norm"]) > 0.02, "nothing was clipped where it should be"
     for run in spread[case]:
         for key in ("loss", "kl", "grad_norm"):
             np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
