@@ -27,6 +27,8 @@ from moored.config import AdapterConfig
 from moored.errors import UserError
 from moored.tensor_parallel import Sharding, whole_adapters
 
+DRAWN = ("default", "gaussian", "orthogonal")  # initial values that depend on sizes alone
+
 
 def add_adapters(
     causal_lm: Any, config: AdapterConfig, seed: int, sharding: Sharding | None = None
@@ -46,6 +48,11 @@ def add_adapters(
         raise UserError(
             f"adapter.init: {config.init} is computed from data beforehand, which is not done "
             "here: use default or gaussian"
+        )
+    if sharding is not None and config.init not in DRAWN:
+        raise UserError(
+            f"adapter.init: {config.init} is computed from whole weights of the base, which are "
+            f"spread over ranks: use {' or '.join(DRAWN)}"
         )
     init: Any = True if config.init == "default" else config.init
     targets: Any = config.target_modules

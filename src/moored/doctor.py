@@ -25,6 +25,7 @@ from moored.config import Config
 from moored.data import SampleSet, check_data, load_samples
 from moored.errors import UserError
 from moored.evaluate import build_suite
+from moored.loading import require_layout
 from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.model import PolicyModel, load_policy
 from moored.traffic import MicroBatch, Spread, micro_batch_traffic
@@ -110,14 +111,27 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
         for name, batches in suite.retention.items():
             scored = sum(batch.num_targets for batch in batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
+    degree = config.parallel.tensor_parallel_degree
+    if degree > 1:
+        require_layout(source.path, config.model, config.parallel)
+        if mesh.tp.size == 1 and mesh.is_main:
+            console.print(f"sharding    over {degree} ranks is possible; here the model is whole")
     policy = load_policy(source.path, config, mesh)
     if mesh.is_main:
-        trained = sum(p.numel() for p in policy.trainable().values())
+        trained = sum(_whole_size(policy, name) for name in policy.trainable())
         console.print(
             f"adapter     {trained:,} parameters; with adapters off the model is its base"
         )
         if policy.sharding is not None:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
+
+
+def _whole_size(policy: PolicyModel, name: str) -> int:
+    parameter = policy.get_parameter(name)
+    split = policy.sharding.split_of(name) if policy.sharding is not None else None
+    if split is None:
+        return parameter.numel()
+    return parameter.numel() // parameter.shape[split.dim] * split.whole
 
 
 def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from moored.batch import Batch
 from moored.errors import UserError
 from moored.head import Head
+from moored.mesh import is_lost_peer
 from moored.reference import dropout_off
 from moored.tensor_parallel import Sharding
 
@@ -93,6 +94,8 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if is_lost_peer(error):
+            raise
         raise UserError(
             f"{name}: a trial forward fails ({str(error).splitlines()[0][:160]}): this "
             "architecture is not supported (or not in 4 bits: try model.quantization none)"
@@ -112,3 +115,23 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
             "loss would not see: this architecture is not supported"
         )
     causal_lm.set_output_embeddings(head)
+
+
+def require_same_by_tokens(causal_lm: Any, device: torch.device, sharding: Sharding) -> None:
+    """Compare the hidden states with and without sequence parallelism. Collective.
+
+    Raises:
+        UserError: something in the layers looks at more than one token, and is not in the plan.
+    """
+    batch = probe_batch(causal_lm.config.get_text_config().vocab_size, device)
+    with torch.no_grad(), dropout_off(causal_lm):
+        by_tokens = final_hidden(causal_lm, batch)
+        with sharding.without_sequence_parallelism(causal_lm):
+            whole = final_hidden(causal_lm, batch)
+    # The sums are the same but for their order, in the dtype of the activations.
+    bound = 64 * torch.finfo(whole.dtype).eps * max(1.0, whole.abs().max().item())
+    if (by_tokens - whole).abs().max().item() > bound:
+        raise UserError(
+            f"parallel.sequence_parallel: {type(causal_lm).__name__} gives other hidden states "
+            "with it: set it to false"
+        )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import re
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from moored.errors import (
     TrainingRefusedError,
     UserError,
 )
-from moored.mesh import Mesh
+from moored.mesh import Mesh, is_lost_peer
 from moored.rundir import RunDirectory, locked, open_run
 from moored.track import Tracker
 
@@ -34,9 +33,6 @@ STATUS = {
     EvaluationFailedError: "evaluation_failed",
     KeyboardInterrupt: "interrupted",
 }
-_LOST_PEER = re.compile(
-    r"(closed|reset) by peer|Broken pipe|[Tt]imed out|Socket Timeout|ncclRemoteError|remote process"
-)
 MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}
 
 
@@ -108,7 +104,7 @@ def failures_named(mesh: Mesh) -> Iterator[None]:
             "parallel.zero_stage to 3"
         ) from error
     except RuntimeError as error:
-        if mesh.world.size == 1 or not _LOST_PEER.search(str(error)):
+        if mesh.world.size == 1 or not is_lost_peer(error):
             raise
         raise PeerLostError(
             f"rank {mesh.world.rank} lost another process of the run "

@@ -28,10 +28,10 @@ from moored import quantized
 from moored.base import resolve_dtype
 from moored.config import ModelConfig, ParallelConfig
 from moored.errors import UserError
-from moored.forward import install_head
+from moored.forward import install_head, require_same_by_tokens
 from moored.linear4bit import make_zero_safe
-from moored.mesh import Mesh
-from moored.tensor_parallel import Sharding, layout_of
+from moored.mesh import Mesh, is_lost_peer
+from moored.tensor_parallel import Sharding, layout_of, require_per_token
 from moored.weights import AfterModule, Files, Loader
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,8 @@ def load_base(
     if sharding is not None:
         sharding.connect(causal_lm)
     install_head(causal_lm, mesh.device, sharding)
+    if sharding is not None and sharding.sequence_parallel:
+        require_same_by_tokens(causal_lm, mesh.device, sharding)
     return causal_lm, sharding
 
 
@@ -110,6 +112,8 @@ def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]
             f"({str(error).splitlines()[0][:160]}): free it, or take nf4 or a smaller model"
         ) from error
     except (SafetensorError, RuntimeError) as error:
+        if is_lost_peer(error):
+            raise
         raise UserError(
             f"{label}: its weights are broken or not those of its config.json "
             f"({str(error).splitlines()[0]}): copy or download the model again"
@@ -141,13 +145,15 @@ def _stream(
     unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
     if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
         return None, None, []
-    if not files.names:
-        raise OSError("tensor parallelism reads safetensors, of which the folder has none")
+    if mesh.tp.size > 1:
+        _require_own_names(causal_lm, files, unknown, convertible=convertible)
     quantizer = _quantizer(hf_config, quantization, mesh.device)
     sharding = None
     if mesh.tp.size > 1:
         in_blocks = config.quantization == "nf4"
         layout = layout_of(causal_lm, mesh.tp.size, in_blocks=in_blocks)
+        if parallel.sequence_parallel:
+            require_per_token(causal_lm, layout)
         sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
     if quantizer is not None:
         quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
@@ -172,6 +178,49 @@ def _stream(
         quantizer.postprocess_model(causal_lm)
     causal_lm.eval()
     return causal_lm, sharding, sorted(absent)
+
+
+def _require_own_names(
+    causal_lm: Any, files: Files, unknown: set[str], *, convertible: bool
+) -> None:
+    """Slices are read by the model's own names, from safetensors."""
+    remedy = (
+        "load it by transformers and save it by save_pretrained(FOLDER, save_original_format=False)"
+    )
+    label = f"parallel.tensor_parallel_degree: {type(causal_lm).__name__}"
+    if not files.names:
+        raise UserError(
+            f"{label}: the folder has no safetensors, of which slices are read: {remedy}"
+        )
+    tied = {name: causal_lm.all_tied_weights_keys.get(name) for name in unknown}
+    absent = sorted(
+        name
+        for name, source in tied.items()
+        if source is None and name not in causal_lm.all_tied_weights_keys.values()
+    )
+    if absent or convertible:
+        what = f"{len(absent)} tensors (first: {absent[0]})" if absent else "some tensors"
+        raise UserError(
+            f"{label}: {what} are not in its files as the model names and lays them out, so that "
+            f"they are missing, or need a conversion: {remedy}"
+        )
+
+
+def require_layout(path: Path, config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a degree that the model cannot be spread over; no weights are read.
+
+    Raises:
+        UserError: see `layout_of`.
+    """
+    with _failures_named(config, torch.device("cpu")):
+        hf_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+        causal_lm = _without_weights(path, hf_config, config, torch.float32)
+    in_blocks = config.quantization == "nf4"
+    layout = layout_of(causal_lm, parallel.tensor_parallel_degree, in_blocks=in_blocks)
+    if parallel.sequence_parallel:
+        require_per_token(causal_lm, layout)
 
 
 def _without_weights(path: Path, hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -244,6 +245,16 @@ def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None
             f"rank {place.rank} of {place.world_size} could not meet the others at "
             f"{place.address}:{place.port}: {str(error).splitlines()[0]}"
         ) from error
+
+
+_LOST_PEER = re.compile(
+    r"(closed|reset) by peer|Broken pipe|[Tt]imed out|Socket Timeout|ncclRemoteError|remote process"
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether it is what gloo and NCCL say of a process that is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
 
 
 def leave_mesh() -> None:

@@ -14,12 +14,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import bitsandbytes as bnb
+import filelock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -105,6 +107,13 @@ class _Writer:
     def __enter__(self) -> Self:
         with self._or_without():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.folder.parent / f".{self.folder.name}.lock", timeout=0)
+            try:
+                self._stack.enter_context(lock)
+            except filelock.Timeout:
+                return self  # another process writes it
+            for left in self.folder.parent.glob(f".{self.folder.name}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)  # by a process that was killed
             self._new, facts = self._stack.enter_context(sealed.publishing(self.folder))
             facts["format"] = FORMAT
         return self

@@ -5,7 +5,14 @@ on a model, `adapters.py` on what PEFT adds to it, `traffic.py` counts what is s
 """
 
 from moored.tensor_parallel.adapters import whole_adapters
-from moored.tensor_parallel.layout import NF4_BLOCK, Layout, Sharded, Split, layout_of
+from moored.tensor_parallel.layout import (
+    NF4_BLOCK,
+    Layout,
+    Sharded,
+    Split,
+    layout_of,
+    require_per_token,
+)
 from moored.tensor_parallel.sharding import Sharding
 
 __all__ = [
@@ -15,5 +22,6 @@ __all__ = [
     "Sharding",
     "Split",
     "layout_of",
+    "require_per_token",
     "whole_adapters",
 ]

@@ -18,6 +18,7 @@ from torch import nn
 from moored.errors import UserError
 
 NF4_BLOCK = 64  # elements of a row that share one scale
+_PER_TOKEN = re.compile(r"Norm|Dropout|Identity|Activation|GELU|SiLU|ReLU")
 Style = Literal["column", "row", "gathered", "split", "vocabulary"]
 # The plan's words for the styles. A norm of each head by itself acts on any share of the heads.
 _STYLES: Mapping[str, Style | None] = {
@@ -147,6 +148,26 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> Layout:
     return Layout(degree, layers, tuple(regions), stacks.pop())
 
 
+def require_per_token(causal_lm: nn.Module, layout: Layout) -> None:
+    """Refuse sequence parallelism where a layer has parts, beside its regions, that may mix tokens.
+
+    Raises:
+        UserError: a part is neither a region nor known to work on each token by itself.
+    """
+    stack: Any = causal_lm.get_submodule(layout.stack)
+    for index, layer in enumerate(stack):
+        for name, part in layer.named_modules():
+            path = f"{layout.stack}.{index}.{name}"
+            within = any(f"{path}.".startswith(f"{region}.") for region in layout.regions)
+            around = any(region.startswith(f"{path}.") for region in layout.regions)
+            if not name or within or around or _PER_TOKEN.search(type(part).__name__):
+                continue
+            raise UserError(
+                f"parallel.sequence_parallel: {path} ({type(part).__name__}) is not in its "
+                "architecture's plan, and may look at more than one token: set it to false"
+            )
+
+
 def _pattern(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
@@ -199,8 +220,9 @@ class _Model:
     def plan(self) -> dict[str, str]:
         """The architecture's plan by pattern of module paths, as seen from the whole model."""
         prefix = self.causal_lm.base_model_prefix
-        backbone = getattr(self.causal_lm, prefix)
-        own: dict[str, str] = getattr(backbone.config, "base_model_tp_plan", None) or {}
+        backbone: Any = getattr(self.causal_lm, prefix, None)
+        config = getattr(backbone, "config", None)
+        own: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
         if not own:
             raise self.refusal("the architecture carries no tensor-parallel plan in transformers")
         plan = {f"{prefix}.{pattern}": style for pattern, style in own.items()}
@@ -250,7 +272,7 @@ class _Model:
         return self.refusal(
             f"{group.parent} has {group.what}, which{blocks} can be dealt to {most} rank"
             f"{'s' if most > 1 else ''} at most",
-            f"set it to {most}{' or less' if most > 1 else ''}",
+            f"set it to {most} or less" if most > 1 else "",
         )
 
     def _num_heads(self, parent: str, common_width: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from moored.errors import UserError
 from moored.mesh import Axis
 from moored.tensor_parallel.layout import Split
 
@@ -82,6 +83,11 @@ class Sequence:
 
     def deal(self, x: Tensor) -> Tensor:
         """The same whole sequences on every rank to this rank's share of each."""
+        if x.dim() != 3:
+            raise UserError(
+                f"parallel.sequence_parallel: the layers take {tuple(x.shape)}, not one row of "
+                "features per token: set it to false"
+            )
         self.length = x.shape[1]
         return _move(x, self._mine, self._all)
 

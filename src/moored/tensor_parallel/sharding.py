@@ -8,7 +8,9 @@ summed, the others are cut like the layer they adapt.
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -90,6 +92,17 @@ class Sharding:
             stack: Any = causal_lm.get_submodule(self.layout.stack)
             self._before(stack[0], self._sequence.deal)
             self._after(stack[-1], self._sequence.collect)
+
+    @contextlib.contextmanager
+    def without_sequence_parallelism(self, causal_lm: nn.Module) -> Iterator[None]:
+        """Run the body with every rank's residual stream whole."""
+        self.sequence_parallel = False
+        self.connect(causal_lm)
+        try:
+            yield
+        finally:
+            self.sequence_parallel = True
+            self.connect(causal_lm)
 
     def _enter(self, x: Tensor) -> Tensor:
         return self._sequence.enter(x) if self.sequence_parallel else regions.enter(x, self.axis)
