@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,11 +191,22 @@ def refused(rank: int, world_size: int, folder: Path) -> None:
         engine.require_equal_replicas()
     engine.close()
 
-    base, _ = load_base(Path(config.model.name_or_path), config.model, ALONE, config.parallel)
+    path = Path(config.model.name_or_path)
+    base, _ = load_base(path, config.model, ALONE, config.parallel)
     foreign = folder / f"foreign-{rank}"
     get_peft_model(base, RandLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(foreign)
     with pytest.raises(UserError, match="Linear4bit cannot be spread over ranks: use lora"):
-        load_policy(Path(config.model.name_or_path), config, mesh, adapter=foreign)
+        load_policy(path, config, mesh, adapter=foreign)
+    for init in ("olora", "pissa"):
+        with pytest.raises(UserError, match=f"adapter.init: {init} is computed from whole"):
+            load_policy(path, recipe_of(folder, f"adapter.init={init}", mesh="1x2"), mesh)
+    for name in path.glob("*.safetensors"):
+        other = folder / f"bin-{rank}"
+        shutil.copytree(path, other)
+        torch.save(load_file(name), other / "pytorch_model.bin")
+        (other / name.name).unlink()
+        with pytest.raises(UserError, match="the folder has no safetensors"):
+            load_base(other, config.model, mesh, config.parallel)
 
     path = config.output.dir / "slices"
     run_all(0, 2, [(recipe_of(folder, SLICES, mesh="1x2"), path, True)])

@@ -224,9 +224,9 @@ BAD_RECIPES = {
         GOOD + "parallel: {zero_stage: 4}\n",
         ["parallel.zero_stage: must be at most 3, got 4"],
     ),
-    "tensor parallelism": (
-        GOOD + "parallel: {tensor_parallel_degree: 2}\n",
-        ["tensor_parallel_degree: 2: tensor parallelism is not available in this version"],
+    "sequence parallelism of one rank": (
+        GOOD + "parallel: {sequence_parallel: true}\n",
+        ["parallel.sequence_parallel: would be ignored, since tensor_parallel_degree is 1"],
     ),
     "exact match of nothing": (
         GOOD + "evaluation: {exact_match: true}\n",

@@ -10,7 +10,14 @@ import transformers
 from torch import nn
 
 from moored.errors import UserError
-from moored.tensor_parallel import NF4_BLOCK, Layout, Sharded, Split, layout_of
+from moored.tensor_parallel import (
+    NF4_BLOCK,
+    Layout,
+    Sharded,
+    Split,
+    layout_of,
+    require_per_token,
+)
 
 LLAMA_70B = {
     "vocab_size": 128256,
@@ -303,14 +310,14 @@ def test_too_few_joined_groups_are_refused_with_what_is_possible():
     layout_of(llama(), 2, in_blocks=True)
     narrow = llama(hidden_size=64, num_attention_heads=4)
     text = refused(narrow, 2, in_blocks=True)
-    assert text.endswith("can be dealt to 1 rank at most: set it to 1")
+    assert "can be dealt to 1 rank at most: set it to 1 and use parallel.zero_stage 3" in text
     layout_of(narrow, 4, in_blocks=False)
 
 
 def test_a_row_layer_whose_columns_are_no_whole_blocks_is_refused():
     text = refused(llama(intermediate_size=224), 2, in_blocks=True)
     assert f"{MLP} has 224 columns" in text
-    assert text.endswith("can be dealt to 1 rank at most: set it to 1")
+    assert "can be dealt to 1 rank at most: set it to 1 and use parallel.zero_stage 3" in text
     assert layout_of(llama(intermediate_size=224), 2, in_blocks=False)
 
 
@@ -395,3 +402,30 @@ def test_an_attention_that_does_not_say_how_wide_its_heads_are_is_refused():
     assert f"{ATTENTION} does not say of what size its heads are" in refused(
         model, 2, in_blocks=False
     )
+
+
+def olmo_hybrid():
+    """Every second layer mixes tokens by a recurrence that is not in the plan."""
+    return skeleton(
+        transformers.OlmoHybridConfig,
+        SMALL | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    )
+
+
+def test_sequence_parallelism_is_refused_beside_parts_that_may_mix_tokens():
+    model = olmo_hybrid()
+    layout = layout_of(model, 2, in_blocks=False)
+    with pytest.raises(UserError, match=r"sequence_parallel: model\.layers\.0\.linear_attn \(Olmo"):
+        require_per_token(model, layout)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2", "Phi3", "Olmo2", "Granite", "Phi"])
+def test_sequence_parallelism_is_accepted_beside_norms_and_activations(kind):
+    model = skeleton(getattr(transformers, f"{kind}Config"), SMALL | {"pad_token_id": 0})
+    require_per_token(model, layout_of(model, 2, in_blocks=False))
+
+
+def test_a_model_without_its_own_backbone_is_refused():
+    model = llama()
+    model.base_model_prefix = "language_model"
+    assert "carries no tensor-parallel plan" in refused(model, 2, in_blocks=False)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from moored import forward
 from moored.batch import Sample, collate
 from moored.config import Config, load_config
 from moored.errors import UserError
@@ -407,3 +408,14 @@ def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):
     monkeypatch.setattr(Loader, "load", full)
     with pytest.raises(UserError, match="does not fit into the memory"):
         policy_of(config)
+
+
+def test_a_peer_that_is_lost_while_the_base_is_tried_is_not_called_an_odd_model(
+    tmp_path, monkeypatch
+):
+    def lost(*_: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+
+    monkeypatch.setattr(forward, "final_hidden", lost)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        policy_of(config_of(tmp_path))

@@ -17,10 +17,11 @@ from typing import Any
 import accelerate
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
+import filelock
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.quantizers.auto import get_hf_quantizer
@@ -906,3 +907,43 @@ def test_scales_of_the_whole_and_of_slices_are_cached_apart(tmp_path, cache):
         mine, _ = shares(path, 2, whole_scales=whole_scales, load=cached(path))
         require_same_shares(mine, expected)
     assert len(folders_in(cache)) == 4
+
+
+def load_cached(path: Path) -> None:
+    config = ModelConfig(name_or_path=str(path), cache_quantized=True)
+    load_base(path, config, ALONE, ParallelConfig())
+
+
+def test_what_a_killed_writer_left_in_the_cache_is_removed(tmp_path, cache):
+    path = tiny_model(tmp_path / "model")
+    load_cached(path)
+    [folder] = cache.glob("model-*")
+    left = folder.with_name(f".{folder.name}.killed.tmp")
+    left.mkdir()
+    shutil.rmtree(folder)
+    load_cached(path)
+    assert folder.is_dir()
+    assert not left.exists()
+
+
+def test_a_cache_that_another_process_writes_is_not_waited_for(tmp_path, cache):
+    path = tiny_model(tmp_path / "model")
+    load_cached(path)
+    [folder] = cache.glob("model-*")
+    shutil.rmtree(folder)
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        load_cached(path)
+    assert not folder.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, cache, caplog, monkeypatch):
+    path = tiny_model(tmp_path / "model")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(quantized, "save_file", full)
+    load_cached(path)
+    assert "the quantised weights are not kept" in caplog.text
+    assert not list(cache.glob("model-*"))
+    assert not list(cache.glob(".*.tmp"))
