@@ -31,7 +31,7 @@ from moored.errors import UserError
 from moored.forward import install_head, require_same_by_tokens
 from moored.linear4bit import make_zero_safe
 from moored.mesh import Mesh, is_lost_peer
-from moored.tensor_parallel import Sharding, layout_of, require_per_token
+from moored.tensor_parallel import Layout, Sharding, layout_of, require_per_token
 from moored.weights import AfterModule, Files, Loader
 
 log = logging.getLogger(__name__)
@@ -150,10 +150,7 @@ def _stream(
     quantizer = _quantizer(hf_config, quantization, mesh.device)
     sharding = None
     if mesh.tp.size > 1:
-        in_blocks = config.quantization == "nf4"
-        layout = layout_of(causal_lm, mesh.tp.size, in_blocks=in_blocks)
-        if parallel.sequence_parallel:
-            require_per_token(causal_lm, layout)
+        layout = _layout(causal_lm, config, parallel, mesh.tp.size)
         sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
     if quantizer is not None:
         quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
@@ -192,12 +189,8 @@ def _require_own_names(
         raise UserError(
             f"{label}: the folder has no safetensors, of which slices are read: {remedy}"
         )
-    tied = {name: causal_lm.all_tied_weights_keys.get(name) for name in unknown}
-    absent = sorted(
-        name
-        for name, source in tied.items()
-        if source is None and name not in causal_lm.all_tied_weights_keys.values()
-    )
+    tied = causal_lm.all_tied_weights_keys  # target -> source; either may be in the files
+    absent = sorted(unknown - tied.keys() - set(tied.values()))
     if absent or convertible:
         what = f"{len(absent)} tensors (first: {absent[0]})" if absent else "some tensors"
         raise UserError(
@@ -217,10 +210,14 @@ def require_layout(path: Path, config: ModelConfig, parallel: ParallelConfig) ->
             path, trust_remote_code=config.trust_remote_code
         )
         causal_lm = _without_weights(path, hf_config, config, torch.float32)
-    in_blocks = config.quantization == "nf4"
-    layout = layout_of(causal_lm, parallel.tensor_parallel_degree, in_blocks=in_blocks)
+    _layout(causal_lm, config, parallel, parallel.tensor_parallel_degree)
+
+
+def _layout(causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int) -> Layout:
+    layout = layout_of(causal_lm, degree, in_blocks=config.quantization == "nf4")
     if parallel.sequence_parallel:
         require_per_token(causal_lm, layout)
+    return layout
 
 
 def _without_weights(path: Path, hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> Any:

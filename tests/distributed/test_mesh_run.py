@@ -176,11 +176,12 @@ def compare_all(rank: int, world_size: int, config: Config) -> None:
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def refused(rank: int, world_size: int, folder: Path) -> None:
+def refused(
+    rank: int, world_size: int, config: Config, slices: Config, inits: list[Config], folder: Path
+) -> None:
     with pytest.raises(UserError, match="degree=3 does not divide the 2 processes"):
         start_mesh(3)
     mesh = start_mesh(2)
-    config = recipe_of(folder, mesh="1x2")
     policy = load_policy(Path(config.model.name_or_path), config, mesh)
     engine = Engine(policy, config, mesh)
     engine.require_equal_replicas()
@@ -197,22 +198,24 @@ def refused(rank: int, world_size: int, folder: Path) -> None:
     get_peft_model(base, RandLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(foreign)
     with pytest.raises(UserError, match="Linear4bit cannot be spread over ranks: use lora"):
         load_policy(path, config, mesh, adapter=foreign)
-    for init in ("olora", "pissa"):
-        with pytest.raises(UserError, match=f"adapter.init: {init} is computed from whole"):
-            load_policy(path, recipe_of(folder, f"adapter.init={init}", mesh="1x2"), mesh)
-    for name in path.glob("*.safetensors"):
-        other = folder / f"bin-{rank}"
-        shutil.copytree(path, other)
-        torch.save(load_file(name), other / "pytorch_model.bin")
-        (other / name.name).unlink()
-        with pytest.raises(UserError, match="the folder has no safetensors"):
-            load_base(other, config.model, mesh, config.parallel)
+    for other in inits:
+        with pytest.raises(UserError, match=r"adapter\.init: \w+ is computed from whole weights"):
+            load_policy(path, other, mesh)
+    pickled = folder / f"bin-{rank}"
+    shutil.copytree(path, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(path / "model.safetensors"), pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="the folder has no safetensors"):
+        load_base(pickled, config.model, mesh, config.parallel)
 
     path = config.output.dir / "slices"
-    run_all(0, 2, [(recipe_of(folder, SLICES, mesh="1x2"), path, True)])
+    run_all(0, 2, [(slices, path, True)])
     with pytest.raises(UserError, match=r"with the NF4 scales of slices at .* 2, not of whole"):
         train.run(config, path=path, parent=path.parent)
 
 
 def test_what_would_not_be_exact_is_refused(tmp_path):
-    run_distributed(refused, 2, tmp_path, timeout=200)
+    config, slices, *inits = (
+        recipe_of(tmp_path, *more, mesh="1x2")
+        for more in ([], [SLICES], ["adapter.init=olora"], ["adapter.init=pissa"])
+    )
+    run_distributed(refused, 2, config, slices, inits, tmp_path, timeout=200)

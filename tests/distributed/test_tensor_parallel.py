@@ -77,6 +77,8 @@ def as_one(case: Case) -> Case:
 
 def train(config: Config) -> dict[str, Any]:
     mesh, engine = build(config)
+    degree = config.parallel.tensor_parallel_degree
+    assert (mesh.dp.rank, mesh.tp.rank) == divmod(mesh.world.rank, degree), "no neighbours"
     stats = [step_once(engine, mesh, config, step) for step in range(STEPS)]
     engine.require_equal_replicas()
     result: dict[str, Any] = {
