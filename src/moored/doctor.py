@@ -112,9 +112,9 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
             scored = sum(batch.num_targets for batch in batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
     degree = config.parallel.tensor_parallel_degree
-    if degree > 1:
+    if degree > mesh.tp.size:
         require_layout(source.path, config.model, config.parallel)
-        if mesh.tp.size == 1 and mesh.is_main:
+        if mesh.is_main:
             console.print(f"sharding    over {degree} ranks is possible; here the model is whole")
     policy = load_policy(source.path, config, mesh)
     if mesh.is_main:

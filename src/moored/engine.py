@@ -56,11 +56,11 @@ class Engine:
             weight_decay=config.optim.weight_decay,
             foreach=False,
         )
-        self._sharding = policy.sharding
-        for name, parameter in self._trainable.items():
+        self._sharding = sharding = policy.sharding
+        self._cut = {name for name in self._trainable if sharding and sharding.split_of(name)}
+        for name in self._cut:
             # DeepSpeed counts what is cut once per rank in the norm, what is shared once in all.
-            if self._sharding is not None and self._sharding.split_of(name) is not None:
-                parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+            self._trainable[name].model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
         if policy.partition is not None:
@@ -134,8 +134,8 @@ class Engine:
         grads = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
         if self._sharding is None:
             return torch.nn.utils.get_total_norm(grads.values())
-        cut = [g for name, g in grads.items() if self._sharding.split_of(name) is not None]
-        shared = [g for name, g in grads.items() if self._sharding.split_of(name) is None]
+        cut = [grad for name, grad in grads.items() if name in self._cut]
+        shared = [grad for name, grad in grads.items() if name not in self._cut]
         norms = [torch.nn.utils.get_total_norm(part).double() for part in (cut, shared)]
         return (self.mesh.tp.sum(norms[0] ** 2) + norms[1] ** 2).sqrt()
 
@@ -173,7 +173,7 @@ class Engine:
         """
         if self._sharding is None:
             return
-        names = [n for n in self._trainable if self._sharding.split_of(n) is None]
+        names = [name for name in self._trainable if name not in self._cut]
         sums = [self._checksum(self._trainable[name]) for name in names]
         if not sums:
             return

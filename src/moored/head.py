@@ -356,14 +356,10 @@ class Head(nn.Module):
             return logits_v
         if self._widths is None:
             mine = torch.tensor([shard.num_valid], device=logits_v.device)
-            widths = mine.new_empty(shard.world_size)
-            dist.all_gather_into_tensor(widths, mine, group=shard.group)  # pyright: ignore
-            self._widths = [int(width) for width in widths]
+            self._widths = [int(width) for width in all_gather(mine, shard)]
         widest = max(self._widths)
         valid_v = logits_v.detach()[..., : shard.num_valid]
-        mine = nn.functional.pad(valid_v, (0, widest - shard.num_valid)).contiguous()
-        parts = mine.new_empty((shard.world_size, *mine.shape))
-        dist.all_gather_into_tensor(parts.view(-1), mine.view(-1), group=shard.group)  # pyright: ignore
+        parts = all_gather(nn.functional.pad(valid_v, (0, widest - shard.num_valid)), shard)
         return torch.cat([p[..., :w] for p, w in zip(parts, self._widths, strict=True)], dim=-1)
 
     def chunk_tokens_for(self, num_tokens: int) -> int:

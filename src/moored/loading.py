@@ -145,13 +145,12 @@ def _stream(
     unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
     if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
         return None, None, []
-    if mesh.tp.size > 1:
-        _require_own_names(causal_lm, files, unknown, convertible=convertible)
-    quantizer = _quantizer(hf_config, quantization, mesh.device)
     sharding = None
     if mesh.tp.size > 1:
+        _require_own_names(causal_lm, files, unknown, convertible=convertible)
         layout = _layout(causal_lm, config, parallel, mesh.tp.size)
         sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
+    quantizer = _quantizer(hf_config, quantization, mesh.device)
     if quantizer is not None:
         quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
     if sharding is not None:

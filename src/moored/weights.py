@@ -37,6 +37,9 @@ class Files:
     """The tensors of a folder with safetensors, by name.
 
     A file is mapped only while one tensor is read, so that its pages count for no longer.
+
+    Attributes:
+        names: of all tensors; empty where the folder has no safetensors.
     """
 
     def __init__(self, folder: Path):
@@ -49,11 +52,7 @@ class Files:
         elif (folder / SINGLE).is_file():
             with safe_open(folder / SINGLE, framework="pt") as file:
                 self._of = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
-
-    @property
-    def names(self) -> set[str]:
-        """Of all tensors; empty where the folder has no safetensors."""
-        return set(self._of)
+        self.names = frozenset(self._of)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Any]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from torch import nn
 
 from moored.errors import UserError
+from moored.nf4 import BLOCK as NF4_BLOCK
 
-NF4_BLOCK = 64  # elements of a row that share one scale
 _PER_TOKEN = re.compile(r"Norm|Dropout|Identity|Activation|GELU|SiLU|ReLU")
 Style = Literal["column", "row", "gathered", "split", "vocabulary"]
 # The plan's words for the styles. A norm of each head by itself acts on any share of the heads.
@@ -237,9 +237,9 @@ class _Model:
         self, parent: str, members: Mapping[str, Style], plan: Mapping[str, str]
     ) -> None:
         """Everything in a region follows the plan, and one of its layers joins what is split."""
+        whole = "gathered" in members.values()  # beside what is joined before it is used
         for name, parameter in self.causal_lm.get_submodule(parent).named_parameters(parent):
             path = name.rpartition(".")[0]
-            whole = "gathered" in members.values()  # beside what is joined before it is used
             if path not in members and not whole and _pattern(path) not in plan:
                 raise self.refusal(
                     f"{name} {tuple(parameter.shape)} is not in its plan, beside "
