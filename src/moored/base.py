@@ -16,7 +16,7 @@ import transformers
 from moored.config import ModelConfig
 from moored.errors import UserError
 from moored.mesh import Mesh
-from moored.sources import ResolvedModel, resolve_model
+from moored.sources import ResolvedModel, resolve_model, staged
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,7 +49,7 @@ def locate(config: ModelConfig, mesh: Mesh) -> Located:
     """
     transformers.utils.logging.disable_progress_bar()
     with mesh.main_first():
-        source = resolve_model(config)
+        source = staged(resolve_model(config))
     tokenizer = load_tokenizer(source.path, config)
     try:
         hf_config = transformers.AutoConfig.from_pretrained(

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,21 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def replace_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], model: PeftModel, base_name: str
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    model: PeftModel,
+    base_name: str,
+    *,
+    require_owned: Callable[[], None],
 ) -> None:
     """Write an adapter beside `folder`, read it back bit for bit, and put it in its place.
+
+    Args:
+        folder: the adapter's folder.
+        tensors: whole tensors by the policy's parameter names.
+        model: the PEFT model, for its configuration.
+        base_name: what the adapter's card names as its base.
+        require_owned: asked before the rename: raises where the run is another process's by now.
 
     Raises:
         OSError: it could not be written.
@@ -106,6 +119,7 @@ def replace_adapter(
         not torch.equal(written[name], expected[name]) for name in written
     ):
         raise RuntimeError(f"{temporary}: the adapter read back is not the one written")
+    require_owned()
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     sealed.fsync_directory(folder.parent)
@@ -149,11 +163,25 @@ def masters_of(optimizer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def write(folder: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str) -> None:
+def write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: PeftModel,
+    base_name: str,
+    *,
+    require_owned: Callable[[], None],
+) -> None:
     """Write a checkpoint so that a crash at any moment leaves the old ones or the new one, whole.
 
     Every file is flushed, then the manifest with sizes and SHA-256 sums, then the folder gets its
     name.
+
+    Args:
+        folder: the checkpoint's.
+        checkpoint: what is kept.
+        model: the PEFT model, for the adapter's configuration.
+        base_name: what the adapter's card names as its base.
+        require_owned: asked before the rename: raises where the run is another process's by now.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -162,6 +190,7 @@ def write(folder: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
         raise
+    require_owned()
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     sealed.fsync_directory(folder.parent)

@@ -53,6 +53,12 @@ class PeerLostError(MooredError):
     exit_code = 1
 
 
+class TakenOverError(MooredError):
+    """Another process owns the run now; nothing more may be written by this one."""
+
+    exit_code = 1
+
+
 class PreemptedError(MooredError):
     """A signal asked the run to leave; its state is saved and it can be requeued."""
 

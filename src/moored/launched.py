@@ -1,7 +1,7 @@
 """Which process of how many this is, as torchrun, deepspeed or srun say by the environment.
 
-The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents. Needs no torch and starts
-nothing: groups are `mesh.py`'s.
+The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, and of which job this is.
+Needs no torch and starts nothing: groups are `mesh.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from moored.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 10000, 20000  # below the range that kernels give out by themselves
+TRIED_PORTS = 8  # of a job, until one is free
 _SLURM = {
     "RANK": "SLURM_PROCID",
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
@@ -29,14 +30,41 @@ class Launched:
         world_size: processes in all.
         local_rank: of this process on its machine.
         address: host at which they meet; None for a process alone.
-        port: at that host.
+        ports: at that host: the one that the launcher keeps for them, or several of which rank 0
+            takes the first that is free.
+        meeting: what tells them from other jobs that meet there; empty where the port is theirs.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     address: str | None = None
-    port: int | None = None
+    ports: tuple[int, ...] = ()
+    meeting: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The SLURM job that this process runs in.
+
+    Attributes:
+        id: of the job; an element of an array has one of its own.
+        restart: how often SLURM has started it again.
+    """
+
+    id: str
+    restart: int = 0
+
+
+def slurm_job() -> Job | None:
+    """The job of this process; None outside of SLURM."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return Job(id=job, restart=_integer("SLURM_RESTART_COUNT", 0)) if job else None
+
+
+def launch_id() -> str | None:
+    """What the launcher calls this start of the run, so that it knows its `state.json` again."""
+    return os.environ.get("MOORED_LAUNCH") or None
 
 
 def launched() -> Launched:
@@ -59,15 +87,23 @@ def launched() -> Launched:
             "processes with one torchrun, deepspeed or srun"
         )
     address = os.environ.get("MASTER_ADDR") or (_first_host() if by_slurm else None)
-    port = _integer("MASTER_PORT", _slurm_port() if by_slurm else 0)
-    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)):
+    port, meeting = _integer("MASTER_PORT", 0), ""
+    ports = (port,) if port else ()
+    if by_slurm and not port:
+        ports, meeting = _slurm_ports()
+    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", ports)):
         if not value:
             raise UserError(
                 f"{names['WORLD_SIZE']}={world_size} but {name} is not set: start with torchrun, "
                 "the deepspeed launcher or srun"
             )
     return Launched(
-        rank=rank, world_size=world_size, local_rank=local_rank, address=address, port=port
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        address=address,
+        ports=ports,
+        meeting=meeting,
     )
 
 
@@ -97,7 +133,10 @@ def _first_host() -> str | None:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else None
 
 
-def _slurm_port() -> int:
-    """A port of the step's own, the same on all its nodes."""
+def _slurm_ports() -> tuple[tuple[int, ...], str]:
+    """Ports of the step's own, the same on all its nodes, and the step's name."""
     job, step = _integer("SLURM_JOB_ID", 0), _integer("SLURM_STEP_ID", 0)
-    return FIRST_PORT + (job * 31 + step) % NUM_PORTS
+    first = job * 31 + step
+    # Steps of a prime's length, so that neighbouring jobs do not follow each other.
+    ports = tuple(FIRST_PORT + (first + 7919 * i) % NUM_PORTS for i in range(TRIED_PORTS))
+    return ports, f"{job}.{_integer('SLURM_RESTART_COUNT', 0)}.{step}"

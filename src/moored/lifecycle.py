@@ -20,9 +20,11 @@ from moored.errors import (
     MooredError,
     PeerLostError,
     PreemptedError,
+    TakenOverError,
     TrainingRefusedError,
     UserError,
 )
+from moored.launched import launch_id
 from moored.mesh import Mesh, is_lost_peer
 from moored.rundir import RunDirectory, locked, open_run
 from moored.track import Tracker
@@ -47,7 +49,13 @@ def open_together(
             directory = open_run(config, path, restart=restart)
             if directory.state().get("status") != "done":
                 attempt = directory.state().get("attempt", 0) + 1
-                directory.update_state(status="running", attempt=attempt, reason=None)
+                directory.update_state(
+                    status="running",
+                    attempt=attempt,
+                    reason=None,
+                    exit_code=None,
+                    launch=launch_id(),
+                )
         except (MooredError, OSError) as caught:
             error = caught if isinstance(caught, MooredError) else UserError(f"{path}: {caught}")
     mesh.together(error)
@@ -116,17 +124,19 @@ def failures_named(mesh: Mesh) -> Iterator[None]:
 @contextlib.contextmanager
 def ending(directory: RunDirectory, tracker: Tracker, mesh: Mesh) -> Iterator[None]:
     """Write down how the run ended, whatever way that is."""
-    status, reason = "done", None
+    status, reason, exit_code, owned = "done", None, 0, True
     try:
         with failures_named(mesh):
             yield
     except BaseException as error:
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), "failed")
         reason = f"{type(error).__name__}: {error}"
+        exit_code = error.exit_code if isinstance(error, MooredError) else 1
+        owned = not isinstance(error, TakenOverError)
         raise
     finally:
-        if mesh.is_main:
-            directory.update_state(status=status, reason=reason)
+        if mesh.is_main and owned:
+            directory.update_state(status=status, reason=reason, exit_code=exit_code)
         # After a failure the other ranks are gone at once, and a launcher then ends this one too:
         # what is not shipped by then waits in the journal for the next attempt or `moored sync`.
         timeout = None if status == "done" else 5.0

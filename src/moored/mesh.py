@@ -16,14 +16,18 @@ import resource
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from moored import meeting
 from moored.errors import UserError
 from moored.launched import Launched, launched
+
+MEETING_SECONDS = 600.0  # until every process must have come: some are slow to start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +235,7 @@ def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None
         WORLD_SIZE=str(place.world_size),
         LOCAL_RANK=str(place.local_rank),
         MASTER_ADDR=place.address or "127.0.0.1",
-        MASTER_PORT=str(place.port or 29500),
+        MASTER_PORT=str(place.ports[0] if place.ports else 29500),
     )
     if place.address is None:
         # An in-memory store: a single process needs no port, so none can be taken.
@@ -239,12 +243,40 @@ def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     try:
-        dist.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError, dist.DistError) as error:
+        if place.meeting:
+            store = _store_of(place, min(timeout_seconds, MEETING_SECONDS))
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+            )
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError, OSError, dist.DistError) as error:
         raise UserError(
             f"rank {place.rank} of {place.world_size} could not meet the others at "
-            f"{place.address}:{place.port}: {str(error).splitlines()[0]}"
+            f"{place.address}:{','.join(map(str, place.ports))}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _store_of(place: Launched, seconds: float) -> Any:
+    """The store of this job's ranks, at a port that rank 0 found free."""
+    assert place.address is not None
+    at = partial(
+        dist.TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+        place.address,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+    )
+    if place.rank:
+        port = meeting.find(place, seconds)
+        os.environ["MASTER_PORT"] = str(port)
+        return at(port, is_master=False)
+    asked_at, listening = meeting.host(place)
+    port = listening.getsockname()[1]
+    os.environ["MASTER_PORT"] = str(port)
+    store = at(port, is_master=True, master_listen_fd=listening.detach())
+    meeting.answer(asked_at, place, port)
+    return store
 
 
 _LOST_PEER = re.compile(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -16,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moored import scheduler
 from moored.config import Config, load_config
-from moored.errors import UserError
+from moored.errors import TakenOverError, UserError
+from moored.launched import slurm_job
 from moored.sealed import fsync_directory
 
+log = logging.getLogger(__name__)
 STALE_LOCK_SECONDS = 600.0
+GONE_LOCK_SECONDS = 60.0  # where SLURM says that the owner's job is gone
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -71,6 +76,11 @@ class RunDirectory:
         """Who writes here now."""
         return self.path / "lock"
 
+    @property
+    def slurm(self) -> Path:
+        """What `moored submit` left: script, recipe and code of the job, and what became of it."""
+        return self.path / "slurm"
+
     def state(self) -> dict[str, Any]:
         """The content of `state.json`; empty when there is none yet."""
         try:
@@ -88,10 +98,23 @@ class RunDirectory:
         state = self.state() | fields | {"updated": round(time.time(), 3)}
         write_atomically(self.state_file, (json.dumps(state, indent=1) + "\n").encode())
 
+    def require_owned(self) -> None:
+        """Refuse to write once another process has taken the run over.
+
+        A process that was cut off from the rest of a cluster does not know that it was replaced.
+
+        Raises:
+            TakenOverError: the lock is not this process's.
+        """
+        owner = _owner(self.lock)
+        if owner is None or not _is_me(owner):
+            who = "nobody" if owner is None else f"{_words(owner)}"
+            raise TakenOverError(f"{self.path} belongs to {who} now: this process leaves it alone")
+
     def clear(self) -> None:
-        """Remove what a run wrote, but not the lock of who calls this."""
+        """Remove what a run wrote, but not the lock of who calls this, nor the job that runs it."""
         for child in self.path.iterdir():
-            if child == self.lock:
+            if child in (self.lock, self.slurm):
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
@@ -112,7 +135,7 @@ def open_run(config: Config, path: Path, *, restart: bool) -> RunDirectory:
     """
     directory = RunDirectory(path)
     if not directory.config.exists():
-        if any(child.name not in {"lock", "logs"} for child in path.iterdir()):
+        if any(child.name not in {"lock", "logs", "slurm"} for child in path.iterdir()):
             raise UserError(f"{path} exists and is not a run directory: choose another name=...")
     elif restart:
         load_config(directory.config)  # a folder with somebody else's config.yaml is not cleared
@@ -132,27 +155,31 @@ def open_run(config: Config, path: Path, *, restart: bool) -> RunDirectory:
 def locked(path: Path) -> Iterator[None]:
     """Own the run directory while the body runs, so that no two jobs write to it.
 
-    A lock is taken over when its process is gone: on this host by its pid and start time, on
-    another one when its heartbeat (`heartbeat`) is older than ten minutes.
+    A lock is taken over when its process is gone: on this host by its pid and start time; of an
+    earlier start of the same SLURM job at once; of another job once SLURM says that it is gone and
+    the heartbeat (`heartbeat`) is a minute old; else when that is older than ten minutes. Who was
+    replaced and still runs finds out by `RunDirectory.require_owned`.
 
     Raises:
         UserError: another live process owns it.
     """
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = path / "lock"
+    directory, job = RunDirectory(path), slurm_job()
     mine = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": job and job.id,
+        "restart": job and job.restart,
     }
     for _ in range(2):
         try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            descriptor = os.open(directory.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
             break
         except FileExistsError:
-            _require_stale(lock, path)
-            lock.unlink(missing_ok=True)
+            while _alive(directory.lock, path):
+                time.sleep(1.0)
+            directory.lock.unlink(missing_ok=True)
     else:
         raise UserError(f"{path} was locked by another process just now: try again")
     with os.fdopen(descriptor, "w") as file:
@@ -160,30 +187,76 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        with contextlib.suppress(TakenOverError, OSError):
+            directory.require_owned()
+            directory.lock.unlink(missing_ok=True)
 
 
-def heartbeat(path: Path) -> None:
-    """Say that the owner of the lock in `path` is alive."""
+def heartbeat(directory: RunDirectory) -> None:
+    """Say that the owner of the lock is alive.
+
+    Raises:
+        TakenOverError: it is another one by now.
+    """
+    directory.require_owned()
     with contextlib.suppress(OSError):
-        os.utime(path / "lock")
+        os.utime(directory.lock)
 
 
-def _require_stale(lock: Path, path: Path) -> None:
+def _owner(lock: Path) -> dict[str, Any] | None:
+    """What the lock says; None where there is none, or one that was cut short."""
     try:
-        owner = dict(json.loads(lock.read_text() or "{}"))
-        age = time.time() - lock.stat().st_mtime
+        return dict(json.loads(lock.read_text() or "{}")) or None
     except (FileNotFoundError, ValueError, TypeError):
-        return
+        return None
+
+
+def _is_me(owner: dict[str, Any]) -> bool:
+    here = owner.get("host") == socket.gethostname() and owner.get("pid") == os.getpid()
+    return here and owner.get("started") == _start_time(os.getpid())
+
+
+def _words(owner: dict[str, Any]) -> str:
+    job = f"job {owner['job']}, " if owner.get("job") else ""
+    return f"{job}process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _alive(lock: Path, path: Path) -> bool:
+    """Whether to go on waiting for the lock's owner, which is gone, but not for long.
+
+    Raises:
+        UserError: it is alive.
+    """
+    owner, job = _owner(lock), slurm_job()
+    try:
+        age = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    if owner is None:
+        return False
+    theirs = owner.get("job")
+    if job is not None and theirs == job.id and (owner.get("restart") or 0) < job.restart:
+        log.info("taking over from an earlier start of this job (%s)", _words(owner))
+        return False
     if owner.get("host") == socket.gethostname():
-        alive = owner.get("started") == _start_time(owner.get("pid", -1))
-    else:
-        alive = age < STALE_LOCK_SECONDS
-    if alive and owner:
-        raise UserError(
-            f"{path} is in use by process {owner.get('pid')} on {owner.get('host')}: wait for it, "
-            "end it, or choose another name=..."
-        )
+        if owner.get("started") != _start_time(owner.get("pid", -1)):
+            return False
+    elif age >= STALE_LOCK_SECONDS:
+        return False
+    elif theirs and (job is None or theirs != job.id) and _is_gone(theirs):
+        log.info("%s was left by %s, which is gone: taking over", lock, _words(owner))
+        return age < GONE_LOCK_SECONDS
+    raise UserError(
+        f"{path} is in use by {_words(owner)}: wait for it, end it"
+        f"{' (moored cancel)' if theirs else ''}, or choose another name=..."
+    )
+
+
+def _is_gone(job: str) -> bool:
+    try:
+        return scheduler.is_here() and not scheduler.is_alive(job)
+    except UserError:
+        return False
 
 
 def _start_time(pid: int) -> str | None:

@@ -221,7 +221,7 @@ def _stop_if_asked(run: Run) -> None:
     Says too that the run is alive, to those who would take over its lock.
     """
     if run.mesh.is_main:
-        heartbeat(run.directory.path)
+        heartbeat(run.directory)
     if not asked_to_stop(run.mesh, run.signals):
         return
     if run.saved_step < run.step:
@@ -284,7 +284,8 @@ def _save(run: Run) -> None:
     if run.mesh.is_main:
         folder = checkpoint.folder_of(run.directory.checkpoints, run.step)
         try:
-            checkpoint.write(folder, saved, run.policy.causal_lm, run.config.model.name_or_path)
+            base, ours = run.config.model.name_or_path, run.directory.require_owned
+            checkpoint.write(folder, saved, run.policy.causal_lm, base, require_owned=ours)
             checkpoint.prune(run.directory.checkpoints, run.config.train.keep_checkpoints)
             run.directory.update_state(step=run.step, num_steps=run.num_steps)
             run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
@@ -317,12 +318,9 @@ def _export(run: Run) -> None:
     error: BaseException | None = None
     if run.mesh.is_main:
         try:
-            checkpoint.replace_adapter(
-                run.directory.adapter,
-                tensors,
-                run.policy.causal_lm,
-                run.config.model.name_or_path,
-            )
+            base, ours = run.config.model.name_or_path, run.directory.require_owned
+            folder, model = run.directory.adapter, run.policy.causal_lm
+            checkpoint.replace_adapter(folder, tensors, model, base, require_owned=ours)
         except OSError as caught:
             error = UserError(
                 f"{run.directory.adapter}: the adapter could not be written: {caught}: make room "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moored.errors import UserError
-from moored.launched import FIRST_PORT, NUM_PORTS, Launched, launched, own_rank
+from moored.launched import FIRST_PORT, NUM_PORTS, Job, Launched, launched, own_rank, slurm_job
 
 SRUN = {
     "SLURM_JOB_ID": "4711",
@@ -26,7 +26,7 @@ TORCHRUN = {
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*SRUN, *TORCHRUN):
+    for name in (*SRUN, *TORCHRUN, "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -36,12 +36,12 @@ def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 def test_a_process_started_by_hand_is_alone() -> None:
-    assert launched() == Launched(rank=0, world_size=1, local_rank=0, address=None, port=None)
+    assert launched() == Launched(rank=0, world_size=1, local_rank=0, address=None)
 
 
 def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, **TORCHRUN)
-    assert launched() == Launched(rank=1, world_size=2, local_rank=1, address="h", port=29400)
+    assert launched() == Launched(rank=1, world_size=2, local_rank=1, address="h", ports=(29400,))
     assert own_rank() == 1
 
 
@@ -55,12 +55,16 @@ def test_an_srun_step(monkeypatch: pytest.MonkeyPatch) -> None:
     place = launched()
     assert (place.rank, place.world_size, place.local_rank) == (3, 4, 1)
     assert place.address == "node03"
-    assert place.port is not None
-    assert FIRST_PORT <= place.port < FIRST_PORT + NUM_PORTS
+    assert len(set(place.ports)) > 1
+    assert all(FIRST_PORT <= port < FIRST_PORT + NUM_PORTS for port in place.ports)
+    assert slurm_job() == Job(id="4711", restart=0)
     monkeypatch.setenv("SLURM_STEP_ID", "3")  # another step of the same job meets elsewhere
-    assert launched().port != place.port
+    assert not set(launched().ports) & set(place.ports)
+    monkeypatch.setenv("SLURM_STEP_ID", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # where nobody of the start before is let in
+    assert launched().meeting != place.meeting
     given(monkeypatch, MASTER_ADDR="elsewhere", MASTER_PORT="1234")
-    assert (launched().address, launched().port) == ("elsewhere", 1234)
+    assert (launched().address, launched().ports) == ("elsewhere", (1234,))
 
 
 @pytest.mark.parametrize(

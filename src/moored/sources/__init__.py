@@ -4,5 +4,6 @@ No weights are loaded into memory here, except by the conversion of a GGUF file 
 """
 
 from moored.sources.resolve import ResolvedModel, cache_folder, resolve_model
+from moored.sources.staging import stage, staged
 
-__all__ = ["ResolvedModel", "cache_folder", "resolve_model"]
+__all__ = ["ResolvedModel", "cache_folder", "resolve_model", "stage", "staged"]

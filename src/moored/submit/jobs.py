@@ -1,0 +1,211 @@
+"""`moored submit`: a recipe becomes a job, or a chain of jobs, on a run directory of its own.
+
+The text of a job is `script.py`'s; a sweep's array is put together in `sweep.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from moored import scheduler
+from moored.config import Config
+from moored.data import check_data
+from moored.errors import UserError
+from moored.inputs import input_files
+from moored.rundir import RunDirectory, locked, open_run, write_atomically
+from moored.submit.script import CACHES, Job, render
+from moored.submit.site import Site
+from moored.submit.snapshot import keep_code, keep_expectations, keep_recipe
+
+STAGES = ("prepare", "train", "evaluate", "report", "export")
+_CACHES = (*CACHES, "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """One job that SLURM has taken.
+
+    Attributes:
+        stage: what it does.
+        id: SLURM's.
+        log: what its script prints; `%j` is replaced.
+    """
+
+    stage: str
+    id: str
+    log: Path
+
+
+def jobs_of(
+    config: Config, site: Site, run: Path, *, nodes: int, stages: Sequence[str]
+) -> dict[str, Job]:
+    """The jobs of a run by stage, in their order."""
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
+    base = Job(
+        title=f"{config.name}: train",
+        name=config.name,
+        folder=run,
+        python=sys.executable,
+        nodes=nodes,
+        caches={n: os.path.abspath(v) for n in _CACHES if (v := os.environ.get(n))},
+        binds=_binds(config, site),
+    )
+    here, recipe = str(run), str(run / "slurm" / "recipe.yaml")
+    commands = {
+        "prepare": ("prepare", recipe),
+        "evaluate": ("evaluate", here),
+        "report": ("report", here),
+        "export": ("export", here, "--to", str(run / "export")),
+    }
+    jobs: dict[str, Job] = {}
+    for stage in STAGES:
+        if stage not in stages:
+            continue
+        jobs[stage] = (
+            base
+            if stage == "train"
+            else replace(
+                base,
+                title=f"{config.name}: {stage}",
+                kind="gpu" if stage == "evaluate" else "cpu",
+                commands=(commands[stage],),
+                file=stage,
+            )
+        )
+    return jobs
+
+
+def _binds(config: Config, site: Site) -> tuple[Path, ...]:
+    """What a container must see beside the run: data, a local model, caches."""
+    if site.container.runtime == "none":
+        return ()
+    folders = {config.output.dir, *(path.parent for path in input_files(config))}
+    for name in _CACHES:
+        if os.environ.get(name):
+            folders.add(Path(os.environ[name]).absolute())
+    return tuple(sorted(folders))
+
+
+def ships_to_file(config: Config, site: Site) -> bool:
+    """Whether the runs of this recipe are tracked in a SQLite file, which takes one writer."""
+    uri = config.track.uri or site.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:"
+    return config.track.mlflow and urlsplit(uri).scheme == "sqlite"
+
+
+def submit_run(
+    config: Config,
+    site: Site,
+    site_name: str,
+    *,
+    nodes: int = 1,
+    stages: Sequence[str] = ("train",),
+    restart: bool = False,
+) -> list[Submitted]:
+    """Check, keep and submit a run, and what shall follow it.
+
+    Returns:
+        The jobs, in their order; each starts once the one before it has ended well.
+
+    Raises:
+        UserError: the run is done, or queued; or SLURM refuses a job. Nothing is left in the queue.
+    """
+    run = run_folder(config)
+    jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
+    scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
+    check_data(config)
+    require_free(run)
+    for script in scripts.values():
+        scheduler.check(script)
+    with locked(run):
+        directory = open_run(config, run, restart=restart)
+        if "train" in jobs and directory.state().get("status") == "done":
+            raise UserError(f"{run} is finished already: --restart starts over")
+        forget_attempts(directory.slurm)
+        keep_recipe(config, run)
+        keep_code(run)
+        keep_expectations(config, run, site)
+        for stage, script in scripts.items():
+            write_atomically(jobs[stage].script, script.encode())
+    submitted = submit_chain(list(jobs.items()))
+    remember(run, submitted, site_name=site_name, nodes=nodes, ranks=site.slurm.ranks)
+    return submitted
+
+
+def run_folder(config: Config) -> Path:
+    """The run directory of a recipe."""
+    return (config.output.dir / config.name).absolute()
+
+
+def submit_chain(jobs: Sequence[tuple[str, Job]], after: str | None = None) -> list[Submitted]:
+    """Submit jobs so that each starts once the one before has ended well; all or none."""
+    submitted: list[Submitted] = []
+    try:
+        for stage, job in jobs:
+            options = ["--kill-on-invalid-dep=yes"]
+            previous = submitted[-1].id if submitted else after
+            if previous is not None:
+                single = ",singleton" if job.kind == "train" and not job.arms else ""
+                options.append(f"--dependency=afterok:{previous}{single}")
+            job_id = scheduler.submit(job.script, options)
+            name = f"{job.file}-{job_id}.log"
+            submitted.append(Submitted(stage=stage, id=job_id, log=job.script.with_name(name)))
+    except UserError:
+        if submitted:
+            scheduler.cancel([job.id for job in submitted])
+        raise
+    return submitted
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a run directory on which a job waits or runs.
+
+    Raises:
+        UserError: there is one; or SLURM cannot be asked.
+    """
+    for job in remembered(folder):
+        if scheduler.is_alive(job["id"]):
+            raise UserError(
+                f"{folder} has job {job['id']} ({job['stage']}) in the queue: wait for it, "
+                f"`moored cancel {folder}`, or choose another name=..."
+            )
+
+
+def remember(folder: Path, submitted: Sequence[Submitted], **facts: Any) -> None:
+    """Keep which jobs work on a run, for `moored status` and its like."""
+    jobs = [{"stage": job.stage, "id": job.id, "log": str(job.log)} for job in submitted]
+    text = json.dumps({"jobs": jobs, "submitted": round(time.time(), 3), **facts}, indent=1)
+    write_atomically(RunDirectory(folder).slurm / "jobs.json", f"{text}\n".encode())
+
+
+def remembered(folder: Path) -> list[dict[str, str]]:
+    """The jobs that work on a run, or did; also one that a job submitted in its own place."""
+    slurm = RunDirectory(folder).slurm
+    try:
+        jobs = list(json.loads((slurm / "jobs.json").read_text())["jobs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    for job in jobs:
+        if job["stage"] == "train" and (slurm / "continued").is_file():
+            successor = (slurm / "continued").read_text().split()
+            if successor and successor[-1].isdigit():
+                job["id"] = successor[-1]
+                job["log"] = str(slurm / f"job-{successor[-1]}.log")
+    return jobs
+
+
+def forget_attempts(slurm: Path) -> None:
+    """Remove what earlier jobs counted: who submits anew has mended something."""
+    for name in ("progress", "excluded", "bad", "ended", "continued"):
+        (slurm / name).unlink(missing_ok=True)
+    shutil.rmtree(slurm / "preflight", ignore_errors=True)
