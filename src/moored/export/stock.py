@@ -51,7 +51,7 @@ def main(task: dict[str, Any]) -> None:
             raise SystemExit(f"{kind.replace('_', ' ')}: {sorted(map(str, loaded[kind]))[:3]}")
     if task["adapter"] is not None:
         model = peft.PeftModel.from_pretrained(model, task["adapter"])
-        _require_exact(model, task["adapter"])
+        require_exact(model, task["adapter"])
     model.eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -71,8 +71,16 @@ def main(task: dict[str, Any]) -> None:
     save_file(out, task["out"], metadata=facts)
 
 
-def _require_exact(model: Any, adapter: str) -> None:
-    """Every tensor of the file is in the model bit for bit, none is empty, and none is missing."""
+def require_exact(model: Any, adapter: str) -> None:
+    """Every tensor of the file is in the model bit for bit, none is empty, and none is missing.
+
+    Args:
+        model: the PEFT model.
+        adapter: the folder it was loaded from.
+
+    Raises:
+        SystemExit: it is not so; the message is what the process leaves behind.
+    """
     stored = load_file(f"{adapter}/adapter_model.safetensors")
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if odd := sorted(stored.keys() ^ own.keys()):
