@@ -166,7 +166,7 @@ def test_files_with_other_names_than_the_model_are_converted_first(tmp_path):
     transformers.MixtralForCausalLM(mixtral).save_pretrained(source)
     tensors = adapter_on(source, tmp_path / "adapter", target_modules=["q_proj"])
     config = ModelConfig(name_or_path=str(source), dtype="float32")
-    with pytest.raises(LookupError):
+    with pytest.raises(merge.OtherNamesError):
         merge.plan(source, config, "w16", CPU)
     merge.renamed(source, config, tmp_path / "renamed")
     out = tmp_path / "merged"

@@ -113,13 +113,7 @@ def _make(
     if base is None:
         require_disk(folder.parent.parent, sum((run.adapter / n).stat().st_size for n in ADAPTER))
     else:
-        try:
-            plan = merge.plan(source, config.model, base, mesh.device)
-        except LookupError:
-            size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-            require_disk(work.parent.parent, 2 * size)
-            merge.renamed(source, config.model, work / "renamed")
-            plan = merge.plan(work / "renamed", config.model, base, mesh.device)
+        plan = _plan(source, config, mesh, work, base)
         require_disk(folder.parent.parent, plan.num_bytes)
         _require_memory(plan, _device_for(plan, mesh), config)
     probe = make_probe(config, located)
@@ -131,6 +125,21 @@ def _make(
     _write_tokenizer(config, located, folder)
     made = _adapter(export, folder, work) if plan is None else _merge(export, plan, folder, work)
     write_facts(folder, made | _facts(export))
+
+
+def _plan(source: Path, config: Config, mesh: Mesh, work: Path, base: str) -> merge.Plan:
+    with contextlib.suppress(merge.OtherNamesError):
+        return merge.plan(source, config.model, base, mesh.device)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    require_disk(work.parent.parent, 2 * size)
+    merge.renamed(source, config.model, work / "renamed")
+    try:
+        return merge.plan(work / "renamed", config.model, base, mesh.device)
+    except merge.OtherNamesError as error:
+        raise UserError(
+            f"--merge: {config.model.name_or_path} has no {error} of its own even once "
+            "transformers has converted it: export the adapter (without --merge)"
+        ) from error
 
 
 def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:

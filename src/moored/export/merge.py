@@ -44,6 +44,10 @@ BESIDE = ("*.py", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+class OtherNamesError(Exception):
+    """The files of a base name its tensors otherwise than the model does."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a merged model will hold, known before a weight is read.
@@ -101,7 +105,7 @@ def plan(source: Path, config: ModelConfig, base: str, device: torch.device) -> 
 
     Raises:
         UserError: there are no unquantised weights to merge into.
-        LookupError: the files name tensors otherwise than the model; see `renamed`.
+        OtherNamesError: the files name tensors otherwise than the model; see `renamed`.
     """
     if base == "w16" and is_quantised(source):
         raise UserError(
@@ -112,7 +116,7 @@ def plan(source: Path, config: ModelConfig, base: str, device: torch.device) -> 
     known = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
     missing = {n for n, _ in model.named_parameters()} - files.names
     if missing - tied.keys() - set(tied.values()):
-        raise LookupError(sorted(missing)[0])
+        raise OtherNamesError(sorted(missing - tied.keys())[0])
     names = [n for n in files.names & known if not (n in tied and tied[n] in files.names)]
     tensors: dict[str, Tensor] = {}
     default = getattr(model.config, "dtype", None) or resolve_dtype(config, device)
