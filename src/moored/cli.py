@@ -184,6 +184,33 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to make; it must not exist, or be empty.",
+)
+@click.option("--merge", is_flag=True, help="A whole model instead of a PEFT adapter.")
+@click.option(
+    "--base",
+    type=click.Choice(["w16", "nf4"]),
+    help="Merge into the base's own weights (w16, the default), or into the dequantised 4-bit "
+    "weights that were trained on.",
+)
+@_launcher_argument
+def export(run: Path, to: Path, merge: bool, base: str | None) -> None:
+    """Write a finished run's adapter for others.
+
+    Or its base with the adapter merged into it. Stock PEFT and transformers load it in a fresh
+    process and must compute what was trained; else nothing is written.
+    """
+    from moored import export as room
+
+    room.run_command(run, to, merged=merge, base=base)
+
+
+@cli.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_launcher_argument

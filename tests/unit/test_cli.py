@@ -364,7 +364,7 @@ def test_no_command_shows_the_help(run):
 def test_help_names_every_command_and_never_a_hidden_option(run):
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "compare", "evaluate", "report", "doctor", "sync"):
+    for name in ("train", "compare", "evaluate", "report", "export", "doctor", "sync"):
         assert f"\n  {name}" in out
         code, page, _ = run(name, "--help")
         assert code == 0

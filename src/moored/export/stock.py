@@ -1,0 +1,105 @@
+"""A model as its users load it, by stock transformers and PEFT, and its logits in a file.
+
+Run as a script by `fresh.py`; imports nothing of Moored, so that what it proves holds without it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+def main(task: dict[str, Any]) -> None:
+    """Load a model, and an adapter on it if one is named, and write what it computes.
+
+    Args:
+        task: `model` (folder), `adapter` (folder or null), `tokenizer` (folder or null), `text`,
+            `rows` (lists of token ids), `dtype`, `device`, `attention` (or null), `double` (null:
+            not quantised here; else whether NF4 scales are quantised, too), `trust_remote_code`,
+            `out` (a file: logits fp32 [tokens, V] as `on`, with an adapter the base's as `off`;
+            the token ids of `text` and the chat template in its header).
+    """
+    dtype = getattr(torch, task["dtype"])
+    options: dict[str, Any] = {}
+    if task["double"] is not None:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=task["double"],
+            bnb_4bit_compute_dtype=dtype,
+        )
+    if task["attention"] is not None:
+        options["attn_implementation"] = task["attention"]
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # returns a pair here
+    model, loaded = load(
+        task["model"],
+        dtype=dtype,
+        device_map={"": task["device"]},
+        trust_remote_code=task["trust_remote_code"],
+        output_loading_info=True,
+        **options,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loaded[kind] and (kind != "unexpected_keys" or task["adapter"] is None):
+            raise SystemExit(f"{kind.replace('_', ' ')}: {sorted(map(str, loaded[kind]))[:3]}")
+    if task["adapter"] is not None:
+        model = peft.PeftModel.from_pretrained(model, task["adapter"])
+        require_exact(model, task["adapter"])
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # Else some CPUs repack it, and round its products to bf16 whatever the dtype is.
+            module.training = True
+    out = {"on": _logits(model, task)}
+    if task["adapter"] is not None:
+        with model.disable_adapter():
+            out["off"] = _logits(model, task)
+    facts = {}
+    if task["tokenizer"] is not None:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            task["tokenizer"], trust_remote_code=task["trust_remote_code"]
+        )
+        ids = tokenizer(task["text"], add_special_tokens=False)["input_ids"]
+        facts = {"ids": json.dumps(ids), "template": tokenizer.chat_template or ""}
+    save_file(out, task["out"], metadata=facts)
+
+
+def require_exact(model: Any, adapter: str) -> None:
+    """Every tensor of the file is in the model bit for bit, none is empty, and none is missing.
+
+    Args:
+        model: the PEFT model.
+        adapter: the folder it was loaded from.
+
+    Raises:
+        SystemExit: it is not so; the message is what the process leaves behind.
+    """
+    stored = load_file(f"{adapter}/adapter_model.safetensors")
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    if odd := sorted(stored.keys() ^ own.keys()):
+        side = "lacks" if odd[0] in own else "has no place in the model for"
+        raise SystemExit(f"{len(odd)} keys are not exact: the adapter {side} {odd[0]}")
+    for name, tensor in stored.items():
+        if tensor.numel() == 0:
+            raise SystemExit(f"{name} is empty")
+        if not torch.equal(own[name].cpu().to(tensor.dtype), tensor):
+            raise SystemExit(f"{name} has other values once loaded")
+
+
+@torch.no_grad()
+def _logits(model: Any, task: dict[str, Any]) -> torch.Tensor:
+    rows = (torch.tensor([row], device=task["device"]) for row in task["rows"])
+    return torch.cat(
+        [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+    )
+
+
+if __name__ == "__main__":
+    main(json.load(sys.stdin))
