@@ -123,7 +123,7 @@ class Collector:
         elif record["kind"] == "system" and record["time"] > self._newest.get(host, 0.0):
             self._newest[host] = record["time"]
             line = {"time": record["time"], "kind": "system", "attempt": self._attempt}
-            line |= {"step": max(0, int(record["step"] - self._began)), "host": host}
+            line |= {"step": max(0, int(record["time"] - self._began)), "host": host}
             self._journal.write(line | {"values": of_host(record["values"], host)})
 
 
