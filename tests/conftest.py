@@ -1,11 +1,56 @@
-"""Set before torch is imported anywhere: one thread per process, and no network."""
+"""Set before torch is imported anywhere: one thread per process, and no network.
+
+The fixtures are for the tests of tracking: stores and a server that are made once for all of them.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from trackkit import Place, Server
 
 # Two threads per process on two cores, times several processes, is many times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.pop("MLFLOW_TRACKING_URI", None)
+for name in ("MLFLOW_TRACKING_URI", "MOORED_SHIP"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite store with its tables, made once: that takes seconds."""
+    from moored.track.mlflow_store import MlflowStore
+
+    folder = tmp_path_factory.mktemp("store")
+    MlflowStore(f"sqlite:///{folder}/mlflow.db", folder / "run")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def place(tmp_path: Path, empty_store: Path) -> Place:
+    """A folder with a recipe and a store that is ready."""
+    from trackkit import Place
+
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
+    return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    """A real MLflow server; who stops it starts it again."""
+    from trackkit import Server
+
+    server = Server(tmp_path_factory.mktemp("server"), empty_store)
+    yield server
+    server.signal(signal.SIGCONT)
+    server.signal(signal.SIGKILL)

@@ -117,9 +117,11 @@ def train(
     config = _load(recipe, overrides)
     from moored import train as room
 
-    # What `moored submit` and `moored sweep` say: where the run is, and of what it is an arm.
-    arm = run_dir.name if run_dir is not None and arm_of is not None else None
-    _finished(room.run(config, restart=not resume, path=run_dir, arm=arm, parent=arm_of))
+    # What the jobs of `moored submit` and `moored sweep` say: where the run is, an arm of what.
+    place: dict[str, Any] = {} if run_dir is None else {"path": run_dir}
+    if run_dir is not None and arm_of is not None:
+        place |= {"arm": run_dir.name, "parent": arm_of}
+    _finished(room.run(config, restart=not resume, **place))
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from moored import train
 from moored.config import Config, arm_names
 from moored.engine import leave
 from moored.errors import PreemptedError
-from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen
+from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen, start_tracking
 from moored.log import setup
 from moored.mesh import start_mesh
 from moored.report import Report, merge, show, write
@@ -44,7 +44,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
         stack.callback(leave)
         directory, attempt = open_together(stack, config, path, mesh, restart=restart)
         setup(mesh.world.rank, path)
-        tracker = Tracker.start(config, path, attempt=attempt, is_main=mesh.is_main)
+        tracker = start_tracking(config, path, attempt, mesh)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())  # between arms; an arm has its own
         base_match = None  # generated once, by the first arm

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import signal
+import socket
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from moored.errors import (
 from moored.launched import launch_id
 from moored.mesh import Mesh, is_lost_peer
 from moored.rundir import RunDirectory, locked, open_run
-from moored.track import Tracker
+from moored.track import Tracker, ships_later
 
 STATUS = {
     PreemptedError: "preempted",
@@ -42,6 +43,7 @@ def open_together(
     stack: contextlib.ExitStack, config: Config, path: Path, mesh: Mesh, *, restart: bool
 ) -> tuple[RunDirectory, int]:
     """Rank 0 locks and opens the directory; the others learn of it, or of why not."""
+    ships_later()  # what it does not understand is said before there is a run
     error: BaseException | None = None
     if mesh.is_main:
         try:
@@ -61,6 +63,23 @@ def open_together(
     mesh.together(error)
     directory = RunDirectory(path)
     return directory, mesh.world.broadcast(directory.state().get("attempt", 1))
+
+
+def start_tracking(
+    config: Config, path: Path, attempt: int, mesh: Mesh, parent: Path | None = None
+) -> Tracker:
+    """The run's tracker; in a run over several machines one rank samples each. Collective."""
+    hosts = mesh.world.gather(socket.gethostname())
+    mine = hosts[mesh.world.rank]
+    samples = len(set(hosts)) > 1 and hosts.index(mine) == mesh.world.rank
+    return Tracker.start(
+        config,
+        path,
+        attempt=attempt,
+        is_main=mesh.is_main,
+        parent=parent,
+        machine=mine if samples else None,
+    )
 
 
 def require_same(mesh: Mesh, **hashes: str) -> None:

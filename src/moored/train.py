@@ -37,6 +37,7 @@ from moored.lifecycle import (
     open_together,
     require_same,
     signals_seen,
+    start_tracking,
 )
 from moored.log import setup
 from moored.mesh import Mesh, peak_memory_bytes, start_mesh
@@ -114,13 +115,7 @@ def run(
         if directory.state().get("status") == "done":
             log.info("%s is finished already: --restart starts over", path)
             return path
-        tracker = Tracker.start(
-            config,
-            path,
-            attempt=attempt,
-            is_main=mesh.is_main,
-            parent=None if parent is None else str(parent),
-        )
+        tracker = start_tracking(config, path, attempt, mesh, parent)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
         one = _prepare(config, mesh, directory, tracker)
@@ -328,6 +323,7 @@ def _export(run: Run) -> None:
             )
     run.mesh.together(error)
     run.tracker.artifact(run.directory.adapter, "adapter")
+    run.tracker.register("adapter")
     log.info("adapter written to %s", run.directory.adapter)
 
 

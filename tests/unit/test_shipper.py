@@ -34,6 +34,7 @@ class Memory:
         self.calls = 0
         self.faults: dict[int, str] = {}
         self.rejects: set[str] = set()
+        self.versions: set[tuple[str, ...]] = set()
 
     def _fault(self, when: str) -> None:
         fault = self.faults.get(self.calls, "")
@@ -95,6 +96,16 @@ class Memory:
     def link_parent(self, run_id: str, parent_run_id: str) -> None:
         self.runs[run_id]["parent"] = parent_run_id
 
+    def settle(self, start: dict[str, Any], run_id: str) -> str:
+        agreed = min(k for k, run in self.runs.items() if run["uid"] == start["uid"])
+        if agreed != run_id:
+            del self.runs[run_id]
+        return agreed
+
+    def register(self, run_id: str, name: str, folder: str) -> None:
+        assert any(file.startswith(f"{folder}/") for file in self.runs[run_id]["files"])
+        self.versions.add((name, run_id, folder))
+
     def set_status(self, run_id: str, status: str, ended: float | None) -> None:
         self.runs[run_id]["status"] = status
 
@@ -139,11 +150,13 @@ def story(run_dir: Path) -> None:
     for step in range(6, 11):
         writer.point(step, loss=step / 10, rate=2.0)
     writer.event("artifact", path="report.txt", folder="report")
+    writer.event("register", name="toy", folder="report")
     writer.event("finish", status="FINISHED")
 
 
 def assert_told(store: Memory) -> None:
-    [run] = store.runs.values()
+    [(run_id, run)] = store.runs.items()
+    assert store.versions == {("toy", run_id, "report")}
     points = Counter((name, step) for name, step, _ in run["points"])
     assert points == Counter(itertools.product(("loss", "rate"), range(1, 11)))
     # What the first attempt said about a step stays.

@@ -17,26 +17,24 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from moored.config import Config, load_config
+from moored.config import load_config
 from moored.errors import UserError
 from moored.track import Tracker, sync
 from moored.track.cursor import Cursor, shipping
 from moored.track.journal import metrics
 from moored.track.mlflow_store import MlflowStore
-from moored.track.provenance import address, tracking_uri
+from moored.track.provenance import tracking_uri
 from moored.track.shipper import Shipper
 from moored.track.store import RejectedError, StopError
+from trackkit import Place, Server, eventually, free_port, train
 
 pytestmark = pytest.mark.xdist_group("mlflow")
 
@@ -48,104 +46,6 @@ SLOW_SECONDS = 0.5
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with its tables, made once: that takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    MlflowStore(f"sqlite:///{folder}/mlflow.db", folder / "run")
-    return folder / "mlflow.db"
-
-
-class Place:
-    """A folder with a recipe and a ready store."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.run_dir = folder / "runs" / "toy"
-        self.database = f"sqlite:///{folder}/runs/mlflow.db"
-
-    def recipe(self, **track: Any) -> Path:
-        recipe = {
-            "name": "toy",
-            "model": {"name_or_path": "somewhere"},
-            "data": {"train": [{"path": "data.jsonl"}]},
-            "train": {"steps": 5, "global_batch_sequences": 4},
-            "track": track,
-            "output": {"dir": "runs"},
-        }
-        path = self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        return path
-
-    def config(self, *overrides: str, **track: Any) -> Config:
-        return load_config(self.recipe(**track), overrides)
-
-    def runs(self, uri: str | None = None) -> list[Any]:
-        client = self.client(uri)
-        experiment = client.get_experiment_by_name("moored")
-        return client.search_runs([experiment.experiment_id])
-
-    def run(self, uri: str | None = None) -> Any:
-        [run] = self.runs(uri)
-        return run
-
-    def client(self, uri: str | None = None) -> Any:
-        return MlflowStore(uri or self.database, self.run_dir)._client
-
-    def history(self, name: str, uri: str | None = None) -> list[tuple[int, float]]:
-        """Every point of a metric of the run of this journal, repeated ones too."""
-        run_id = Cursor.load(self.run_dir, address(uri or self.database)).run_id
-        found = self.client(uri).get_metric_history(run_id, name)
-        return sorted((metric.step, metric.value) for metric in found)
-
-    def is_shipped(self) -> bool:
-        offset = Cursor.load(self.run_dir, self.database).offset
-        return offset == (self.run_dir / "journal.jsonl").stat().st_size
-
-    def is_let_go(self) -> bool:
-        """Whether no process holds the shipper's lock; one that was killed does for a moment."""
-        with shipping(self.run_dir, lambda: False) as held:
-            return held
-
-    def shipper_pid(self) -> int:
-        def pid() -> int:
-            text = (self.run_dir / "shipper.lock").read_text().split()
-            return int(text[0]) if text and psutil.pid_exists(int(text[0])) else 0
-
-        return eventually(pid)
-
-
-@pytest.fixture
-def place(tmp_path: Path, empty_store: Path) -> Place:
-    (tmp_path / "runs").mkdir()
-    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
-    return Place(tmp_path)
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """The first true result within some time; a file that is not there yet counts as false."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            result = condition()
-        except (FileNotFoundError, psutil.Error):
-            result = None
-        if result or time.monotonic() > until:
-            assert result
-            return result
-        time.sleep(0.05)
-
-
-def train(tracker: Tracker, steps: range, **more: float) -> float:
-    """Log some steps; returns the longest time that a call took."""
-    longest = 0.0
-    for step in steps:
-        began = time.perf_counter()
-        tracker.metrics(step, {"train/loss": 1.0 / (step + 1), "step": step} | more)
-        longest = max(longest, time.perf_counter() - began)
-    return longest
 
 
 # A trainer as a process of its own, to be killed: it logs steps until it is told to end.
@@ -263,19 +163,23 @@ def test_a_resumed_attempt_goes_on_in_the_same_run(place: Place) -> None:
 
 def test_many_runs_may_share_one_new_sqlite_store(tmp_path: Path) -> None:
     """Of six tasks on one fresh store, five used to fail (and to corrupt it)."""
-    place = Place(tmp_path)
+    place, runs = Place(tmp_path), range(6)
     place.recipe(system_metrics=False)
     script = TRAINER.replace('folder / "runs/toy"', 'folder / "runs" / sys.argv[6]')
     command = [sys.executable, "-c", script, str(tmp_path), "1", "0", "200", "finish"]
-    trainers = [subprocess.Popen([*command, f"toy{k}"], stdout=subprocess.DEVNULL) for k in "123"]
-    assert [trainer.wait(timeout=120) for trainer in trainers] == [0, 0, 0]
-    for k in "123":
-        sync(tmp_path / "runs" / f"toy{k}")
-    runs = place.runs()
-    assert [run.info.status for run in runs] == ["FINISHED"] * 3
+    trainers = [
+        subprocess.Popen([*command, f"toy{k}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for k in runs
+    ]
+    said = [trainer.communicate(timeout=120)[1] for trainer in trainers]
+    assert [trainer.returncode for trainer in trainers] == [0] * 6
+    assert said == [b""] * 6  # no warning: all of it arrived without help
+    found = place.runs()
+    assert [run.info.status for run in found] == ["FINISHED"] * 6
     client = place.client()
-    for run in runs:
+    for run in found:
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 200
+    assert [sync(tmp_path / "runs" / f"toy{k}").num_points for k in runs] == [0] * 6
 
 
 def test_a_killed_trainer_is_marked_and_leaves_nothing_behind(place: Place) -> None:
@@ -422,11 +326,6 @@ def failing_server() -> Iterator[str]:
         server.shutdown()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 @pytest.mark.parametrize("trouble", ["refused", "500"])
 def test_a_store_that_never_works_costs_a_bounded_wait(
     place: Place,
@@ -477,49 +376,6 @@ def test_an_mlflow_that_cannot_be_imported_stops_nothing(
     assert "moored sync" in caplog.text
     monkeypatch.delenv("PYTHONPATH")
     assert sync(place.run_dir).num_points >= 20
-
-
-class Server:
-    """A real `mlflow server`, with all its processes in a group of their own."""
-
-    def __init__(self, folder: Path, database: Path):
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        shutil.copy(database, folder / "server.db")
-        self.start()
-
-    def start(self) -> None:
-        environment = dict(os.environ)
-        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        environment["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        eventually(self.answers, 120)
-
-    def answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200
-        except (urllib.error.URLError, OSError):
-            return False
-
-    def signal(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-        if number == signal.SIGKILL:
-            self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), empty_store)
-    yield server
-    server.signal(signal.SIGCONT)
-    server.signal(signal.SIGKILL)
 
 
 def test_a_server_that_is_stopped_killed_and_back_loses_nothing(

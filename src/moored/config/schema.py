@@ -379,12 +379,16 @@ class TrackConfig(Section):
     uri: Annotated[Text | None, about("tracking server; null: mlflow.db in output.dir")] = None
     experiment: Annotated[Text, about("MLflow experiment")] = "moored"
     system_metrics: Annotated[bool, about("sample CPU, memory and GPU")] = True
+    register_model: Annotated[
+        Annotated[str, Field(pattern=r"^[^/:]*[^/:. ][^/:]*$")] | None,
+        about("model in MLflow's registry that gets the final adapter as a version"),
+    ] = None
     tags: dict[str, str] = Field(default_factory=dict, description="MLflow tags of the run")
 
     def ignored(self) -> Iterator[Ignored]:
         """Without MLflow, the journal is all there is."""
         if not self.mlflow:
-            for name in ("uri", "experiment", "system_metrics", "tags"):
+            for name in ("uri", "experiment", "system_metrics", "register_model", "tags"):
                 yield Ignored(name, ("mlflow",), "mlflow is false")
 
 

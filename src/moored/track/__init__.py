@@ -1,9 +1,11 @@
 """Tracking: an append-only journal first, MLflow behind it in a process of its own.
 
-`tracker` is what a run calls, `journal` what it writes, `process` and `shipper` bring it to a
-store, `mlflow_store` is the only importer of mlflow.
+`tracker` is what a run calls, `journal` what it writes; `process` starts, and `beside` is, the
+process that brings it to a store (`shipper`) and samples the machine; `sync` does so afterwards.
+`mlflow_store` is the only importer of mlflow.
 """
 
-from moored.track.tracker import SyncSummary, Tracker, sync
+from moored.track.sync import SyncSummary, sync
+from moored.track.tracker import Tracker, ships_later
 
-__all__ = ["SyncSummary", "Tracker", "sync"]
+__all__ = ["SyncSummary", "Tracker", "ships_later", "sync"]

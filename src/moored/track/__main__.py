@@ -1,7 +1,7 @@
-"""`python -m moored.track RUN_DIR`: the shipper as a process beside the trainer."""
+"""`python -m moored.track ROLE RUN_DIR`: a process beside the trainer."""
 
 import sys
 
-from moored.track.process import main
+from moored.track.beside import main
 
 sys.exit(main())

@@ -1,6 +1,6 @@
 """The append-only journal of a run: one JSON object a line, written before anything else knows.
 
-Sending it to MLflow is not done here: `shipper.py` follows the file and `track.py` holds the store.
+Sending it to MLflow is not done here: `shipper.py` follows the file.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,15 @@ CLIENT_SETTINGS = {
 }
 # MLflow's limits, and the characters that it takes in names.
 MAX_NAME, MAX_PARAM, MAX_TAG, MAX_PARAMS, MAX_DATASET, MAX_DIGEST = 250, 6000, 5000, 100, 500, 36
+REFUSALS = (
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "FEATURE_DISABLED",
+    "INVALID_PARAMETER_VALUE",
+    "NOT_IMPLEMENTED",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+)
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
 
 
@@ -104,12 +114,14 @@ class MlflowStore:
                     raise
             else:
                 return run_id
-        return min(self._twins(start), default=None)
+        return next(iter(self._twins(start)), None)
 
     def _twins(self, start: dict[str, Any]) -> list[str]:
+        """The runs with this uid, the oldest first: all who ask take the same."""
         experiment = self._experiment(start["experiment"])
         found = self._client.search_runs([experiment], f"tags.`moored.uid` = '{start['uid']}'")
-        return [run.info.run_id for run in found]
+        made = sorted((run.data.tags.get("moored.made", ""), run.info.run_id) for run in found)
+        return [run_id for _, run_id in made]
 
     def create_run(self, start: dict[str, Any], began: float) -> str:
         """A run named after the recipe, with the uid by which it is found again."""
@@ -117,9 +129,20 @@ class MlflowStore:
             self._experiment(start["experiment"]),
             start_time=int(began * 1000),
             run_name=start["name"],
-            tags={"moored.uid": start["uid"], "mlflow.user": start.get("user") or "unknown"},
+            tags={
+                "moored.uid": start["uid"],
+                "moored.made": f"{time.time():.3f}",
+                "mlflow.user": start.get("user") or "unknown",
+            },
         )
         return run.info.run_id
+
+    def settle(self, start: dict[str, Any], run_id: str) -> str:
+        """The oldest; each maker deletes none but its own."""
+        agreed = next(iter(self._twins(start)), run_id)
+        if agreed != run_id:
+            self._client.delete_run(run_id)
+        return agreed
 
     def drop_twins(self, start: dict[str, Any], run_id: str) -> None:
         """Delete runs that a making left which seemed to fail; they are empty."""
@@ -184,6 +207,38 @@ class MlflowStore:
     def link_parent(self, run_id: str, parent_run_id: str) -> None:
         """By the tag from which MLflow's UI draws the tree."""
         self._client.set_tag(run_id, "mlflow.parentRunId", parent_run_id)
+
+    def register(self, run_id: str, name: str, folder: str) -> None:
+        """A version whose source is the folder; found again by its run, so that it is made once."""
+        client = self._client
+        if not client.list_artifacts(run_id, folder):
+            raise RejectedError(f"the run has no artifacts in {folder}")
+        with self._registry():
+            versions = client.search_model_versions(f"run_id = '{run_id}'")
+            if any(version.name == name for version in versions):
+                return
+            try:
+                client.create_registered_model(name)
+            except self._error as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            run = client.get_run(run_id)
+            source = f"{(run.info.artifact_uri or '').rstrip('/')}/{folder}"
+            tags = {
+                "moored.uid": run.data.tags.get("moored.uid", ""),
+                "moored.run": run.info.run_name or "",
+            }
+            client.create_model_version(name, source, run_id, tags=tags, await_creation_for=0)
+
+    @contextlib.contextmanager
+    def _registry(self) -> Iterator[None]:
+        """A store without a registry, or one that refuses, will not take it later either."""
+        try:
+            yield
+        except self._error as error:
+            if error.error_code not in REFUSALS:
+                raise
+            raise RejectedError(str(error).strip().partition("\n")[0]) from error
 
     def set_status(self, run_id: str, status: str, ended: float | None) -> None:
         """RUNNING again, or terminated at a time."""

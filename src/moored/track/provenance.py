@@ -1,6 +1,6 @@
 """What a run is made of, as the journal's start event: recipe, versions, commit, host, address.
 
-All of it is free of secrets; how it reaches MLflow is `track.py`'s matter.
+All of it is free of secrets; how it reaches MLflow is `shipper.py`'s matter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Carries a run's journal into a tracking store: no duplicates, through outages, to the end.
 
 Which store that is stays open (`store.py`), and so does who runs this: a process beside the
-trainer, or `moored sync` (both in `track.py`).
+trainer (`beside.py`), or `moored sync` (`sync.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moored.track.cursor import Cursor, parent_of
+from moored.track.cursor import Cursor, shipping
 from moored.track.journal import JOURNAL_NAME, Fence, Follower, Line, first_start, is_start
-from moored.track.store import Point, RejectedError, StopError, Store, inside
+from moored.track.pending import items_of, send_all
+from moored.track.store import Point, RejectedError, StopError, Store
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ FLUSH_SECONDS = 2.0  # how long fresh points wait for company
 POLL_SECONDS = 0.25
 PENDING_SECONDS = 30.0  # between two tries of an artifact
 MAX_DELAY_SECONDS = 15.0  # between two tries of a store that fails
+SETTLE_SECONDS = 2.0  # for others who make the same run to be seen
 
 
 class Shipper:
@@ -113,12 +115,12 @@ class Shipper:
                     continue
                 failures, delay = 0, 0.0 if state == "worked" else POLL_SECONDS
             except StopError as error:
-                self._note(self._redact(str(error)))
+                self._note(str(error))
                 raise
             except Exception as error:
                 failures += 1
                 self._store = None
-                self._note(self._redact(f"{type(error).__name__}: {error}"))
+                self._note(f"{type(error).__name__}: {error}")
                 if max_failures is not None and failures >= max_failures:
                     raise
                 delay = min(0.5 * 2.0 ** min(failures, 9), 2.0 if gone else MAX_DELAY_SECONDS)
@@ -187,6 +189,11 @@ class Shipper:
             cursor.creates += 1
             self._save()
             run_id = store.create_run(self._start, self._began)
+            if (self.run_dir / "arms").is_dir():  # whose shippers, on any host, may make it too
+                time.sleep(SETTLE_SECONDS)
+                if (agreed := store.settle(self._start, run_id)) != run_id:
+                    self._restart("all")
+                    run_id = agreed
         elif run_id != cursor.run_id:
             self._restart("all")
         cursor.run_id = run_id
@@ -296,56 +303,51 @@ class Shipper:
                 store.describe(run_id, fields, record["attempt"])
                 if self._gone is not None:
                     store.set_status(run_id, "RUNNING", None)
-                if text := fields.get("config"):
-                    same = text == self._start.get("config")
-                    name = "config" if same else f"config-attempt-{record['attempt']}"
-                    self._await({"text": str(text), "name": f"{name}.yaml"})
-                if fields.get("parent"):
-                    self._await({"parent": str(fields["parent"])})
+                    self.cursor.status = None
             elif event == "dataset":
                 store.log_dataset(run_id, fields)
-            elif event == "artifact":
-                self._await({"path": str(fields["path"]), "folder": str(fields.get("folder", ""))})
+            for item in items_of(record, self._start.get("config")):
+                if item not in self.cursor.pending:
+                    self.cursor.pending.append(item)
+                self._tried_pending = 0.0
         except (RejectedError, KeyError) as error:
             self._problem(f"{event}: {error}")
 
-    def _await(self, item: dict[str, str]) -> None:
-        if item not in self.cursor.pending:
-            self.cursor.pending.append(item)
-        self._tried_pending = 0.0
-
     def _ship_pending(self, *, last: bool = False) -> None:
-        """Upload artifacts and link the parent; their trouble does not hold up the metrics."""
+        """Artifacts, the parent, the registry; their trouble does not hold up the metrics."""
         wait = 0.0 if last else PENDING_SECONDS
         if not self.cursor.pending or time.monotonic() - self._tried_pending < wait:
             return
         store, run_id = self._opened()
-        left: list[dict[str, str]] = []
-        for item in self.cursor.pending:
-            name = item.get("path") or item.get("name") or "parent"
-            try:
-                if "path" in item:
-                    store.upload(run_id, inside(self.run_dir, item["path"]), item["folder"])
-                    self.num_artifacts += 1
-                elif "text" in item:
-                    store.upload_text(run_id, item["text"], item["name"])
-                    self.num_artifacts += 1
-                elif not (parent := parent_of(self.run_dir, item["parent"])).is_dir():
-                    self._problem(f"parent {parent}: its run directory is gone")
-                elif parent_id := Cursor.load(parent, self.target).run_id:
-                    store.link_parent(run_id, parent_id)
-                else:
-                    left.append(item)
-            except RejectedError as error:
-                self._problem(f"{name}: {error}")
-            except Exception as error:
-                left.append(item)
-                self._note(self._redact(f"{name}: {type(error).__name__}: {error}"))
+        left, num_sent = send_all(
+            self.cursor.pending,
+            store,
+            run_id,
+            run_dir=self.run_dir,
+            parent_run=self._parent_run,
+            refused=self._problem,
+            failed=self._note,
+        )
+        self.num_artifacts += num_sent
         if not left:
             self._note(None, save=False)
         self.cursor.pending = left
         self._tried_pending = time.monotonic()
         self._save()
+
+    def _parent_run(self, parent: Path) -> str | None:
+        """The parent's run in the store; made from here if its own process may be long gone.
+
+        One child at a time does that, and where a file system's locks do not reach other hosts,
+        the makers settle. A parent that seemed to have ended runs again with its child.
+        """
+        cursor = Cursor.load(parent, self.target)
+        if cursor.run_id is None or (cursor.status is not None and self._gone is not None):
+            with shipping(parent, lambda: False) as held:
+                if held:
+                    above = Shipper(parent, self.target, self._connect, redact=self._redact)
+                    above.run(max_failures=1)
+        return Cursor.load(parent, self.target).run_id
 
     def _close(self) -> bool:
         """All lines are shipped: the rest of what was pending, then the status."""
@@ -357,8 +359,10 @@ class Shipper:
         status = self.ended or self._unfinished
         if status is not None:
             store.set_status(run_id, status, self._last_time)
-            self.cursor.status = status
-        if self.cursor.creates > 1:
+        elif self.cursor.status is not None:
+            store.set_status(run_id, "RUNNING", None)
+        self.cursor.status = status
+        if self.cursor.creates > 1 or (self.run_dir / "arms").is_dir():
             store.drop_twins(self._start, run_id)
             self.cursor.creates = 1
         self._save()
@@ -381,6 +385,7 @@ class Shipper:
 
     def _note(self, error: str | None, *, save: bool = True) -> None:
         """Record the store's last error, for those who wait and for the log."""
+        error = None if error is None else self._redact(error)
         if error == self.cursor.error:
             return
         logger.warning("%s", error or "the store works again")

@@ -43,6 +43,10 @@ class Store(Protocol):
         """Make the run of a journal; returns its id."""
         ...
 
+    def settle(self, start: dict[str, Any], run_id: str) -> str:
+        """Of several makings at once, the run that all makers agree on; ours goes if it is not."""
+        ...
+
     def drop_twins(self, start: dict[str, Any], run_id: str) -> None:
         """Delete other runs with the journal's uid: a making that seemed to fail, but did not."""
 
@@ -67,6 +71,9 @@ class Store(Protocol):
 
     def link_parent(self, run_id: str, parent_run_id: str) -> None:
         """Make the run a child of another."""
+
+    def register(self, run_id: str, name: str, folder: str) -> None:
+        """Make the run's artifacts in a folder a version of a registered model, once a run."""
 
     def set_status(self, run_id: str, status: str, ended: float | None) -> None:
         """RUNNING, FINISHED, FAILED or KILLED; `ended` in unix seconds."""

@@ -1,45 +1,54 @@
 """Tracking of a run: `Tracker` writes the journal, a process beside it ships that to MLflow.
 
-MLflow itself is not loaded by a trainer: that is for the process, and for `sync`, which does the
-same for a run that has ended. The journal's format is `journal.py`'s.
+MLflow itself is not loaded by a trainer: that is for the process, and for `sync.py`, which does
+the same for a run that has ended. The journal's format is `journal.py`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
 from moored.config import Config
 from moored.errors import UserError
 from moored.track import provenance
-from moored.track.cursor import Cursor, lock_holder, parent_of, shipping
-from moored.track.journal import JOURNAL_NAME, Journal, first_start, is_start, read_journal
-from moored.track.mlflow_store import MlflowStore
-from moored.track.process import ShipperProcess
-from moored.track.shipper import Shipper
+from moored.track.journal import JOURNAL_NAME, Journal
+from moored.track.machines import host_in_names
+from moored.track.process import SamplerProcess, ShipperProcess
 
 logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 60.0
 KILLED_FINISH_SECONDS = 5.0  # somebody wants the machine back
-SILENT_SECONDS = 3600.0  # another host's journal that is older belongs to no live trainer
+
+
+def ships_later() -> bool:
+    """Whether the environment says that runs write their journal only, to be sent later.
+
+    `MOORED_SHIP=later` is for many runs at once that share a store which takes one writer.
+
+    Raises:
+        UserError: it says something else.
+    """
+    value = os.environ.get("MOORED_SHIP", "")
+    if value not in ("", "later"):
+        raise UserError(
+            f"MOORED_SHIP={value!r} is not known: set it to later (the run writes its journal, and "
+            "`moored sync` sends it), or unset it (the run is sent while it trains)"
+        )
+    return value == "later"
 
 
 class Tracker:
     """What a trainer says about its run; no call waits for more than an append to a file.
 
-    Made by `start`; on ranks other than the main one every method does nothing.
+    Made by `start`; on ranks other than the main one every method does nothing, but that one rank
+    on each other machine samples it until `finish`.
 
     Attributes:
         where: how to look at the run in MLflow, one line; empty if it is not tracked there.
@@ -50,7 +59,9 @@ class Tracker:
         self.where = ""
         self._journal, self._attempt = journal, attempt
         self._uri = ""
+        self._model: str | None = None
         self._shipper: ShipperProcess | None = None
+        self._sampler: SamplerProcess | None = None
 
     @classmethod
     def start(
@@ -61,8 +72,9 @@ class Tracker:
         attempt: int,
         is_main: bool = True,
         parent: Path | str | None = None,
+        machine: str | None = None,
     ) -> Tracker:
-        """Open the journal, write the start event, and start the shipper process.
+        """Open the journal, write the start event, and start the process beside the trainer.
 
         Args:
             config: the recipe; `config.track` says where to.
@@ -70,20 +82,64 @@ class Tracker:
             attempt: 1, 2, ...: a resumed attempt goes on in the same MLflow run.
             is_main: whether this is the rank that tracks.
             parent: run directory of a comparison, whose MLflow run becomes this one's parent.
+            machine: in a run over several machines, the host name of the one that this rank
+                samples: the main rank its own, and one rank on each other machine.
+
+        Raises:
+            UserError: see `ships_later`.
         """
+        later = ships_later()
+        host = None if machine is None else host_in_names(machine)
+        sampled = config.track.mlflow and config.track.system_metrics
         if not is_main:
-            return cls(run_dir, None, attempt)
+            tracker = cls(run_dir, None, attempt)
+            if sampled and host is not None:
+                tracker._sampler = SamplerProcess(run_dir, attempt, host, is_main=False)
+            return tracker
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         uri = provenance.tracking_uri(config)
         fields = provenance.start_fields(config, run_dir, uri, Path(parent) if parent else None)
         tracker = cls(run_dir, Journal(run_dir / JOURNAL_NAME), attempt)
+        tracker._uri, tracker._model = uri, config.track.register_model
+        tracker.event("start", **fields)
+        if not config.track.mlflow:
+            return tracker
+        if not later:
+            tracker.where = _where(uri)
+            tracker._shipper = ShipperProcess(
+                run_dir, uri, attempt, system_metrics=sampled, host=host
+            )
+            return tracker
+        logger.info(
+            "MOORED_SHIP=later: the run writes its journal only; `moored sync %s` sends it to %s",
+            run_dir,
+            provenance.address(uri),
+        )
+        if sampled:
+            tracker._sampler = SamplerProcess(run_dir, attempt, host, is_main=True)
+        return tracker
+
+    @staticmethod
+    def declare(config: Config, run_dir: Path, arms: Sequence[str]) -> None:
+        """Write the start of a run that is all arms, which others will start; nothing stays.
+
+        The arms' shippers, or `moored sync`, bring it to the store. It goes on while arms do, or
+        are still to come; it ends with them, or with a `finish` that somebody writes.
+
+        Args:
+            config: the recipe.
+            run_dir: the run directory; made if it is not there.
+            arms: their names, below `run_dir`/arms.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        uri = provenance.tracking_uri(config)
+        fields = provenance.start_fields(config, run_dir, uri, None)
+        fields |= {"pid": None, "pid_began": None, "arms": list(arms)}
+        tracker = Tracker(run_dir, Journal(run_dir / JOURNAL_NAME), 1)
         tracker._uri = uri
         tracker.event("start", **fields)
-        if config.track.mlflow:
-            tracker.where = _where(uri)
-            sampled = config.track.system_metrics
-            tracker._shipper = ShipperProcess(run_dir, uri, attempt, system_metrics=sampled)
-        return tracker
+        assert tracker._journal is not None
+        tracker._journal.close()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of a step; names carry their units: `train/ce_nats_per_token`."""
@@ -107,8 +163,9 @@ class Tracker:
         self._journal.write(record | {"fields": _scrubbed(fields, self._uri)})
         if kind in ("start", "finish"):
             self._journal.flush()
-        if self._shipper is not None:
-            self._shipper.keep()
+        for process in (self._shipper, self._sampler):
+            if process is not None:
+                process.keep()
 
     def dataset(
         self,
@@ -140,6 +197,11 @@ class Tracker:
         shown = absolute.relative_to(root) if inside else absolute
         self.event("artifact", path=str(shown), folder=folder)
 
+    def register(self, folder: str) -> None:
+        """Make the artifacts in `folder` a version of the recipe's registered model, if any."""
+        if self._model is not None:
+            self.event("register", name=self._model, folder=folder)
+
     def finish(self, status: str, timeout: float | None = None) -> None:
         """Write how the run ended, and give the shipper a bounded time to deliver the rest.
 
@@ -147,11 +209,12 @@ class Tracker:
             status: FINISHED, FAILED or KILLED.
             timeout: seconds to wait; by default 60, and 5 for a run that was killed.
         """
-        if self._journal is None:
-            return
-        self.event("finish", status=status)
-        self._journal.close()
-        self._journal = None
+        if self._journal is not None:
+            self.event("finish", status=status)
+            self._journal.close()
+            self._journal = None
+        if self._sampler is not None:
+            self._sampler.stop()
         if timeout is None:
             timeout = KILLED_FINISH_SECONDS if status == "KILLED" else FINISH_SECONDS
         if self._shipper is not None and not self._shipper.wait(timeout):
@@ -178,126 +241,3 @@ def _where(uri: str) -> str:
     if urlsplit(uri).scheme in ("http", "https"):
         return clean
     return f"mlflow ui --backend-store-uri {clean}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncSummary:
-    """What a `sync` did.
-
-    Attributes:
-        uri: the store, without credentials.
-        run_id: the MLflow run.
-        status: the status that was set; None for a run that is still going on.
-        num_points, num_artifacts: sent now; 0 if nothing was missing.
-        problems: items that MLflow rejected, or could not take yet.
-        complete: whether MLflow has all that it will take.
-    """
-
-    uri: str
-    run_id: str
-    status: str | None
-    num_points: int
-    num_artifacts: int
-    problems: tuple[str, ...]
-    complete: bool
-
-    def __str__(self) -> str:
-        """For the terminal."""
-        sent = f"{self.num_points} points and {self.num_artifacts} artifacts sent"
-        lines = [f"{self.uri}: run {self.run_id} ({self.status or 'going on'}), {sent}"]
-        lines += [f"left out: {problem}" for problem in self.problems]
-        return "\n".join(lines if self.complete else [*lines, "not complete: sync again"])
-
-
-def sync(
-    run_dir: Path | str,
-    uri: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> SyncSummary:
-    """Send what MLflow does not have of a run yet; may be repeated, and cut anywhere.
-
-    Args:
-        run_dir: the run directory.
-        uri: the store; by default the one the run was tracked to.
-        progress: called with (bytes of the journal shipped, bytes in all).
-
-    Raises:
-        UserError: no journal, no store, the store does not answer, or another process ships.
-    """
-    run_dir = Path(run_dir).absolute()
-    first = first_start(run_dir / JOURNAL_NAME)
-    if first is None:
-        raise UserError(f"{run_dir} has no journal of a run: give a run directory")
-    uri = _sync_uri(run_dir, uri)
-    target = provenance.address(uri)
-    recorded = first["fields"].get("parent")
-    parent = parent_of(run_dir, recorded) if recorded else None
-    if parent and Cursor.load(parent, target).run_id is None:
-        with contextlib.suppress(UserError):
-            sync(parent, uri)
-    with _private_files(), shipping(run_dir, lambda: False) as held:
-        if not held:
-            raise UserError(
-                f"{run_dir} is being shipped by process {lock_holder(run_dir)}: wait until it "
-                "ends, or end it, and sync again"
-            )
-        try:
-            shipper = Shipper(
-                run_dir,
-                target,
-                partial(MlflowStore, uri, run_dir),
-                redact=partial(provenance.scrub, uri=uri),
-                unfinished=None if _goes_on(run_dir) else "KILLED",
-                progress=progress,
-            )
-            complete = shipper.run(max_failures=3)
-        except Exception as error:
-            text = provenance.scrub(f"{error}", uri).partition("\n")[0]
-            raise UserError(f"{target}: {text}: mend that and sync again") from error
-    return SyncSummary(
-        uri=target,
-        run_id=shipper.cursor.run_id or "",
-        status=shipper.cursor.status,
-        num_points=shipper.num_points,
-        num_artifacts=shipper.num_artifacts,
-        problems=(*shipper.problems, *(str(item) for item in shipper.cursor.pending)),
-        complete=complete,
-    )
-
-
-@contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def _sync_uri(run_dir: Path, uri: str | None) -> str:
-    """The given store, or the recorded one, with the environment's credentials if it is that."""
-    if uri is not None:
-        return provenance.absolute(uri)
-    from_environment = os.environ.get("MLFLOW_TRACKING_URI")
-    starts = [record for record in read_journal(run_dir / JOURNAL_NAME) if is_start(record)]
-    recorded = starts[-1]["fields"].get("uri")
-    if from_environment and recorded in (None, provenance.address(from_environment)):
-        return provenance.absolute(from_environment)
-    if recorded is None:
-        raise UserError(f"{run_dir} was not tracked in MLflow: name a store, or set track.mlflow")
-    return recorded
-
-
-def _goes_on(run_dir: Path) -> bool:
-    """Whether the trainer of the journal's last attempt may still be at work."""
-    start: dict[str, Any] = {}
-    last = 0.0
-    for record in read_journal(run_dir / JOURNAL_NAME):
-        last = record["time"]
-        start = record["fields"] if is_start(record) else start
-    if start.get("host") != socket.gethostname():
-        return time.time() - last < SILENT_SECONDS
-    try:
-        return abs(psutil.Process(start["pid"]).create_time() - start["pid_began"]) < 1.0
-    except (psutil.Error, KeyError, TypeError):
-        return False
