@@ -79,9 +79,10 @@ GresTypes=gpu
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 {nodes}
-PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=10 State=UP
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF State=UP
-PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 State=UP
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=train Default=YES DefaultTime=30 PriorityTier=10
+PartitionName=urgent PriorityTier=100 PreemptMode=OFF
+PartitionName=spare PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 """
 
 
@@ -150,7 +151,7 @@ class Cluster:
         self._run("unshare", "--mount", "--uts", "sh", "-c", inside, "node", node, str(self.root))
 
     def crash(self, node: str) -> int:
-        """Kill everything of a node at once: slurmd, steps, tasks; how many processes there were."""
+        """Kill all of a node at once: slurmd, steps, tasks; how many processes there were."""
         pids = self._family(node)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -246,7 +247,12 @@ class Cluster:
 
     def _ask(self, *command: str) -> str:
         done = subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, timeout=10, check=False
+            command,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
         return done.stdout.strip()
 

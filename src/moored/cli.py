@@ -1,7 +1,7 @@
-"""The commands: what is given is checked and handed to the room that does it.
+"""The command line: its commands by name, its errors as one line each, its exit codes.
 
-No logic lives here, and nothing slow is imported before a command needs it: `--help` answers at
-once, also on a login node.
+What a command takes is in `commands/`. Nothing slow is imported before it is needed: `--help`
+answers at once, also on a login node.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from moored import __version__
+from moored.commands import cluster, runs
+from moored.commands.options import launcher_argument
 from moored.errors import (
     MooredError,
     PreemptedError,
@@ -31,7 +32,7 @@ from moored.errors import (
 from moored.launched import own_rank
 
 if TYPE_CHECKING:
-    from moored.config import Config
+    pass
 
 log = logging.getLogger(__name__)
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -60,35 +61,13 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def _launcher_argument(command: Command) -> Command:
-    """Accepts what the deepspeed launcher adds to a command line; the environment has it too."""
-    return click.option("--local_rank", "--local-rank", type=int, hidden=True, expose_value=False)(
-        command
-    )
-
-
-def _recipe_arguments(command: Command) -> Command:
-    command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    command = click.argument("recipe", type=click.Path(path_type=Path))(command)
-    return _launcher_argument(command)
-
-
-def _resume_option(command: Command) -> Command:
-    return click.option(
-        "--resume/--restart",
-        "resume",
-        default=True,
-        help="Go on with an unfinished run (the default), or start over.",
-    )(command)
-
-
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="moored", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of every error.")
-@_launcher_argument
+@launcher_argument
 def cli(debug: bool) -> None:
     """Fine-tune language models with QLoRA without letting them drift from their base.
 
@@ -97,259 +76,11 @@ def cli(debug: bool) -> None:
     """
 
 
-@cli.command()
-@_recipe_arguments
-@_resume_option
-@click.option("--run-dir", type=click.Path(path_type=Path), hidden=True)
-@click.option("--arm-of", type=click.Path(path_type=Path), hidden=True)
-def train(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    resume: bool,
-    run_dir: Path | None,
-    arm_of: Path | None,
-) -> None:
-    """Train one recipe.
-
-    The same command is started by torchrun, deepspeed or srun on every process. A run that was
-    interrupted goes on from its newest checkpoint.
-    """
-    config = _load(recipe, overrides)
-    from moored import train as room
-
-    # What the jobs of `moored submit` and `moored sweep` say: where the run is, an arm of what.
-    place: dict[str, Any] = {} if run_dir is None else {"path": run_dir}
-    if run_dir is not None and arm_of is not None:
-        place |= {"arm": run_dir.name, "parent": arm_of}
-    _finished(room.run(config, restart=not resume, **place))
-
-
-@cli.command()
-@_recipe_arguments
-@_resume_option
-def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
-    """Train a recipe once per regularizer, with one report.
-
-    The arms are the recipe's list under compare; by default none, kl and tmkl.
-    """
-    config = _load(recipe, overrides)
-    from moored import compare as room
-
-    _finished(room.run(config, restart=not resume))
-
-
-@cli.command()
-@click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER... [KEY=VALUE]...")
-@click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    help="Data and corpora for an adapter folder; a run directory brings its own.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder of the report; default: in the run, for an adapter ./report.",
-)
-@_launcher_argument
-def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) -> None:
-    """Measure retention, drift and adaptation.
-
-    Runs, or adapters that any PEFT-based trainer wrote, before and after training.
-    """
-    overrides = [text for text in targets if "=" in text and not Path(text).exists()]
-    paths = [text for text in targets if text not in overrides]
-    if not paths:
-        raise UserError("nothing to evaluate: name a run directory or an adapter folder")
-    for path in paths:
-        if not Path(path).is_dir():
-            raise UserError(f"{path} is no folder: name a run directory or an adapter folder")
-    from moored import remeasure as room
-
-    room.run_command(paths, recipe=recipe, overrides=overrides, out=out)
-
-
-@cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="Folder for report.html and plots; default: in the run, for several ./report.",
-)
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
-    """Show finished runs side by side.
-
-    As a table, an HTML page and a plot of learning against forgetting.
-    """
-    from moored import report as room
-
-    room.run_command(list(runs), out)
-
-
-@cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--to",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder to make; it must not exist, or be empty.",
-)
-@click.option("--merge", is_flag=True, help="A whole model instead of a PEFT adapter.")
-@click.option(
-    "--base",
-    type=click.Choice(["w16", "nf4"]),
-    help="Merge into the base's own weights (w16, the default), or into the dequantised 4-bit "
-    "weights that were trained on.",
-)
-@_launcher_argument
-def export(run: Path, to: Path, merge: bool, base: str | None) -> None:
-    """Write a finished run's adapter for others.
-
-    Or its base with the adapter merged into it. Stock PEFT and transformers load it in a fresh
-    process and must compute what was trained; else nothing is written.
-    """
-    from moored import export as room
-
-    room.run_command(run, to, merged=merge, base=base)
-
-
-@cli.command()
-@click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@_launcher_argument
-def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
-    """Check the machine, and a recipe's data and model.
-
-    Trains nothing. Under torchrun the rendezvous is checked too.
-    """
-    if recipe is not None and "=" in recipe.name and not recipe.exists():
-        raise UserError(f"{recipe} is an override: name the recipe before it")
-    config = None if recipe is None else _load(recipe, overrides)
-    from moored import doctor as room
-
-    room.run(config)
-
-
-def _site_options(command: Command) -> Command:
-    for option in (
-        click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing."),
-        click.option(
-            "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the profile."
-        ),
-        click.option("--time", help="Limit of one start, such as 4:00:00; the job chains."),
-        click.option("--nodes", type=click.IntRange(1), default=1, show_default=True),
-        click.option("--site", required=True, help="Name in slurm/sites, or path of a profile."),
-    ):
-        command = option(command)
-    return command
-
-
-def _site(site: str, settings: Sequence[str], time: str | None) -> tuple[str, Any]:
-    from moored.submit.site import load_site
-
-    for text in settings:
-        if "=" not in text:
-            raise UserError(f"--set {text}: write KEY=VALUE, such as slurm.partition=long")
-    return load_site(site, [*settings, *([f"slurm.time={time}"] if time else [])])
-
-
-@cli.command()
-@_recipe_arguments
-@_resume_option
-@_site_options
-@click.option(
-    "--stages",
-    default="train",
-    show_default=True,
-    help="Of prepare,train,evaluate,report,export: a chain, each after the one before.",
-)
-def submit(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    resume: bool,
-    site: str,
-    nodes: int,
-    time: str | None,
-    settings: tuple[str, ...],
-    dry_run: bool,
-    stages: str,
-) -> None:
-    """Submit a recipe to SLURM.
-
-    Recipe and code are kept in the run directory, so that later edits do not change the job. It
-    survives preemption, time limits and lost nodes, and goes on until the training is done.
-    """
-    config = _load(recipe, overrides)
-    name, profile = _site(site, settings, time)
-    from moored.submit import jobs as room
-    from moored.submit.script import render
-
-    wanted = [stage for stage in stages.split(",") if stage]
-    run = room.run_folder(config)
-    if dry_run:
-        jobs = room.jobs_of(config, profile, run, nodes=nodes, stages=wanted)
-        click.echo("\n".join(render(job, profile, name) for job in jobs.values()), nl=False)
-        return
-    submitted = room.submit_run(
-        config, profile, name, nodes=nodes, stages=wanted, restart=not resume
-    )
-    for job in submitted:
-        click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
-    click.echo(f"run          {run}")
-    click.echo(f"follow       moored status {run}; moored logs --follow {run}")
-
-
-@cli.command()
-@click.argument("run", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--expect", type=click.Path(path_type=Path, exists=True), required=True)
-def preflight(run: Path, out: Path, expect: Path) -> None:
-    """Check this node of a job (for the job's script)."""
-    from moored import preflight as room
-
-    if not room.run(run, out, expect):
-        raise click.exceptions.Exit(1)
-
-
-@cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--uri", help="MLflow server or store; default: the one of the run's recipe.")
-def sync(run: Path, uri: str | None) -> None:
-    """Replay the journal of a run to MLflow, with its arms if it is a comparison.
-
-    What is there already is not sent again.
-    """
-    if not run.is_dir():
-        raise UserError(f"{run} is not a run directory: name the folder that holds journal.jsonl")
-    from moored import track as room
-
-    arms = sorted(journal.parent for journal in run.glob("arms/*/journal.jsonl"))
-    summaries = [room.sync(each, uri) for each in [run, *arms]]
-    click.echo(_redact("\n".join(map(str, summaries))))
-    if not all(summary.complete for summary in summaries):
-        raise UserError("MLflow does not have everything yet: sync again")
-
-
-def _load(recipe: Path, overrides: Sequence[str]) -> Config:
-    _check_overrides(overrides)
-    from moored.config import load_config
-
-    return load_config(recipe, overrides)
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for text in overrides:
-        if "=" in text:
-            continue
-        if text.endswith((".yaml", ".yml")):
-            raise UserError(f"{text}: a second recipe; start one command per recipe")
-        raise UserError(
-            f"{text!r} is not an override: write key=value, for example optim.learning_rate=1e-4"
-        )
-
-
-def _finished(run_dir: Path) -> None:
-    if own_rank() == 0:
-        click.echo(str(run_dir))
+for _command in (
+    *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.doctor, runs.sync),
+    *(cluster.submit, cluster.preflight),
+):
+    cli.add_command(_command)
 
 
 def _redact(text: str) -> str:

@@ -1,0 +1,177 @@
+"""Commands on recipes and run directories: train, compare, evaluate, report, export, doctor, sync.
+
+Those that talk to SLURM are in `cluster.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moored.commands.options import launcher_argument, load, recipe_arguments, resume_option
+from moored.errors import UserError
+from moored.launched import own_rank
+
+
+@click.command()
+@recipe_arguments
+@resume_option
+@click.option("--run-dir", type=click.Path(path_type=Path), hidden=True)
+@click.option("--arm-of", type=click.Path(path_type=Path), hidden=True)
+def train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    run_dir: Path | None,
+    arm_of: Path | None,
+) -> None:
+    """Train one recipe.
+
+    The same command is started by torchrun, deepspeed or srun on every process. A run that was
+    interrupted goes on from its newest checkpoint.
+    """
+    config = load(recipe, overrides)
+    from moored import train as room
+
+    # What the jobs of `moored submit` and `moored sweep` say: where the run is, an arm of what.
+    place: dict[str, Any] = {} if run_dir is None else {"path": run_dir}
+    if run_dir is not None and arm_of is not None:
+        place |= {"arm": run_dir.name, "parent": arm_of}
+    _finished(room.run(config, restart=not resume, **place))
+
+
+@click.command()
+@recipe_arguments
+@resume_option
+def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
+    """Train a recipe once per regularizer, with one report.
+
+    The arms are the recipe's list under compare; by default none, kl and tmkl.
+    """
+    config = load(recipe, overrides)
+    from moored import compare as room
+
+    _finished(room.run(config, restart=not resume))
+
+
+@click.command()
+@click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER... [KEY=VALUE]...")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Data and corpora for an adapter folder; a run directory brings its own.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the report; default: in the run, for an adapter ./report.",
+)
+@launcher_argument
+def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) -> None:
+    """Measure retention, drift and adaptation.
+
+    Runs, or adapters that any PEFT-based trainer wrote, before and after training.
+    """
+    overrides = [text for text in targets if "=" in text and not Path(text).exists()]
+    paths = [text for text in targets if text not in overrides]
+    if not paths:
+        raise UserError("nothing to evaluate: name a run directory or an adapter folder")
+    for path in paths:
+        if not Path(path).is_dir():
+            raise UserError(f"{path} is no folder: name a run directory or an adapter folder")
+    from moored import remeasure as room
+
+    room.run_command(paths, recipe=recipe, overrides=overrides, out=out)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for report.html and plots; default: in the run, for several ./report.",
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Show finished runs side by side.
+
+    As a table, an HTML page and a plot of learning against forgetting.
+    """
+    from moored import report as room
+
+    room.run_command(list(runs), out)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to make; it must not exist, or be empty.",
+)
+@click.option("--merge", is_flag=True, help="A whole model instead of a PEFT adapter.")
+@click.option(
+    "--base",
+    type=click.Choice(["w16", "nf4"]),
+    help="Merge into the base's own weights (w16, the default), or into the dequantised 4-bit "
+    "weights that were trained on.",
+)
+@launcher_argument
+def export(run: Path, to: Path, merge: bool, base: str | None) -> None:
+    """Write a finished run's adapter for others.
+
+    Or its base with the adapter merged into it. Stock PEFT and transformers load it in a fresh
+    process and must compute what was trained; else nothing is written.
+    """
+    from moored import export as room
+
+    room.run_command(run, to, merged=merge, base=base)
+
+
+@click.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@launcher_argument
+def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
+    """Check the machine, and a recipe's data and model.
+
+    Trains nothing. Under torchrun the rendezvous is checked too.
+    """
+    if recipe is not None and "=" in recipe.name and not recipe.exists():
+        raise UserError(f"{recipe} is an override: name the recipe before it")
+    config = None if recipe is None else load(recipe, overrides)
+    from moored import doctor as room
+
+    room.run(config)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--uri", help="MLflow server or store; default: the one of the run's recipe.")
+def sync(run: Path, uri: str | None) -> None:
+    """Replay the journal of a run to MLflow, with its arms if it is a comparison.
+
+    What is there already is not sent again.
+    """
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run directory: name the folder that holds journal.jsonl")
+    from moored import track as room
+
+    arms = sorted(journal.parent for journal in run.glob("arms/*/journal.jsonl"))
+    summaries = [room.sync(each, uri) for each in [run, *arms]]
+    click.echo(_redact("\n".join(map(str, summaries))))
+    if not all(summary.complete for summary in summaries):
+        raise UserError("MLflow does not have everything yet: sync again")
+
+
+def _finished(run_dir: Path) -> None:
+    if own_rank() == 0:
+        click.echo(str(run_dir))
+
+
+def _redact(text: str) -> str:
+    from moored.log import redact
+
+    return redact(text)
