@@ -203,6 +203,19 @@ def heartbeat(directory: RunDirectory) -> None:
         os.utime(directory.lock)
 
 
+def is_owned(path: Path) -> bool:
+    """Whether somebody seems to work in a run directory now: by process, else by heartbeat."""
+    lock = RunDirectory(path).lock
+    owner = _owner(lock)
+    if owner is None:
+        return False
+    if owner.get("host") == socket.gethostname():
+        return owner.get("started") == _start_time(owner.get("pid", -1))
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - lock.stat().st_mtime < STALE_LOCK_SECONDS
+    return False
+
+
 def _owner(lock: Path) -> dict[str, Any] | None:
     """What the lock says; None where there is none, or one that was cut short."""
     try:

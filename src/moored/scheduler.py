@@ -23,11 +23,12 @@ def is_here() -> bool:
     return shutil.which("scontrol") is not None and shutil.which("sbatch") is not None
 
 
-def job_facts(job: str) -> dict[str, str] | None:
+def jobs_facts(job: str) -> list[dict[str, str]]:
     """What SLURM knows of a job, by its own names (`JobState`, `Reason`, `NodeList`, ...).
 
     Returns:
-        None for a job that it does not know, or no longer.
+        One entry for a job, one per element of an array (or per range that waits), none for a job
+        that it does not know, or no longer.
 
     Raises:
         UserError: SLURM is not here, or does not answer.
@@ -35,32 +36,30 @@ def job_facts(job: str) -> dict[str, str] | None:
     done = _run(["scontrol", "--oneliner", "show", "job", job])
     if done.returncode:
         if "Invalid job id" in done.stderr:
-            return None
+            return []
         raise UserError(f"scontrol: {_last_line(done.stderr)}: ask again once SLURM answers")
-    facts = re.findall(r"(\w[\w/:]*)=(.*?)(?=\s\w[\w/:]*=|\s*$)", done.stdout.splitlines()[0])
-    return dict(facts)
+    pattern = r"(\w[\w/:]*)=(.*?)(?=\s\w[\w/:]*=|\s*$)"
+    return [dict(re.findall(pattern, line)) for line in done.stdout.splitlines() if line]
 
 
-def job_state(job: str) -> str | None:
-    """`RUNNING`, `PENDING`, ...; None for a job that SLURM does not know, or no longer."""
-    facts = job_facts(job)
-    return None if facts is None else facts["JobState"]
+def job_states(job: str, name: str | None = None) -> list[str]:
+    """`RUNNING`, `PENDING`, ... of a job or of an array's elements, each state once.
+
+    Args:
+        job: its id.
+        name: its name: a job of another name has got an id that was given out anew.
+    """
+    facts = [f for f in jobs_facts(job) if name is None or f.get("JobName") == name]
+    return sorted({f["JobState"] for f in facts})
 
 
-def is_alive(job: str) -> bool:
-    """Whether the job waits or runs.
+def is_alive(job: str, name: str | None = None) -> bool:
+    """Whether the job, or any element of the array, waits or runs.
 
     Raises:
         UserError: SLURM is not here, or does not answer.
     """
-    return job_state(job) in ALIVE
-
-
-def element_states(array: str) -> dict[int, str]:
-    """State of each element of a job array, by its index; those it has forgotten are left out."""
-    done = _run(["squeue", "--noheader", "--array", "--states=all", "-j", array, "-o", "%K %T"])
-    lines = [line.split() for line in done.stdout.splitlines()] if not done.returncode else []
-    return {int(line[0]): line[1] for line in lines if len(line) == 2 and line[0].isdigit()}
+    return any(state in ALIVE for state in job_states(job, name))
 
 
 def check(script: str, options: Sequence[str] = ()) -> str:

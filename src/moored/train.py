@@ -174,6 +174,8 @@ def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
 def _train(run: Run) -> None:
     """The loop."""
     config, mesh, engine = run.config, run.mesh, run.engine
+    if mesh.is_main:
+        run.directory.update_state(num_steps=run.num_steps)
     if run.step == 0 and config.evaluation.before:
         before = _measure(run, run.suite, base=True)
         run.base_match = before.exact_match
@@ -282,7 +284,7 @@ def _save(run: Run) -> None:
             base, ours = run.config.model.name_or_path, run.directory.require_owned
             checkpoint.write(folder, saved, run.policy.causal_lm, base, require_owned=ours)
             checkpoint.prune(run.directory.checkpoints, run.config.train.keep_checkpoints)
-            run.directory.update_state(step=run.step, num_steps=run.num_steps)
+            run.directory.update_state(step=run.step)
             run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
         except OSError as error:
             # A full disk must not end the run: the previous checkpoint still stands.

@@ -5,17 +5,19 @@ Those on recipes and run directories are in `runs.py`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moored.commands.options import Command, load, recipe_arguments, resume_option
+from moored.commands.options import Command, check_overrides, load, recipe_arguments, resume_option
 from moored.errors import UserError
 
 
-def _site_options(command: Command) -> Command:
+def site_options(command: Command) -> Command:
+    """Which site, how many nodes, for how long."""
     for option in (
         click.option("--dry-run", is_flag=True, help="Print the script; write and submit nothing."),
         click.option(
@@ -41,7 +43,7 @@ def _site(site: str, settings: Sequence[str], time: str | None) -> tuple[str, An
 @click.command()
 @recipe_arguments
 @resume_option
-@_site_options
+@site_options
 @click.option(
     "--stages",
     default="train",
@@ -82,6 +84,90 @@ def submit(
         click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
     click.echo(f"run          {run}")
     click.echo(f"follow       moored status {run}; moored logs --follow {run}")
+
+
+@click.command()
+@recipe_arguments
+@resume_option
+@site_options
+@click.option("--throttle", type=click.IntRange(0), default=0, help="Arms at a time; 0: all.")
+def sweep(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    site: str,
+    nodes: int,
+    time: str | None,
+    settings: tuple[str, ...],
+    dry_run: bool,
+    throttle: int,
+) -> None:
+    """Submit a recipe over a grid, as a job array with one report.
+
+    Give keys several values: regularizer.kind=none,tmkl regularizer.weight=0.1,0.3 train.seed=0,1.
+    Called again, it runs the arms that are not done yet.
+    """
+    check_overrides(overrides)
+    name, profile = _site(site, settings, time)
+    from moored.submit import sweep as room
+    from moored.submit.script import render
+
+    if dry_run:
+        arms = room.arms_of(recipe, overrides)
+        jobs = room.array_of(
+            arms, profile, nodes=nodes, throttle=throttle, indices=range(len(arms))
+        )
+        click.echo("\n".join(render(job, profile, name) for job in jobs), nl=False)
+        return
+    folder, arms, submitted = room.submit_sweep(
+        recipe, overrides, profile, name, nodes=nodes, throttle=throttle, restart=not resume
+    )
+    for job in submitted:
+        click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
+    for arm in arms:
+        click.echo(f"arm          {arm.name}")
+    click.echo(f"sweep        {folder}")
+    click.echo(f"follow       moored status {folder}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+def status(runs: tuple[Path, ...]) -> None:
+    """Say how runs are: state, step, loss, time left.
+
+    By default all of ./runs.
+    """
+    from moored.submit import following as room
+
+    found = runs or tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
+    if not found:
+        raise UserError("no run in ./runs: name a run directory")
+    click.echo("\n\n".join("\n".join(room.describe(run)) for run in found))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--lines", "-n", type=click.IntRange(0), default=20, show_default=True)
+@click.option("--follow", "-f", is_flag=True, help="Go on until the run has ended.")
+def logs(run: Path, rank: int, lines: int, follow: bool) -> None:
+    """Show what a run's job and one of its ranks printed."""
+    from moored.submit import following as room
+
+    room.logs(run, sys.stdout, rank=rank, lines=lines, follow=follow)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def cancel(run: Path) -> None:
+    """End the jobs of a run.
+
+    A running one saves first; submitting it again goes on from there.
+    """
+    from moored.submit import following as room
+
+    jobs = room.cancel(run)
+    click.echo(f"cancelled {', '.join(jobs)}" if jobs else "nothing to cancel: no job is left")
 
 
 @click.command(hidden=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,10 @@ from moored.report.picture import frontier_png
 from moored.report.results import Report
 from moored.report.terminal import show
 from moored.rundir import write_atomically
+from moored.track import Tracker
 from moored.track.journal import metrics
+
+log = logging.getLogger(__name__)
 
 
 def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path:
@@ -82,6 +86,9 @@ def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
     runs = list(dict.fromkeys(Path(run).absolute() for run in runs))
     if not runs:
         raise UserError("no run given: name at least one run directory")
+    whole = runs[0]
+    if len(runs) == 1 and (arms := _arms(whole)):
+        runs, out = arms, out or whole / "report"
     places = [_report_file(run) for run in runs]
     reports = [Report.read(place) for place in places]
     merged = merge(reports, labels=labels_of(runs)) if len(reports) > 1 else reports[0]
@@ -95,9 +102,28 @@ def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
     if out is None:
         out = places[0].parent if len(runs) == 1 else Path("report")
     write(merged, out, curves=curves)
+    if out == whole / "report":
+        Tracker.hand_over(whole, out, "report")
     show(merged, sys.stdout)
     print(f"\nreport  {out / 'report.html'}\nplot    {out / 'frontier.png'}", flush=True)
     return out
+
+
+def _arms(run: Path) -> list[Path]:
+    """The arms of a sweep or comparison that have been measured; the others are named."""
+    arms = sorted(path for path in (run / "arms").glob("*") if path.is_dir())
+    measured = [arm for arm in arms if (arm / "report" / "report.json").is_file()]
+    if arms and not measured:
+        raise UserError(f"{run}: none of its {len(arms)} arms has been measured yet: finish one")
+    missing = [arm.name for arm in arms if arm not in measured]
+    if missing:
+        log.warning(
+            "%d of %d arms are not in the report, since they did not end: %s",
+            len(missing),
+            len(arms),
+            ", ".join(missing[:10]),
+        )
+    return measured
 
 
 def _report_file(run: Path) -> Path:

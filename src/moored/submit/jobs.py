@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,11 +37,13 @@ class Submitted:
     Attributes:
         stage: what it does.
         id: SLURM's.
-        log: what its script prints; `%j` is replaced.
+        name: by which it is known again: a cluster that was set up anew gives out ids again.
+        log: what its script prints.
     """
 
     stage: str
     id: str
+    name: str
     log: Path
 
 
@@ -59,14 +61,14 @@ def jobs_of(
         python=sys.executable,
         nodes=nodes,
         caches={n: os.path.abspath(v) for n in _CACHES if (v := os.environ.get(n))},
-        binds=_binds(config, site),
+        binds=binds_of(config, site),
     )
     here, recipe = str(run), str(run / "slurm" / "recipe.yaml")
     commands = {
         "prepare": ("prepare", recipe),
         "evaluate": ("evaluate", here),
         "report": ("report", here),
-        "export": ("export", here, "--to", str(run / "export")),
+        "export": ("export", here, "--to", str(run.with_name(f"{run.name}-export"))),
     }
     jobs: dict[str, Job] = {}
     for stage in STAGES:
@@ -86,7 +88,7 @@ def jobs_of(
     return jobs
 
 
-def _binds(config: Config, site: Site) -> tuple[Path, ...]:
+def binds_of(config: Config, site: Site) -> tuple[Path, ...]:
     """What a container must see beside the run: data, a local model, caches."""
     if site.container.runtime == "none":
         return ()
@@ -97,9 +99,17 @@ def _binds(config: Config, site: Site) -> tuple[Path, ...]:
     return tuple(sorted(folders))
 
 
-def ships_to_file(config: Config, site: Site) -> bool:
+def for_site(config: Config, site: Site) -> Config:
+    """The recipe as the site tracks it: to its server, unless the recipe names another store."""
+    if site.mlflow.uri is None or config.track.uri is not None or not config.track.mlflow:
+        return config
+    track = config.track.model_copy(update={"uri": site.mlflow.uri})
+    return config.model_copy(update={"track": track})
+
+
+def ships_to_file(config: Config) -> bool:
     """Whether the runs of this recipe are tracked in a SQLite file, which takes one writer."""
-    uri = config.track.uri or site.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:"
+    uri = config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:"
     return config.track.mlflow and urlsplit(uri).scheme == "sqlite"
 
 
@@ -120,7 +130,7 @@ def submit_run(
     Raises:
         UserError: the run is done, or queued; or SLURM refuses a job. Nothing is left in the queue.
     """
-    run = run_folder(config)
+    config, run = for_site(config, site), run_folder(config)
     jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
     scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
     check_data(config)
@@ -134,7 +144,7 @@ def submit_run(
         forget_attempts(directory.slurm)
         keep_recipe(config, run)
         keep_code(run)
-        keep_expectations(config, run, site)
+        keep_expectations([config], run, site)
         for stage, script in scripts.items():
             write_atomically(jobs[stage].script, script.encode())
     submitted = submit_chain(list(jobs.items()))
@@ -147,19 +157,23 @@ def run_folder(config: Config) -> Path:
     return (config.output.dir / config.name).absolute()
 
 
-def submit_chain(jobs: Sequence[tuple[str, Job]], after: str | None = None) -> list[Submitted]:
-    """Submit jobs so that each starts once the one before has ended well; all or none."""
+def submit_chain(jobs: Sequence[tuple[str, Job]], condition: str = "afterok") -> list[Submitted]:
+    """Submit jobs so that each starts after the one before; all or none.
+
+    Args:
+        jobs: stage and job, in their order.
+        condition: `afterok`: once it has ended well; `afterany`: once it has ended.
+    """
     submitted: list[Submitted] = []
     try:
         for stage, job in jobs:
             options = ["--kill-on-invalid-dep=yes"]
-            previous = submitted[-1].id if submitted else after
-            if previous is not None:
+            if submitted:
                 single = ",singleton" if job.kind == "train" and not job.arms else ""
-                options.append(f"--dependency=afterok:{previous}{single}")
+                options.append(f"--dependency={condition}:{submitted[-1].id}{single}")
             job_id = scheduler.submit(job.script, options)
-            name = f"{job.file}-{job_id}.log"
-            submitted.append(Submitted(stage=stage, id=job_id, log=job.script.with_name(name)))
+            log = job.script.with_name(f"{job.file}-{job_id}{'_*' if job.arms else ''}.log")
+            submitted.append(Submitted(stage=stage, id=job_id, name=job.label, log=log))
     except UserError:
         if submitted:
             scheduler.cancel([job.id for job in submitted])
@@ -174,7 +188,7 @@ def require_free(folder: Path) -> None:
         UserError: there is one; or SLURM cannot be asked.
     """
     for job in remembered(folder):
-        if scheduler.is_alive(job["id"]):
+        if scheduler.is_alive(job["id"], job["name"]):
             raise UserError(
                 f"{folder} has job {job['id']} ({job['stage']}) in the queue: wait for it, "
                 f"`moored cancel {folder}`, or choose another name=..."
@@ -183,7 +197,7 @@ def require_free(folder: Path) -> None:
 
 def remember(folder: Path, submitted: Sequence[Submitted], **facts: Any) -> None:
     """Keep which jobs work on a run, for `moored status` and its like."""
-    jobs = [{"stage": job.stage, "id": job.id, "log": str(job.log)} for job in submitted]
+    jobs = [asdict(job) | {"log": str(job.log)} for job in submitted]
     text = json.dumps({"jobs": jobs, "submitted": round(time.time(), 3), **facts}, indent=1)
     write_atomically(RunDirectory(folder).slurm / "jobs.json", f"{text}\n".encode())
 

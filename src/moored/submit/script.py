@@ -203,8 +203,6 @@ def _variables(job: Job, site: Site) -> tuple[dict[str, str], dict[str, str]]:
     plain |= job.caches
     if site.network.offline:
         plain |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    if site.mlflow.uri:
-        plain["MLFLOW_TRACKING_URI"] = site.mlflow.uri
     if job.ship_later:
         plain["MOORED_SHIP"] = "later"
     expanded: dict[str, str] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,11 +42,11 @@ def keep_code(folder: Path) -> None:
     new.rename(code)
 
 
-def keep_expectations(config: Config, folder: Path, site: Site) -> None:
+def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> None:
     """Write what every node must find, for `moored preflight`."""
     same_python = site.container.runtime == "none" and site.environment.python is None
     expected = {
-        "files": fingerprints(input_files(config)),
+        "files": fingerprints(dict.fromkeys(path for c in configs for path in input_files(c))),
         "versions": dict(_versions()) if same_python else {},
         "gpus": site.slurm.gpus_per_node,
         "min_free_gib": site.storage.min_free_gib,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from moored.config import Config
 from moored.errors import UserError
 from moored.track import provenance
-from moored.track.journal import JOURNAL_NAME, Journal
+from moored.track.journal import JOURNAL_NAME, Journal, first_start
 from moored.track.machines import host_in_names
 from moored.track.process import SamplerProcess, ShipperProcess
 
@@ -138,6 +138,17 @@ class Tracker:
         tracker = Tracker(run_dir, Journal(run_dir / JOURNAL_NAME), 1)
         tracker._uri = uri
         tracker.event("start", **fields)
+        assert tracker._journal is not None
+        tracker._journal.close()
+
+    @staticmethod
+    def hand_over(run_dir: Path, path: Path, folder: str) -> None:
+        """Add an artifact to a run that `declare` made, for the next `moored sync` to bring."""
+        first = first_start(run_dir / JOURNAL_NAME)
+        if first is None or "arms" not in first["fields"]:
+            return
+        tracker = Tracker(run_dir, Journal(run_dir / JOURNAL_NAME), first["attempt"])
+        tracker.artifact(path, folder)
         assert tracker._journal is not None
         tracker._journal.close()
 
