@@ -14,6 +14,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from moored.config.config import Config
+from moored.config.section import Section
 
 _HEAD = """# Recipes: every option
 
@@ -25,11 +26,11 @@ current one).
 """
 
 
-def reference() -> str:
-    """The whole page as Markdown."""
-    schema = Config.model_json_schema()
+def reference(root: type[Section] = Config, head: str = _HEAD) -> str:
+    """The whole page as Markdown, of a recipe or of another file of sections."""
+    schema = root.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
-    lines = [_HEAD]
+    lines = [head]
     for name, field in schema["properties"].items():
         section = _section_of(field, definitions)
         if section is None:

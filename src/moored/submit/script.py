@@ -21,7 +21,8 @@ from moored.submit.site import Site
 
 PREFLIGHT_SECONDS = 600  # staging a model on a node's disk is part of it
 # Before Python has a handler, a warning would end it; exec keeps what a shell ignores.
-IGNORE_WARNINGS = ("/bin/bash", "-c", 'trap "" USR1; exec "$@"', "task")
+WRAPPER = 'trap "" USR1; exec "$@"'
+WRAPPER_WITH_SCRATCH = 'trap "" USR1; mkdir -p "$MOORED_SCRATCH"; exec "$@"'
 # What a site's cache holds, by the variables that say where.
 CACHES = {"MOORED_CACHE": "moored", "HF_HOME": "huggingface", "TORCH_EXTENSIONS_DIR": "extensions"}
 KEPT = ("HOME", "LANG", "PATH", "USER")  # of who submits, beside what the site passes on
@@ -75,6 +76,24 @@ class Job:
         return f"moored-{self.name}-{digest}" + ("" if self.file == "job" else f"-{self.file}")
 
 
+class _Expanded(str):
+    """A word in which the job's variables are filled in; `JobPath` leaves it nothing else to do."""
+
+    __slots__ = ()
+
+
+class _Quoted(str):
+    """A word of a shell that is quoted already."""
+
+    __slots__ = ()
+
+
+def _word(value: object) -> str:
+    if isinstance(value, _Quoted):
+        return str(value)
+    return f'"{value}"' if isinstance(value, _Expanded) else shlex.quote(str(value))
+
+
 def render(job: Job, site: Site, site_name: str) -> str:
     """The script of a job.
 
@@ -89,7 +108,7 @@ def render(job: Job, site: Site, site_name: str) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # bash, not HTML: every value goes through `sh`
     )
-    environment.filters["sh"] = lambda value: shlex.quote(str(value))
+    environment.filters["sh"] = _word
     for path in (job.folder, *job.arms, *job.binds):
         _require_plain(path)
     plain, expanded = _variables(job, site)
@@ -106,7 +125,7 @@ def render(job: Job, site: Site, site_name: str) -> str:
             "expanded": expanded,
             "moored": [_python(job, site), "-P", "-m", "moored"],
             "task": _task(job, site),
-            "srun": shlex.join(_srun(job, site, names)),
+            "srun": " ".join(map(_word, _srun(job, site, names))),
             "run": job.folder,
             "arms": job.arms,
             "arm_of": f" --arm-of {shlex.quote(str(job.folder))}" if job.arms else "",
@@ -222,7 +241,8 @@ def _python(job: Job, site: Site) -> str:
 
 def _task(job: Job, site: Site) -> list[str]:
     """What stands before the interpreter on a command line."""
-    words: list[str] = [*IGNORE_WARNINGS]
+    wrapper = WRAPPER_WITH_SCRATCH if site.storage.scratch else WRAPPER
+    words = ["/bin/bash", "-c", wrapper, "task"]
     if site.container.runtime == "apptainer":
         words += ["apptainer", "exec", *(["--nv"] if site.slurm.gpus_per_node else [])]
         for mount in _mounts(job, site):
@@ -238,7 +258,8 @@ def _srun(job: Job, site: Site, names: Sequence[str]) -> list[str]:
         words.append(f"--cpus-per-task={cpus}")  # steps no longer inherit it
     if site.container.runtime == "pyxis":
         words.append(f"--container-image={site.container.image}")
-        words.append(f"--container-mounts={','.join(_mounts(job, site))}")
+        mounts = ",".join(map(_word, _mounts(job, site)))
+        words.append(_Quoted(f"--container-mounts={mounts}"))
         # Without its name here, a variable of the image's wins.
         words.append(f"--container-env={','.join(dict.fromkeys(names))}")
         words += site.container.options
@@ -246,11 +267,15 @@ def _srun(job: Job, site: Site, names: Sequence[str]) -> list[str]:
 
 
 def _mounts(job: Job, site: Site) -> list[str]:
-    folders = [job.folder, *job.binds]
-    for folder in folders:
+    """What a container sees of the machine, as `FROM:TO`."""
+    folders: list[str] = []
+    for folder in dict.fromkeys([job.folder, *job.binds]):
         if re.search(r"[:,]", str(folder)):
             raise UserError(
                 f"{folder}: a container cannot be given a folder with ':' or ',' in its name: "
                 "choose another place"
             )
-    return [f"{folder}:{folder}" for folder in dict.fromkeys(folders)] + site.container.mounts
+        folders.append(str(folder))
+    stores = [_Expanded(path) for path in (site.storage.cache, site.storage.scratch) if path]
+    mounts = [f"{folder}:{folder}" for folder in folders]
+    return mounts + [_Expanded(f"{store}:{store}") for store in stores] + site.container.mounts
