@@ -1,0 +1,284 @@
+"""Site profiles, job scripts and sweeps, without SLURM; with it they are in tests/slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moored.config import load_config
+from moored.errors import UserError, UserErrors
+from moored.inputs import fingerprints, input_files, missing_and_changed
+from moored.submit import jobs as room
+from moored.submit.places import slurm_folder
+from moored.submit.reference import HEAD
+from moored.submit.script import Job, render
+from moored.submit.site import Site, load_site
+from moored.submit.sweep import arms_of, array_of, split_values
+from tiny import write_recipe
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
+ROOT = Path(__file__).parents[2]
+SITES = sorted(path.stem for path in (slurm_folder() / "sites").glob("*.yaml"))
+
+
+def job(**changes: object) -> Job:
+    values: dict = {
+        "title": "quickstart: train",
+        "name": "quickstart",
+        "folder": Path("/work/runs/quickstart"),
+        "python": "/work/venv/bin/python",
+        "nodes": 2,
+    }
+    return Job(**(values | changes))
+
+
+CASES = {site: (site, job()) for site in SITES} | {
+    "sweep": (
+        "gpu-modules",
+        job(
+            title="quickstart: a sweep of 3 arms",
+            arms=tuple(Path(f"/work/runs/quickstart/arms/tmkl-weight{w}") for w in (0.1, 0.3, 1)),
+            indices=(0, 2),
+            throttle=2,
+            ship_later=True,
+        ),
+    ),
+    "export": (
+        "gpu-apptainer",
+        job(
+            title="quickstart: export",
+            kind="cpu",
+            file="export",
+            commands=(("export", "/work/runs/quickstart", "--to", "/work/out put"),),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scripts_are_as_they_were(case: str) -> None:
+    """`MOORED_GOLDEN=write` writes them anew: look at the difference before committing it."""
+    site, what = CASES[case]
+    name, profile = load_site(site)
+    text = render(what, profile, name)
+    path = GOLDEN / f"{case}.sbatch"
+    if os.environ.get("MOORED_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_every_golden_script_has_a_case() -> None:
+    assert {path.stem for path in GOLDEN.glob("*.sbatch")} == set(CASES)
+
+
+def test_the_page_of_site_profiles_is_true() -> None:
+    from moored.config.reference import reference
+
+    assert reference(Site, HEAD) == (ROOT / "docs" / "site.md").read_text(), (
+        "run python -m moored.submit.reference > docs/site.md"
+    )
+
+
+HOSTILE = st.text(
+    st.sampled_from(list("a/ .'\"`$(){}[]*?!#&|;<>~%=,:@-\\\n\t\0é")), min_size=1, max_size=30
+)
+
+
+@given(HOSTILE)
+def test_a_path_reaches_bash_as_it_is_or_is_refused(name: str) -> None:
+    folder = Path("/work") / f"x{name}"
+    try:
+        text = render(job(folder=folder), load_site("cpu")[1], "cpu")
+    except UserError:
+        assert re.search(r"[\x00-\x1f\x7f\\]", str(folder))
+        return
+    line = next(line for line in text.splitlines() if line.startswith("run="))
+    done = subprocess.run(
+        ["bash", "-c", f'{line}\nprintf %s "$run"'], capture_output=True, check=True
+    )
+    assert done.stdout.decode() == str(folder)
+    output = next(line for line in text.splitlines() if "--output=" in line)
+    assert "\n" not in output
+    inner = output.partition('"')[2].rpartition('"')[0].replace('\\"', '"').replace("%%", "%")
+    assert inner == f"{folder}/slurm/job-%j.log"
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("slurm.partition=a b", "expected a name of SLURM's"),
+        ("slurm.partition=$(id)", "expected a name of SLURM's"),
+        ("slurm.account=a;b", "expected a name of SLURM's"),
+        ("slurm.time=soon", "expected a time such as"),
+        ("slurm.options=[--wrap=x y]", "expected an option of sbatch"),
+        ('slurm.options=["--comment=a\\n#SBATCH --uid=0"]', "expected an option of sbatch"),
+        ("slurm.gpu_type=h100", "would be ignored, since gpus_per_node is 0"),
+        ("slurm.partitoin=a", "unknown key; did you mean partition?"),
+        ("environment.variables.MY_API_KEY=x", "looks like a secret"),
+        ("environment.variables.a-b=x", "expected the name of a variable"),
+        ("storage.cache=relative", "expected an absolute path"),
+        ("storage.cache=/x/$(id)", "expected an absolute path"),
+        ("storage.scratch=/x/`id`", "expected an absolute path"),
+        ("mlflow.uri=http://me:pw@host", "holds a user or password"),
+        ("container.runtime=pyxis", "image: is missing"),
+        ("container.image=x", "would be ignored, since runtime is none"),
+    ],
+)
+def test_profiles_are_strict(setting: str, says: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        load_site("cpu", [setting])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_site_is_told_what_there_is() -> None:
+    with pytest.raises(UserError, match=r"did you mean gpu-pyxis\?.*there are cpu, "):
+        load_site("gpu-pyxsi")
+
+
+def test_a_profile_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "my cluster.yaml"
+    path.write_text("slurm: {partition: fast, time: '2:00:00'}\n")
+    name, site = load_site(str(path), ["slurm.account=us"])
+    assert (name, site.slurm.partition, site.slurm.account) == ("my cluster", "fast", "us")
+
+
+def test_secrets_are_passed_on_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "canary-5cf1")
+    monkeypatch.setenv("HF_TOKEN", "canary-77aa")
+    for site in SITES:
+        text = render(job(), load_site(site)[1], site)
+        assert "canary" not in text
+        assert "MLFLOW_TRACKING_PASSWORD" in text
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        ("[a,b],[c]", ["[a,b]", "[c]"]),
+        ('"a,b",c', ['"a,b"', "c"]),
+        ("{a: 1, b: 2},3", ["{a: 1, b: 2}", "3"]),
+        ("a,", ["a", ""]),
+    ],
+)
+def test_values_are_cut_at_commas(text: str, parts: list[str]) -> None:
+    assert split_values(text) == parts
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values = {
+        "model": {"name_or_path": "somewhere"},
+        "data": {"train": [{"path": "data.jsonl"}]},
+        "train": {"steps": 5, "global_batch_sequences": 1},
+        "output": {"dir": str(tmp_path / "runs")},
+    }
+    return write_recipe(tmp_path, values)
+
+
+def test_a_grid_has_every_arm_once(recipe: Path) -> None:
+    texts = ["regularizer.kind=none,tmkl", "regularizer.weight=0.1,0.3", "train.seed=0,1", "name=s"]
+    arms = arms_of(recipe, texts)
+    assert [arm.name for arm in arms] == [
+        "none-seed0",
+        "none-seed1",
+        "tmkl-weight0.1-seed0",
+        "tmkl-weight0.1-seed1",
+        "tmkl-weight0.3-seed0",
+        "tmkl-weight0.3-seed1",
+    ]
+    assert {arm.config.name for arm in arms} == {"s"}
+    assert arms[-1].config.regularizer.weight == 0.3
+    array, report = array_of(arms, load_site("cpu")[1], nodes=1, throttle=2, indices=[1, 4])
+    text = render(array, load_site("cpu")[1], "cpu")
+    assert "#SBATCH --array=1,4%2" in text
+    assert shlex.split(next(x for x in text.splitlines() if x.startswith("arms=("))[6:-1]) == [
+        str(room.run_folder(arms[0].config) / "arms" / arm.name) for arm in arms
+    ]
+    assert report.commands[0] == ("report", str(room.run_folder(arms[0].config)))
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["train.seed=1"], "nothing is swept"),
+        (["train.seed=1,"], "a value between commas"),
+        (["name=a,b"], "is the same for all arms"),
+        (["track.uri=a,b"], "is the same for all arms"),
+        (["train.seed=0,x"], "expected an integer"),
+        (["train.sed=0,1"], "did you mean seed"),
+    ],
+)
+def test_a_wrong_grid(recipe: Path, texts: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        arms_of(recipe, texts)
+
+
+def test_names_of_arms_are_folders(recipe: Path) -> None:
+    texts = ["adapter.target_modules=[q_proj],[k_proj, v_proj],all-linear"]
+    names = [arm.name for arm in arms_of(recipe, texts)]
+    assert len(set(names)) == 3
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in names)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def test_inputs_that_change_are_noticed(recipe: Path) -> None:
+    config = load_config(recipe)
+    files = input_files(config)
+    assert files == [recipe.parent / "data.jsonl"]
+    expected = fingerprints(files)
+    assert missing_and_changed(expected) == ([], [])
+    files[0].write_text('{"prompt": "a", "completion": "c"}\n')
+    assert missing_and_changed(expected) == ([], [str(files[0])])
+    files[0].unlink()
+    assert missing_and_changed(expected) == ([str(files[0])], [])
+
+
+def test_both_ends_of_a_big_file_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moored.inputs.WHOLE_BYTES", 100)
+    monkeypatch.setattr("moored.inputs.END_BYTES", 20)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(200))
+    expected = fingerprints([path])
+    for place in (0, 199):
+        path.write_bytes(bytes(place) + b"x" + bytes(199 - place))
+        assert missing_and_changed(expected)[1] == [str(path)]
+
+
+def test_what_a_chain_consists_of(recipe: Path) -> None:
+    config, site = load_config(recipe), load_site("cpu")[1]
+    run = room.run_folder(config)
+    jobs = room.jobs_of(config, site, run, nodes=3, stages=["export", "train"])
+    assert [(stage, j.kind, j.nodes) for stage, j in jobs.items()] == [
+        ("train", "train", 3),
+        ("export", "cpu", 3),
+    ]
+    assert len({j.label for j in jobs.values()}) == 2
+    assert len({j.script for j in jobs.values()}) == 2
+    with pytest.raises(UserError, match=r"--stages trian: there are prepare, train"):
+        room.jobs_of(config, site, run, nodes=1, stages=["trian"])
+
+
+def test_runs_are_tracked_where_the_site_says(recipe: Path) -> None:
+    site = load_site("cpu", ["mlflow.uri=http://here:5000"])[1]
+    assert room.for_site(load_config(recipe), site).track.uri == "http://here:5000"
+    own = load_config(recipe, ["track.uri=sqlite:////x.db"])
+    assert room.for_site(own, site).track.uri == "sqlite:////x.db"
+    assert room.ships_to_file(own)
+    assert not room.ships_to_file(room.for_site(load_config(recipe), site))
