@@ -64,7 +64,7 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 # Short clocks: what takes a cluster minutes shows in seconds.
-SlurmdTimeout=10
+SlurmdTimeout=5
 SlurmctldTimeout=10
 KillWait=5
 UnkillableStepTimeout=20

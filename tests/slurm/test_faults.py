@@ -1,0 +1,139 @@
+"""What befalls jobs: each goes on to the adapter of an undisturbed run, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slurmkit import SAVED, STEPS, Desk, Job, until
+from trackkit import Server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Any, recipe: Path) -> Job:
+    job = Desk(cluster, recipe).submit("undisturbed").done()
+    assert job.num_attempts() == 1
+    return job
+
+
+def require_equal(job: Job, expected: Job) -> None:
+    """The same adapter and the same losses, every step once."""
+    mine, theirs = job.adapter(), expected.adapter()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert job.losses() == expected.losses()
+    assert [step for step, _ in job.losses()] == list(range(1, STEPS + 1))
+
+
+def tracked(job: Job, server: Server) -> Any:
+    """The one run of the job in MLflow, asked through its REST API; every step once."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server.uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"run_name = '{job.run.name}'")
+    assert len(found) == 1
+    history = client.get_metric_history(found[0].info.run_id, "train/loss")
+    assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
+    return found[0]
+
+
+def test_preempted_by_a_higher_partition(desk: Desk, undisturbed: Job, server: Server) -> None:
+    tracking = ("track.mlflow=true", "track.experiment=faults")
+    sets = ("slurm.partition=spare", f"mlflow.uri={server.uri}")
+    job = desk.submit("preempted", *tracking, sets=sets)
+    job.at_step(SAVED)
+    desk.sh("srun", "--nodes=4", "--exclusive", "--partition=urgent", "sleep", "3")
+    job.done()
+    assert job.num_attempts() == 2
+    assert "stopped by a signal" in job.log()
+    require_equal(job, undisturbed)
+    assert tracked(job, server).info.status == "FINISHED"
+
+
+def test_short_limits_chain(desk: Desk, undisturbed: Job) -> None:
+    """The limit is a minute; SLURM's warning, 38 s before it or up to 12 s earlier, in training."""
+    sets = ("slurm.time=00:01:00", "slurm.warn_seconds=38")
+    job = desk.submit("limited", "train.save_every=1000", sets=sets)
+    job.done(200)
+    assert job.num_attempts() >= 2
+    require_equal(job, undisturbed)
+
+
+def test_cancelled_and_submitted_again(desk: Desk, undisturbed: Job) -> None:
+    job = desk.submit("cancelled")
+    job.at_step(SAVED)
+    assert f"cancelled {job.ids[0]}" in desk.moored("cancel", str(job.run))
+    job.ended()
+    assert job.state()["status"] == "preempted"
+    assert "left at that" in job.log()  # a cancelled job does not come back by itself
+    said = desk.moored("status", str(job.run))
+    assert "preempted" in said
+    job = desk.submit("cancelled").done()
+    assert job.num_attempts() == 2
+    require_equal(job, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(desk: Desk, undisturbed: Job, rank: int) -> None:
+    job = desk.submit(f"killed-{rank}")
+    job.at_step(SAVED)
+    job.kill(rank)
+    job.done()
+    assert job.num_attempts() == 2
+    require_equal(job, undisturbed)
+
+
+@pytest.mark.parametrize("which", ["with the script", "without it"])
+def test_a_node_dies(desk: Desk, undisturbed: Job, which: str) -> None:
+    job = desk.submit(f"node-{which.replace(' ', '-')}")
+    job.at_step(SAVED)
+    nodes = desk.sh("squeue", "--noheader", "-j", job.ids[0], "-o", "%N").strip()
+    names = desk.sh("scontrol", "show", "hostnames", nodes).split()
+    node = names[0] if which == "with the script" else names[-1]
+    assert desk.cluster.crash(node) > 0
+    job.done()
+    assert job.num_attempts() == 2
+    require_equal(job, undisturbed)
+
+
+def test_a_job_that_gets_nowhere_gives_up(desk: Desk) -> None:
+    sets = ("environment.python=/no/such/python", "slurm.max_idle_attempts=1")
+    job = desk.submit("nowhere", sets=sets)
+    job.ended()
+    assert job.slurm_states() == {"FAILED"}
+    assert "1 starts in a row saved no new step: giving up" in job.log()
+    assert "giving up" in desk.moored("status", str(job.run))
+
+
+def test_a_job_that_may_not_be_requeued_submits_its_successor(desk: Desk, undisturbed: Job) -> None:
+    job = desk.submit("successor", sets=("slurm.requeue=false",))
+    job.at_step(SAVED)
+    desk.sh("scancel", "--signal=USR1", "--batch", job.ids[0])
+    until(lambda: job.state().get("status") == "preempted", 30, "the save")
+    until(lambda: (job.run / "slurm/continued").is_file(), 30, "the successor")
+    until(lambda: job.state().get("status") == "done", 90, job.words())
+    successor = (job.run / "slurm/continued").read_text().split()[-1]
+    assert successor != job.ids[0]
+    assert f"job       {successor} (train)" in desk.moored("status", str(job.run))
+    require_equal(job, undisturbed)
+
+
+def test_a_refused_run_is_not_started_again(desk: Desk) -> None:
+    settings = ("train.max_nonfinite_updates=1", "regularizer.weight=1e38")
+    job = desk.submit("refused", *settings)
+    job.ended()
+    assert job.state()["status"] == "refused", job.words()
+    assert job.num_attempts() == 1
+    facts = subprocess.run(
+        ["scontrol", "-o", "show", "job", job.ids[0]],
+        env=desk.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "ExitCode=3:0" in facts
