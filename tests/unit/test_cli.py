@@ -334,7 +334,7 @@ def test_files_that_are_not_there(recipe, run, tmp_path):
     [
         (["trian", "r.yaml"], "no command 'trian'; did you mean train?"),
         (["r.yaml"], "did you mean `moored train r.yaml`?"),
-        (["zzz"], "no command 'zzz': there are compare, doctor"),
+        (["zzz"], "no command 'zzz': there are cancel, compare, doctor"),
         (["train"], "missing argument 'RECIPE'"),
         (["train", "--restrat", "recipe.yaml"], "did you mean '--restart'?"),
         (["train", "recipe.yaml", "steps"], "'steps' is not an override: write key=value"),
