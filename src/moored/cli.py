@@ -78,7 +78,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.doctor, runs.sync),
-    *(cluster.submit, cluster.preflight),
+    *(runs.where, cluster.submit, cluster.preflight),
 ):
     cli.add_command(_command)
 
