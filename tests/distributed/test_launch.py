@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rsh").write_text(RSH)
     (folder / "rsh").chmod(0o755)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(place: Path) -> Iterator[None]:
+    """Where a test fails, whatever it started goes with it."""
+    yield
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(place):
+                process.kill()
 
 
 def start(place: Path, launcher: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
