@@ -78,14 +78,8 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.doctor, runs.sync),
-    *(
-        cluster.submit,
-        cluster.sweep,
-        cluster.status,
-        cluster.logs,
-        cluster.cancel,
-        cluster.preflight,
-    ),
+    *(cluster.submit, cluster.sweep, cluster.status, cluster.logs, cluster.cancel),
+    *(runs.where, cluster.preflight),
 ):
     cli.add_command(_command)
 

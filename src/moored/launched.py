@@ -1,6 +1,7 @@
 """Which process of how many this is, as torchrun, deepspeed or srun say by the environment.
 
 The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, and of which job this is.
+With MOORED_MEETING, as `launch/` sets it, MASTER_PORT is the first of several ports to try.
 Needs no torch and starts nothing: groups are `mesh.py`'s.
 """
 
@@ -87,10 +88,12 @@ def launched() -> Launched:
             "processes with one torchrun, deepspeed or srun"
         )
     address = os.environ.get("MASTER_ADDR") or (_first_host() if by_slurm else None)
-    port, meeting = _integer("MASTER_PORT", 0), ""
+    port, meeting = _integer("MASTER_PORT", 0), os.environ.get("MOORED_MEETING", "")
     ports = (port,) if port else ()
     if by_slurm and not port:
         ports, meeting = _slurm_ports()
+    elif port and meeting:
+        ports = _ports_from(port - FIRST_PORT)
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", ports)):
         if not value:
             raise UserError(
@@ -136,7 +139,9 @@ def _first_host() -> str | None:
 def _slurm_ports() -> tuple[tuple[int, ...], str]:
     """Ports of the step's own, the same on all its nodes, and the step's name."""
     job, step = _integer("SLURM_JOB_ID", 0), _integer("SLURM_STEP_ID", 0)
-    first = job * 31 + step
+    return _ports_from(job * 31 + step), f"{job}.{_integer('SLURM_RESTART_COUNT', 0)}.{step}"
+
+
+def _ports_from(first: int) -> tuple[int, ...]:
     # Steps of a prime's length, so that neighbouring jobs do not follow each other.
-    ports = tuple(FIRST_PORT + (first + 7919 * i) % NUM_PORTS for i in range(TRIED_PORTS))
-    return ports, f"{job}.{_integer('SLURM_RESTART_COUNT', 0)}.{step}"
+    return tuple(FIRST_PORT + (first + 7919 * i) % NUM_PORTS for i in range(TRIED_PORTS))

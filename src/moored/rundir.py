@@ -28,6 +28,11 @@ STALE_LOCK_SECONDS = 600.0
 GONE_LOCK_SECONDS = 60.0  # where SLURM says that the owner's job is gone
 
 
+def path_of(config: Config) -> Path:
+    """Where a recipe's run is, unless its command says otherwise."""
+    return (config.output.dir / config.name).absolute()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` so that a reader or a crash sees the old or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ from moored.mesh import Mesh, peak_memory_bytes, start_mesh
 from moored.model import PolicyModel, load_policy
 from moored.progress import Progress
 from moored.report import show, write
-from moored.rundir import RunDirectory, heartbeat
+from moored.rundir import RunDirectory, heartbeat, path_of
 from moored.step import StepStats, learning_rate_at, train_step
 from moored.track import Tracker
 from moored.track.journal import metrics
@@ -106,7 +106,7 @@ def run(
     """
     os.umask(0o077)
     mesh = start_mesh(config.parallel.tensor_parallel_degree)
-    path = (path or config.output.dir / config.name).absolute()
+    path = (path or path_of(config)).absolute()
     with contextlib.ExitStack() as stack:
         if parent is None:
             stack.callback(leave)

@@ -26,7 +26,7 @@ TORCHRUN = {
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*SRUN, *TORCHRUN, "SLURM_RESTART_COUNT"):
+    for name in (*SRUN, *TORCHRUN, "SLURM_RESTART_COUNT", "MOORED_MEETING"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,6 +43,16 @@ def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, **TORCHRUN)
     assert launched() == Launched(rank=1, world_size=2, local_rank=1, address="h", ports=(29400,))
     assert own_rank() == 1
+
+
+def test_a_meeting_with_a_name_has_several_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, **TORCHRUN | {"MASTER_PORT": str(FIRST_PORT + NUM_PORTS - 1)})
+    given(monkeypatch, MOORED_MEETING="box-1-2")
+    place = launched()
+    assert place.meeting == "box-1-2"
+    assert place.ports[0] == FIRST_PORT + NUM_PORTS - 1
+    assert len(set(place.ports)) > 1
+    assert all(FIRST_PORT <= port < FIRST_PORT + NUM_PORTS for port in place.ports)
 
 
 def test_torchrun_inside_an_srun_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,15 @@ def sync(run: Path, uri: str | None) -> None:
         raise UserError("MLflow does not have everything yet: sync again")
 
 
+@click.command(hidden=True)
+@recipe_arguments
+def where(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Print the run directory of a recipe, whether it exists or not (for launchers)."""
+    from moored.rundir import path_of
+
+    click.echo(str(path_of(load(recipe, overrides))))
+
+
 def _finished(run_dir: Path) -> None:
     if own_rank() == 0:
         click.echo(str(run_dir))

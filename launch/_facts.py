@@ -1,0 +1,55 @@
+"""Prints what must be equal on every machine of a run, and how much room there is; no torch.
+
+Run by `_agent.py` with the environment of the ranks; what differs is named by `_launch.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+
+
+def main(recipe: str, *overrides: str) -> int:
+    """Print the facts as JSON, or an error as one line."""
+    try:
+        import moored
+        from moored.commands.options import load
+        from moored.errors import MooredError
+        from moored.rundir import path_of
+    except ImportError as error:
+        print(f"error: {sys.executable} cannot import moored: {error}", file=sys.stderr)
+        return 2
+    try:
+        config = load(Path(recipe), overrides)
+    except MooredError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    run_dir = path_of(config)
+    above = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    equal = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    code = hashlib.sha256()
+    for file in sorted(Path(moored.__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    equal |= {"code of moored": code.hexdigest(), "recipe": config.fingerprint()}
+    free = shutil.disk_usage(above).free
+    print(json.dumps({"run_dir": str(run_dir), "free_bytes": free, "equal": equal}))
+    return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
