@@ -77,7 +77,8 @@ def cli(debug: bool) -> None:
 
 
 for _command in (
-    *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.doctor, runs.sync),
+    *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.sync),
+    *(runs.doctor, runs.prepare),
     *(cluster.submit, cluster.preflight),
 ):
     cli.add_command(_command)
