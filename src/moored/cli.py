@@ -77,9 +77,10 @@ def cli(debug: bool) -> None:
 
 
 for _command in (
-    *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.doctor, runs.sync),
+    *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.sync),
+    *(runs.doctor, runs.prepare, runs.where),
     *(cluster.submit, cluster.sweep, cluster.status, cluster.logs, cluster.cancel),
-    *(runs.where, cluster.preflight),
+    cluster.preflight,
 ):
     cli.add_command(_command)
 

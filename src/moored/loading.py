@@ -202,14 +202,23 @@ def require_layout(path: Path, config: ModelConfig, parallel: ParallelConfig) ->
     """Refuse a degree that the model cannot be spread over; no weights are read.
 
     Raises:
-        UserError: see `layout_of`.
+        UserError: see `layout_of` and `require_architecture`.
+    """
+    causal_lm = require_architecture(path, config)
+    _layout(causal_lm, config, parallel, parallel.tensor_parallel_degree)
+
+
+def require_architecture(path: Path, config: ModelConfig) -> Any:
+    """The model without its weights.
+
+    Raises:
+        UserError: transformers does not know it, or its own code cannot be had or may not be run.
     """
     with _failures_named(config, torch.device("cpu")):
         hf_config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=config.trust_remote_code
         )
-        causal_lm = _without_weights(path, hf_config, config, torch.float32)
-    _layout(causal_lm, config, parallel, parallel.tensor_parallel_degree)
+        return _without_weights(path, hf_config, config, torch.float32)
 
 
 def _layout(causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int) -> Layout:

@@ -1,4 +1,4 @@
-"""Commands on recipes and run directories: train, compare, evaluate, report, export, doctor, sync.
+"""Commands on recipes and run directories, from doctor and prepare to train, report and sync.
 
 Those that talk to SLURM are in `cluster.py`.
 """
@@ -145,6 +145,39 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
     from moored import doctor as room
 
     room.run(config)
+
+
+@click.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--offline-check", is_flag=True, help="Fetch nothing; only prove that all is here.")
+@click.option(
+    "--prune",
+    "days",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="Instead, remove the tokens that nothing has read for so long; takes no recipe.",
+)
+@launcher_argument
+def prepare(
+    recipe: Path | None, overrides: tuple[str, ...], offline_check: bool, days: float | None
+) -> None:
+    """Bring here what a recipe needs, before its job starts.
+
+    Model and data are fetched and verified, tokens are made and kept; then a fresh process without
+    a network proves that nothing is missing.
+    """
+    if (recipe is None) == (days is None):
+        raise UserError("give either a recipe, or --prune DAYS")
+    if days is not None:
+        from moored import prepare as room
+
+        return room.prune(days)
+    assert recipe is not None
+    config = load(recipe, overrides)
+    from moored import prepare as room
+
+    room.run(config, only_check=offline_check)
 
 
 @click.command()

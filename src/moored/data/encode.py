@@ -9,9 +9,11 @@ import hashlib
 import itertools
 import logging
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -98,14 +100,18 @@ class Encoder:
 
 @dataclass(slots=True, kw_only=True)
 class Drops:
-    """Samples that were met but are not used (truncated ones are used)."""
+    """Samples that were met but are not used (truncated ones are used).
+
+    Attributes:
+        lengths: in tokens, of every sample that was met, before it was cut.
+    """
 
     met: int = 0
     too_long: int = 0
     no_target: int = 0
     truncated: int = 0
     unreadable: int = 0
-    lengths: list[int] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("i"))
 
     @property
     def dropped(self) -> int:
@@ -150,22 +156,72 @@ class Drops:
         return longer if data.too_long == "truncate" else f"{longer}, or data.too_long=truncate"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flat:
+    """The tokens of many samples, one after the other.
+
+    Attributes:
+        offsets: int64 [samples + 1]; sample i is tokens [offsets[i], offsets[i + 1]).
+        input_ids: int32 [tokens].
+        label_mask: bool [tokens].
+    """
+
+    offsets: np.ndarray
+    input_ids: np.ndarray
+    label_mask: np.ndarray
+
+
 class HeldSource(Sequence[Sample]):
-    """The samples of one source (or of one block of a stream), held in flat arrays."""
+    """The samples of one source (or of one block of a stream), held in flat arrays.
+
+    Attributes:
+        kept_in: the folder of the cache that they were read from, or None.
+    """
 
     def __init__(self, name: str, parts: Sequence[tuple[str, Tokens]], drops: Drops):
+        lengths = [len(tokens.input_ids) for _, tokens in parts]
+        empty = [np.zeros(0, dtype=np.int32)]
+        flat = Flat(
+            offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+            input_ids=np.concatenate(empty + [tokens.input_ids for _, tokens in parts]),
+            label_mask=np.concatenate(
+                [m.astype(bool) for m in empty] + [t.label_mask for _, t in parts]
+            ),
+        )
+        flat.input_ids.flags.writeable = flat.label_mask.flags.writeable = False
+        self._fill(name, [sample_id for sample_id, _ in parts], flat, drops)
+
+    @classmethod
+    def kept(
+        cls,
+        name: str,
+        sample_ids: Sequence[str],
+        flat: Flat,
+        drops: Drops,
+        *,
+        digest: str,
+        folder: Path,
+    ) -> Self:
+        """The same from arrays that were kept in `folder`; nothing is copied."""
+        source = cls.__new__(cls)
+        source._fill(name, sample_ids, flat, drops, digest, folder)
+        return source
+
+    def _fill(
+        self,
+        name: str,
+        sample_ids: Sequence[str],
+        flat: Flat,
+        drops: Drops,
+        digest: str | None = None,
+        kept_in: Path | None = None,
+    ) -> None:
         self.name = name
         self.drops = drops
-        self.sample_ids = [sample_id for sample_id, _ in parts]
-        lengths = [len(tokens.input_ids) for _, tokens in parts]
-        self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        empty = [np.zeros(0, dtype=np.int32)]
-        self._ids = np.concatenate(empty + [tokens.input_ids for _, tokens in parts])
-        self._mask = np.concatenate(
-            [m.astype(bool) for m in empty] + [t.label_mask for _, t in parts]
-        )
-        self._ids.flags.writeable = self._mask.flags.writeable = False
-        self._digest: str | None = None
+        self.sample_ids = sample_ids
+        self.flat = flat
+        self.kept_in = kept_in
+        self._digest = digest
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -175,29 +231,30 @@ class HeldSource(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index < 0:
             index += len(self)
-        start, stop = self._offsets[index], self._offsets[index + 1]
+        start, stop = self.flat.offsets[index], self.flat.offsets[index + 1]
         return Sample(
-            sample_id=self.sample_ids[index],
-            input_ids=self._ids[start:stop],
-            label_mask=self._mask[start:stop],
+            sample_id=self.sample_ids[int(index)],
+            input_ids=self.flat.input_ids[start:stop],
+            label_mask=self.flat.label_mask[start:stop],
         )
 
     @property
     def num_tokens(self) -> int:
         """Of all samples."""
-        return len(self._ids)
+        return len(self.flat.input_ids)
 
     @property
     def num_targets(self) -> int:
         """Tokens that are predicted and learned."""
-        return int(np.count_nonzero(self._mask) - np.count_nonzero(self._mask[self._offsets[:-1]]))
+        mask = self.flat.label_mask
+        return int(np.count_nonzero(mask) - np.count_nonzero(mask[self.flat.offsets[:-1]]))
 
     def digest(self) -> str:
         """SHA-256 of ids, tokens and masks."""
         if self._digest is None:
             sha = hashlib.sha256("\0".join(self.sample_ids).encode())
-            for array in (self._offsets, self._ids, self._mask):
-                sha.update(array.tobytes())
+            for values in (self.flat.offsets, self.flat.input_ids, self.flat.label_mask):
+                sha.update(values.tobytes())
             self._digest = sha.hexdigest()
         return self._digest
 

@@ -321,7 +321,7 @@ def _find(path: Path, label: str, problems: list[str]) -> list[tuple[Path, str]]
 
 
 def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
-    dataset = _hub_dataset(reader)
+    dataset = hub_dataset(reader)
     names = getattr(dataset, "column_names", None)
     wanted = [name for name in names or () if name in reader.columns]
     if wanted:
@@ -349,7 +349,8 @@ _HUB_FIX = (
 )
 
 
-def _hub_dataset(reader: Reader) -> Any:
+def hub_dataset(reader: Reader) -> Any:
+    """The data set itself, from its cache or the hub; raises UserError where it cannot be had."""
     import datasets
 
     assert reader.hub is not None

@@ -17,6 +17,7 @@ from moored.batch import Batch, Sample, batches_of
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.encode import Encoder
 from moored.data.files import open_sources, resolve_text
+from moored.data.kept import corpus_tokens
 from moored.data.records import Record, read_records
 from moored.data.samples import load_samples
 from moored.data.template import TemplateError
@@ -137,12 +138,15 @@ def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -
     )
 
 
-def retention_samples(name: str, corpus: Corpus, tokenizer: Any) -> list[Sample]:
+def retention_samples(
+    name: str, corpus: Corpus, tokenizer: Any, *, keep: bool = False
+) -> list[Sample]:
     """A retention corpus as samples.
 
     With target `all`, the documents are joined and cut into windows of `window_tokens`, of which
     every token but the first is a target. With `last_word` (LAMBADA), each document is a sample, of
-    which only the tokens of its last word are targets. Both stop at `max_tokens`.
+    which only the tokens of its last word are targets. Both stop at `max_tokens`. What was kept (by
+    a call with `keep`) is read instead.
 
     Raises:
         UserError: it cannot be read, or is too short.
@@ -151,7 +155,14 @@ def retention_samples(name: str, corpus: Corpus, tokenizer: Any) -> list[Sample]
     documents = resolve_text(corpus, label)
     chat = ChatEncoder(tokenizer)
     make = _windows if corpus.target == "all" else _last_words
-    samples = list(make(name, documents, corpus, chat))
+    samples = corpus_tokens(
+        name,
+        corpus,
+        documents,
+        chat,
+        lambda: list(make(name, documents, corpus, chat)),
+        keep=keep,
+    )
     if not samples:
         need = "two words in a document" if corpus.target == "last_word" else "two tokens"
         raise UserError(f"{label}: too short, {need} are the least: give another text")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moored.batch import Sample
 from moored.data.encode import Drops, Encoder, HeldSource, build
 from moored.data.files import Reader, Row, open_sources
+from moored.data.kept import source_tokens
 from moored.data.records import Record, parse, read_records
 from moored.errors import UserError, UserErrors
 
@@ -187,8 +188,9 @@ def load_samples(
     vocab_size: int | None = None,
     *,
     section: str = "data.train",
+    keep: bool = False,
 ) -> SampleSet:
-    """Reads, validates and tokenises the sources of a section.
+    """Reads, validates and tokenises the sources of a section; or reads the tokens that are kept.
 
     Args:
         sources: of the recipe.
@@ -196,6 +198,7 @@ def load_samples(
         data: lengths, template, and how much may be dropped.
         vocab_size: rows of the model's embedding.
         section: where the sources stand in the recipe, for messages.
+        keep: keep the tokens of every source that is not streamed, not of large ones alone.
 
     Raises:
         UserErrors: every problem of every source, `file:line: field: what and how to mend it`.
@@ -210,12 +213,10 @@ def load_samples(
         if source.streaming:
             loaded.append(StreamedSource(reader, source, encoder, problems))
             continue
-        drops = Drops()
-        loaded.append(
-            build(reader.name, read_records(reader, source, problems), encoder, problems, drops)
-        )
+        held = source_tokens(reader, source, encoder, problems, keep=keep)
+        loaded.append(held)
         for name in ("met", "too_long", "no_target", "truncated", "lengths"):
-            setattr(total, name, getattr(total, name) + getattr(drops, name))
+            setattr(total, name, getattr(total, name) + getattr(held.drops, name))
     if problems:
         raise UserErrors(problems)
     if any(isinstance(source, HeldSource) for source in loaded):

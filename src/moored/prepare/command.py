@@ -1,0 +1,178 @@
+"""`moored prepare`: fetch, verify, tokenise and keep; then prove that no network is needed.
+
+How tokens are kept is `data/kept.py`'s matter, what a model is made from `sources/`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from moored import sealed
+from moored.base import locate
+from moored.config import Config
+from moored.data import check_data, load_samples, retention_samples
+from moored.data.kept import tokens_folder
+from moored.errors import MooredError, UserError, UserErrors
+from moored.launched import launched
+from moored.log import redact
+from moored.prepare.items import Item, alone, require_model, size_of
+from moored.prepare.weights import verify
+
+log = logging.getLogger(__name__)
+DAY = 86400.0  # seconds
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
+}
+
+
+def run(config: Config, *, only_check: bool = False) -> None:
+    """Bring everything that a recipe needs to this machine's caches, and prove it.
+
+    Args:
+        config: the recipe.
+        only_check: fetch and keep nothing; prove only.
+
+    Raises:
+        UserError: something cannot be had, is broken, or would need a network in a job.
+    """
+    os.umask(0o077)
+    world = launched().world_size
+    if world > 1:
+        raise UserError(
+            f"{world} processes were started, but prepare works alone: start it without torchrun, "
+            "or with srun --ntasks=1"
+        )
+    _require_local(config)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not only_check:
+        _fetch(config, console)
+    for item in prove(config):
+        identity = item.identity if len(item.identity) < 50 else item.identity[:23]
+        size, note = readable(item.num_bytes), f"  {item.note}" if item.note else ""
+        console.print(f"{item.what:<20} {item.where}  {size}  {identity}{note}")
+    console.print("a process without a network found all of it", style="green")
+
+
+def prove(config: Config) -> list[Item]:
+    """Have a fresh process without a network find everything.
+
+    Raises:
+        UserErrors: what it could not find, in its words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(config.dump_yaml(), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "moored.prepare.offline", str(recipe)],
+            env=os.environ | OFFLINE,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    try:
+        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        problems, items = said["problems"], [Item(**item) for item in said["items"]]
+    except (ValueError, KeyError, IndexError, TypeError):
+        log.debug("%s", done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MooredError(f"the process without a network broke down: {redact(last)}") from None
+    if problems:
+        raise UserErrors([f"without a network: {problem}" for problem in problems])
+    return items
+
+
+def prune(days: float) -> None:
+    """Remove the tokens that nothing has read for so many days, and what killed processes left.
+
+    Raises:
+        UserError: a folder cannot be removed.
+    """
+    before, freed, left = time.time() - days * DAY, 0, 0
+    folder = tokens_folder()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.is_dir():
+            continue
+        size = size_of(path)
+        if _last_used(path) > before or not _removed(path):
+            left += size
+            continue
+        freed += size
+        print(f"removed {path} ({readable(size)})")
+    print(f"freed {readable(freed)}; {readable(left)} of tokens are left in {folder}")
+
+
+def readable(num_bytes: int) -> str:
+    """A number of bytes, for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _require_local(config: Config) -> None:
+    problems = [
+        f"data.{part}.{index}.streaming: reads {source.hub} from the hub while it trains, which "
+        "needs a network: remove streaming, or give a local copy as path"
+        for part, sources in (("train", config.data.train), ("eval", config.data.eval))
+        for index, source in enumerate(sources)
+        if source.streaming and source.hub and not Path(source.hub).exists()
+    ]
+    if problems:
+        raise UserErrors(problems)
+
+
+def _fetch(config: Config, console: Console) -> None:
+    """The order of a run: data first, since that is soon found wrong."""
+    check_data(config)
+    located = locate(config.model, alone())
+    require_model(located.source.path, config)
+    found = verify(located.source.path)
+    hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""
+    console.print(f"{located.source.origin}: {found.num_files} weight files verified{hashed}")
+    tokenizer, size = located.tokenizer, located.vocab_size
+    load_samples(config.data.train, tokenizer, config.data, size, keep=True)
+    if config.data.eval:
+        load_samples(config.data.eval, tokenizer, config.data, size, section="data.eval", keep=True)
+    for name, corpus in config.retention.items():
+        retention_samples(name, corpus, tokenizer, keep=True)
+    total = sum(size_of(path) for path in tokens_folder().glob("[!.]*"))
+    console.print(
+        f"{tokens_folder()}: {readable(total)} of tokens, of all recipes (`moored prepare "
+        "--prune DAYS` removes what nothing has read for so long)"
+    )
+
+
+def _last_used(path: Path) -> float:
+    """Unix seconds; of what a killed process left, when it was made."""
+    manifest = path / sealed.MANIFEST
+    return (manifest if manifest.is_file() else path).stat().st_mtime
+
+
+def _removed(path: Path) -> bool:
+    """Remove a folder, unless a process makes it, or waits to, just now."""
+    name = path.name.rsplit(".", 2)[0] if path.name.startswith(".") else f".{path.name}"
+    lock = path.with_name(f"{name}.lock")
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            shutil.rmtree(path)
+            lock.unlink(missing_ok=True)
+    except filelock.Timeout:
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error.strerror or error}") from error
+    return True

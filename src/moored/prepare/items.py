@@ -1,0 +1,138 @@
+"""All that a recipe needs before its weights load, found as a run finds it: what, where, how large.
+
+Nothing is fetched that is here already, and nothing is kept; that is `command.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moored import sealed
+from moored.base import locate
+from moored.config import Config, Corpus, Source
+from moored.data import SampleSet, TrainStream, check_data, load_samples, resolve_text
+from moored.data.encode import HeldSource
+from moored.data.files import open_sources
+from moored.data.kept import content, content_of_texts
+from moored.evaluate import build_suite
+from moored.loading import require_architecture, require_layout
+from moored.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One thing that the recipe needs.
+
+    Attributes:
+        what: its place in the recipe.
+        where: its folder, file or name on the hub.
+        num_bytes: of its files; of a corpus, of its text.
+        identity: a hash of its content, or the model's revision.
+        note: counts, and whether its tokens are kept.
+    """
+
+    what: str
+    where: str
+    num_bytes: int
+    identity: str
+    note: str = ""
+
+
+def find_everything(config: Config) -> list[Item]:
+    """All that a run resolves before its weights load, in the order in which it does.
+
+    Raises:
+        UserError: something is missing or not as it must be.
+    """
+    mesh = alone()
+    check_data(config)
+    located = locate(config.model, mesh)
+    require_model(located.source.path, config)
+    items = [
+        Item(
+            what="model",
+            where=str(located.source.path),
+            num_bytes=size_of(located.source.path),
+            identity=located.source.revision,
+        )
+    ]
+    if config.data.chat_template is not None:
+        items.append(_template(Path(config.data.chat_template)))
+    for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if not sources:
+            continue
+        samples = load_samples(
+            sources, located.tokenizer, config.data, located.vocab_size, section=section
+        )
+        items += [_source(sources, index, samples) for index in range(len(sources))]
+        if section == "data.train":
+            TrainStream(config, located.tokenizer, samples).total_steps()
+    build_suite(config, located, mesh)
+    return items + [_corpus(name, corpus) for name, corpus in config.retention.items()]
+
+
+def alone() -> Mesh:
+    """The mesh of a process that meets no other, on the CPU."""
+    world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
+    return Mesh(world=world, dp=dp, tp=tp, device=torch.device("cpu"))
+
+
+def require_model(folder: Path, config: Config) -> None:
+    """Refuse a model that transformers does not know, or that cannot be spread as is wanted.
+
+    A model's own code is fetched by this, too.
+
+    Raises:
+        UserError: why.
+    """
+    if config.parallel.tensor_parallel_degree > 1:
+        require_layout(folder, config.model, config.parallel)
+    else:
+        require_architecture(folder, config.model)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files below a folder, links followed."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _template(path: Path) -> Item:
+    return Item(
+        what="data.chat_template",
+        where=str(path),
+        num_bytes=path.stat().st_size,
+        identity=f"sha256:{sealed.sha256(path)}",
+    )
+
+
+def _source(sources: Sequence[Source], index: int, samples: SampleSet) -> Item:
+    found = content(open_sources(sources, samples.section, [])[index])
+    held = samples.sources[index]
+    if isinstance(held, HeldSource):
+        kept = "kept" if held.kept_in is not None else "not kept"
+        note = f"{len(held):,} samples, {held.num_tokens:,} tokens, {kept}"
+    else:
+        note = "streamed"
+    return Item(
+        what=f"{samples.section}.{index}",
+        where=str(sources[index].path or sources[index].hub),
+        num_bytes=found.num_bytes if found else 0,
+        identity=f"sha256:{found.digest}" if found else "unknown",
+        note=note,
+    )
+
+
+def _corpus(name: str, corpus: Corpus) -> Item:
+    documents = resolve_text(corpus, f"retention.{name}")
+    found = content_of_texts(documents)
+    return Item(
+        what=f"retention.{name}",
+        where=corpus.path or corpus.hub or f"builtin {corpus.builtin}",
+        num_bytes=found.num_bytes,
+        identity=f"sha256:{found.digest}",
+        note=f"{len(documents):,} documents",
+    )
