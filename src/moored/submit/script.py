@@ -22,7 +22,11 @@ from moored.submit.site import Site
 PREFLIGHT_SECONDS = 600  # staging a model on a node's disk is part of it
 # Before Python has a handler, a warning would end it; exec keeps what a shell ignores.
 WRAPPER = 'trap "" USR1; exec "$@"'
-WRAPPER_WITH_SCRATCH = 'trap "" USR1; mkdir -p "$MOORED_SCRATCH"; exec "$@"'
+# Each node has a disk of its own, and may call it differently; so its name is made there.
+WRAPPER_WITH_SCRATCH = (
+    'trap "" USR1; export MOORED_SCRATCH="{scratch}"; export APPTAINER_BIND="$MOORED_SCRATCH"; '
+    'mkdir -p "$MOORED_SCRATCH"; exec "$@"'
+)
 # What a site's cache holds, by the variables that say where.
 CACHES = {"MOORED_CACHE": "moored", "HF_HOME": "huggingface", "TORCH_EXTENSIONS_DIR": "extensions"}
 KEPT = ("HOME", "LANG", "PATH", "USER")  # of who submits, beside what the site passes on
@@ -227,8 +231,6 @@ def _variables(job: Job, site: Site) -> tuple[dict[str, str], dict[str, str]]:
     expanded: dict[str, str] = {}
     if site.storage.cache:
         expanded |= {name: f"{site.storage.cache}/{folder}" for name, folder in CACHES.items()}
-    if site.storage.scratch:
-        expanded["MOORED_SCRATCH"] = site.storage.scratch
     plain = {name: value for name, value in plain.items() if name not in expanded}
     return plain | site.environment.variables, expanded
 
@@ -241,7 +243,8 @@ def _python(job: Job, site: Site) -> str:
 
 def _task(job: Job, site: Site) -> list[str]:
     """What stands before the interpreter on a command line."""
-    wrapper = WRAPPER_WITH_SCRATCH if site.storage.scratch else WRAPPER
+    scratch = site.storage.scratch
+    wrapper = WRAPPER_WITH_SCRATCH.format(scratch=scratch) if scratch else WRAPPER
     words = ["/bin/bash", "-c", wrapper, "task"]
     if site.container.runtime == "apptainer":
         words += ["apptainer", "exec", *(["--nv"] if site.slurm.gpus_per_node else [])]
@@ -276,6 +279,8 @@ def _mounts(job: Job, site: Site) -> list[str]:
                 "choose another place"
             )
         folders.append(str(folder))
-    stores = [_Expanded(path) for path in (site.storage.cache, site.storage.scratch) if path]
+    stores = [site.storage.cache] if site.storage.cache else []
+    if site.storage.scratch and site.container.runtime == "pyxis":
+        stores.append(site.storage.scratch)
     mounts = [f"{folder}:{folder}" for folder in folders]
     return mounts + [_Expanded(f"{store}:{store}") for store in stores] + site.container.mounts
