@@ -294,7 +294,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_fix(recipe, run, text, words):
     assert "C4NARY" not in err
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["train", "compare", "doctor", "prepare"])
 def test_every_command_with_a_recipe_checks_it_first(recipe, run, command):
     recipe.write_text(GOOD.replace("steps", "stepps"))
     code, _, err = run(command, recipe)
@@ -345,6 +345,9 @@ def test_files_that_are_not_there(recipe, run, tmp_path):
         (["evaluate", "nowhere"], "nowhere is no folder: name a run directory or an adapter"),
         (["evaluate", "a=1"], "nothing to evaluate"),
         (["report"], "missing argument 'RUN...'"),
+        (["prepare"], "give either a recipe, or --prune DAYS"),
+        (["prepare", "recipe.yaml", "--prune", "3"], "give either a recipe, or --prune DAYS"),
+        (["prepare", "--prune", "soon"], "'soon' is not a valid float"),
     ],
 )
 def test_usage_errors_are_one_line(recipe, run, arguments, words):
@@ -364,7 +367,7 @@ def test_no_command_shows_the_help(run):
 def test_help_names_every_command_and_never_a_hidden_option(run):
     code, out, _ = run("--help")
     assert code == 0
-    for name in ("train", "compare", "evaluate", "report", "export", "doctor", "sync"):
+    for name in ("train", "compare", "evaluate", "report", "export", "doctor", "prepare", "sync"):
         assert f"\n  {name}" in out
         code, page, _ = run(name, "--help")
         assert code == 0
@@ -493,6 +496,20 @@ def test_report_doctor_and_sync_hand_over_their_arguments(recipe, run, monkeypat
     assert code == 2
     assert "sync again" in problem
     assert seen == [([Path("a"), Path("b")], Path("o")), None]
+
+
+def test_prepare_hands_over_its_arguments(recipe, run, monkeypatch):
+    seen: list[object] = []
+    room(
+        monkeypatch,
+        "prepare",
+        run=lambda config, only_check: seen.append((config.train.steps, only_check)),
+        prune=seen.append,
+    )
+    assert run("prepare", recipe, "train.steps=3")[0] == 0
+    assert run("prepare", recipe, "--offline-check")[0] == 0
+    assert run("prepare", "--prune", "1.5")[0] == 0
+    assert seen == [(3, False), (100, True), 1.5]
 
 
 # --- exit codes

@@ -344,6 +344,17 @@ def test_a_hub_data_set_is_known_by_its_content(tmp_path, cache):
     assert None not in folders
 
 
+def test_a_data_set_out_of_the_cache_of_datasets_is_kept(tmp_path, cache):
+    (tmp_path / "hub").mkdir()
+    jsonl(tmp_path / "hub" / "train.jsonl", chat_rows(20))  # converted to Arrow files by datasets
+    recipe = config([{"hub": str(tmp_path / "hub")}])
+    plain, made, read = (tokenised(recipe, keep=keep) for keep in (False, True, False))
+    assert source_of(made).kept_in == source_of(read).kept_in is not None
+    require_equal(plain, read)
+    cut = config([{"hub": str(tmp_path / "hub"), "split": "train[:5]"}])
+    assert len(tokenised(cut, keep=True)) == 5
+
+
 def test_a_tokenizer_with_code_of_its_own_is_not_trusted(tmp_path, cache):
     class Foreign(type(TOKENIZER)):
         pass

@@ -107,9 +107,12 @@ def prune(days: float) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.is_dir():
             continue
-        size = size_of(path)
-        if _last_used(path) > before or not _removed(path):
-            left += size
+        try:
+            size = size_of(path)
+            if _last_used(path) > before or not _removed(path):
+                left += size
+                continue
+        except FileNotFoundError:  # somebody else was faster
             continue
         freed += size
         print(f"removed {path} ({readable(size)})")
@@ -173,6 +176,8 @@ def _removed(path: Path) -> bool:
             lock.unlink(missing_ok=True)
     except filelock.Timeout:
         return False
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be removed: {error.strerror or error}") from error
     return True
