@@ -28,8 +28,9 @@ quickstart: install-run ## fine-tune a small real model with and without TMKL (1
 	@echo "page     runs/quickstart/report/report.html"
 	@echo "MLflow   $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db"
 
+# Two at a time: many wait more than they compute, for processes to start or for SLURM.
 test: install-test ## all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install-dev ## what CI checks besides the tests
 	@failed=; for check in "ruff check ." "ruff format --check ." "pyright --project pyproject.toml" \

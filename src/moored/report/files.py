@@ -110,7 +110,9 @@ def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _arms(run: Path) -> list[Path]:
-    """The arms of a sweep or comparison that have been measured; the others are named."""
+    """The arms of a sweep, or of a comparison without a report of its own, that were measured."""
+    if (run / "report" / "report.json").is_file() and not (run / "slurm" / "arms.json").is_file():
+        return []
     arms = sorted(path for path in (run / "arms").glob("*") if path.is_dir())
     measured = [arm for arm in arms if (arm / "report" / "report.json").is_file()]
     if arms and not measured:
