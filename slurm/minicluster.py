@@ -95,6 +95,7 @@ class Cluster:
         num_nodes: how many, called node1, node2, ...
         cpus, memory_mb, gpus: what each says that it has; it need not be there.
         port: of slurmctld; those of the nodes follow.
+        plugin: a SPANK plugin that srun and the nodes load; None for none.
     """
 
     root: Path
@@ -103,6 +104,7 @@ class Cluster:
     memory_mb: int = 8000
     gpus: int = 2
     port: int = 26817
+    plugin: Path | None = None
 
     @property
     def conf(self) -> Path:
@@ -226,6 +228,8 @@ class Cluster:
                 os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
             fakes.append(f"Name=gpu File={device}")
         (self.root / "etc" / "gres.conf").write_text("\n".join(["AutoDetect=off", *fakes]) + "\n")
+        plugins = f"required {self.plugin}\n" if self.plugin else ""
+        (self.root / "etc" / "plugstack.conf").write_text(plugins)
         (self.root / "etc" / "cgroup.conf").write_text(
             "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"
         )

@@ -318,3 +318,33 @@ def test_apptainer_is_called_with_what_it_needs(desk: Desk, tmp_path: Path) -> N
         binds = {call[i + 1] for i, word in enumerate(call) if word == "--bind"}
         assert f"{job.run}:{job.run}" in binds
         assert f"{desk.recipe.parent}:{desk.recipe.parent}" in binds
+
+
+def test_pyxis_is_given_what_it_needs(desk: Desk, tmp_path: Path) -> None:
+    """A stand-in for the plugin in a real srun: it takes the options, and starts no container."""
+    noted = tmp_path / "noted"
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nenv | grep ^STUB_ | sort >"{noted}.$SLURM_STEPID.$SLURM_PROCID"\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    sets = (
+        "container.runtime=pyxis",
+        "container.image=/images/moored.sqsh",
+        "container.options=[--no-container-mount-home]",
+        f"container.python={python}",
+        "container.mounts=['/data:/data']",
+        "storage.cache=/cache/$USER",
+    )
+    environment = {"MOORED_CACHE": str(tmp_path / "cache")}
+    job = desk.submit("pyxis", *SHORT, sets=sets, **environment).done()
+    for path in sorted(tmp_path.glob("noted.*")):
+        image, mounts, names, home = path.read_text().splitlines()
+        assert image == "STUB_0=/images/moored.sqsh"
+        mounted = mounts.removeprefix("STUB_1=").split(",")
+        assert f"{job.run}:{job.run}" in mounted
+        assert {"/cache/root:/cache/root", "/data:/data"} <= set(mounted)
+        assert {"PYTHONPATH", "MOORED_LAUNCH", "HF_HOME"} <= set(names[7:].split(","))
+        assert home == "STUB_3=given"
+    assert len(list(tmp_path.glob("noted.*"))) == 2
