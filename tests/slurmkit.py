@@ -35,14 +35,15 @@ def minicluster() -> Any:
     return module
 
 
-def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str] | str) -> Any:
     """The first true result; what was awaited is named when it does not come."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if result := condition():
             return result
         time.sleep(0.1)
-    raise AssertionError(f"not within {seconds:.0f} s: {what}")
+    said = what if isinstance(what, str) else what()
+    raise AssertionError(f"not within {seconds:.0f} s: {said}")
 
 
 class Desk:
@@ -117,11 +118,16 @@ class Job:
         """Everything that may say why, for a failing test."""
         ranks = sorted((self.run / "logs").glob("rank-*.out"))
         tails = [f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in ranks]
-        return "\n".join([json.dumps(self.state()), self.log()[-3000:], *tails])
+        queue = self.desk.sh("squeue", "--noheader", "-o", "%i %T %r %N")
+        return "\n".join([json.dumps(self.state()), queue, self.log()[-3000:], *tails])
 
     def at_step(self, step: int, seconds: float = 90) -> None:
         """Wait until so many steps are saved."""
-        until(lambda: self.state().get("step", 0) >= step, seconds, f"step {step}; {self.words()}")
+        until(
+            lambda: self.state().get("step", 0) >= step,
+            seconds,
+            lambda: f"step {step}; {self.words()}",
+        )
 
     def slurm_states(self, job: str | None = None) -> set[str]:
         out = subprocess.run(
@@ -140,11 +146,11 @@ class Job:
         def all_over() -> bool:
             return all((states := self.slurm_states(job)) and states <= over for job in self.ids)
 
-        until(all_over, seconds, f"the end of {self.ids}; {self.words()}")
+        until(all_over, seconds, lambda: f"the end of {self.ids}; {self.words()}")
 
     def done(self, seconds: float = 150) -> Job:
         """Wait until the run is trained, and SLURM agrees."""
-        until(lambda: self.state().get("status") == "done", seconds, f"done; {self.words()}")
+        until(lambda: self.state().get("status") == "done", seconds, self.words)
         self.ended(30)
         assert self.slurm_states(self.ids[-1]) == {"COMPLETED"}, self.words()
         return self

@@ -147,7 +147,7 @@ def test_the_same_run_twice(desk: Desk) -> None:
     second = desk.sh("sbatch", "--parsable", str(job.run / "slurm/job.sbatch")).strip()
     assert job.slurm_states(second) == {"PENDING"}
     job.done()
-    until(lambda: job.slurm_states(second) == {"COMPLETED"}, 60, job.words())
+    until(lambda: job.slurm_states(second) == {"COMPLETED"}, 60, job.words)
     assert job.num_attempts() == 1
     arguments = ("submit", str(desk.recipe), "name=twice", "train.steps=1000")
     said = desk.moored(*arguments, "--site=minicluster", code=2)
