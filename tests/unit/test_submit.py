@@ -275,6 +275,14 @@ def test_what_a_chain_consists_of(recipe: Path) -> None:
         room.jobs_of(config, site, run, nodes=1, stages=["trian"])
 
 
+def test_a_mesh_that_cannot_be_is_refused_before_the_queue(recipe: Path) -> None:
+    config, site = load_config(recipe, ["parallel.tensor_parallel_degree=2"]), load_site("cpu")[1]
+    run = room.run_folder(config)
+    with pytest.raises(UserError, match="=2 does not divide 3 nodes x 1 processes"):
+        room.jobs_of(config, site, run, nodes=3, stages=["train"])
+    assert room.jobs_of(config, site, run, nodes=2, stages=["train"])
+
+
 def test_runs_are_tracked_where_the_site_says(recipe: Path) -> None:
     site = load_site("cpu", ["mlflow.uri=http://here:5000"])[1]
     assert room.for_site(load_config(recipe), site).track.uri == "http://here:5000"

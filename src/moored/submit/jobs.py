@@ -54,6 +54,12 @@ def jobs_of(
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown:
         raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
+    world, degree = nodes * site.slurm.ranks, config.parallel.tensor_parallel_degree
+    if world % degree:
+        raise UserError(
+            f"parallel.tensor_parallel_degree={degree} does not divide {nodes} nodes x "
+            f"{site.slurm.ranks} processes: change --nodes, or slurm.ranks_per_node of the site"
+        )
     base = Job(
         title=f"{config.name}: train",
         name=config.name,
