@@ -66,7 +66,7 @@ JobRequeue=1
 # Short clocks: what takes a cluster minutes shows in seconds.
 SlurmdTimeout=5
 SlurmctldTimeout=10
-KillWait=5
+KillWait=30
 UnkillableStepTimeout=20
 OverTimeLimit=0
 MinJobAge=3600

@@ -56,12 +56,13 @@ def test_preempted_by_a_higher_partition(desk: Desk, undisturbed: Job, server: S
 
 
 def test_short_limits_chain(desk: Desk, undisturbed: Job) -> None:
-    """SLURM warns 38 s before the minute is over, or up to 12 s earlier or 9 s later.
-
-    Evaluations make the run longer than that, and change nothing in it.
-    """
+    """SLURM warns 38 s before the minute is over, or up to 12 s earlier or 9 s later."""
     sets = ("slurm.time=00:01:00", "slurm.warn_seconds=38")
-    job = desk.submit("limited", "train.save_every=1000", "evaluation.every=2", sets=sets)
+    job = desk.submit("limited", "train.save_every=1000", sets=sets)
+    journal = job.run / "journal.jsonl"
+    until(lambda: journal.exists() and "train/loss" in journal.read_text(), 90, job.words)
+    with job.held():
+        until(lambda: "warned by a signal" in job.log(), 60, job.words)
     job.done(200)
     assert job.num_attempts() >= 2
     require_equal(job, undisturbed)

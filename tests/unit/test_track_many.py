@@ -97,6 +97,8 @@ def test_every_machine_is_sampled_into_the_one_run(place: Place, server: Server)
     samples = place.run_dir / "logs" / "system"
     beta_file = samples / "beta.cluster.attempt-1.jsonl"
     gamma_file = samples / "ga_mma_1.attempt-1.jsonl"
+    # It samples once it has stepped back.
+    eventually(lambda: system_lines(beta_file))
     assert psutil.Process(beta_sampler).nice() == min(19, psutil.Process().nice() + 10)
     assert os.getsid(beta_sampler) == beta_sampler
     os.kill(beta_sampler, signal.SIGTERM)  # of a launcher that ends all at once: not for samplers
