@@ -65,6 +65,9 @@ def is_alive(job: str, name: str | None = None) -> bool:
 def check(script: str, options: Sequence[str] = ()) -> str:
     """Has SLURM judge a script without submitting it.
 
+    It judges by the nodes that are in service; where others may be what the job needs, the job is
+    left to wait for them.
+
     Returns:
         What it says of when and where the job would start.
 
@@ -74,8 +77,17 @@ def check(script: str, options: Sequence[str] = ()) -> str:
     done = _run(["sbatch", "--test-only", *options], text=script)
     if done.returncode:
         said = _in_a_line(done.stderr).replace("allocation failure: ", "")
+        if "node configuration is not available" in said and _out_of_service(script):
+            return said
         raise UserError(f"SLURM would refuse this job: {said}")
     return (done.stderr.strip().splitlines() or [""])[-1].removeprefix("sbatch: ")
+
+
+def _out_of_service(script: str) -> bool:
+    """Whether nodes of the script's partition, or of any, are drained, down or in maintenance."""
+    partition = re.search(r"^#SBATCH (--partition=\S+)$", script, re.MULTILINE)
+    command = ["sinfo", "--noheader", "--states=drain,down,fail,maint", "--format=%D"]
+    return bool(_run([*command, *(partition.groups() if partition else ())]).stdout.strip())
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:

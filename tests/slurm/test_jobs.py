@@ -224,6 +224,17 @@ def test_slurm_refuses_before_anything_is_kept(desk: Desk) -> None:
     assert not (desk.recipe.parent / "runs/big").exists()
 
 
+def test_a_job_may_wait_for_nodes_in_maintenance(desk: Desk) -> None:
+    nodes = "nodename=node[1-4]"
+    desk.sh("scontrol", "update", nodes, "state=drain", "reason=test")
+    try:
+        job = desk.submit("maintained", *SHORT)
+        assert job.slurm_states() == {"PENDING"}
+    finally:
+        desk.sh("scontrol", "update", nodes, "state=resume")
+    job.done()
+
+
 def test_secrets_reach_the_job_and_nothing_else(desk: Desk) -> None:
     canary = "canary-5cf1b2"
     shown = (
