@@ -329,6 +329,11 @@ def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
     (run / "config.yaml").write_text("")
     with pytest.raises(UserError, match="--restart would remove the trained run"):
         room.submit_run(config, site, name, stages=["report"], restart=True)
+    exported = room.export_folder(run) / "adapter_config.json"
+    exported.parent.mkdir()
+    exported.touch()
+    with pytest.raises(UserError, match="-export is there already"):
+        room.submit_run(config, site, name, stages=["train", "export"], restart=True)
     with pytest.raises(UserError, match="holds a run or a comparison: choose another name"):
         submit_sweep(recipe, ["train.seed=0,1"], site, name)
     (run / "slurm" / "arms.json").write_text("")

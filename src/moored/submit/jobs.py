@@ -75,7 +75,7 @@ def jobs_of(
         "prepare": ("prepare", recipe),
         "evaluate": ("evaluate", here),
         "report": ("report", here),
-        "export": ("export", here, "--to", str(run.with_name(f"{run.name}-export"))),
+        "export": ("export", here, "--to", str(export_folder(run))),
     }
     jobs: dict[str, Job] = {}
     for stage in STAGES:
@@ -145,6 +145,11 @@ def submit_run(
             "--restart would remove the trained run, and no stage trains it again: leave it out, "
             "or add train to --stages"
         )
+    if "export" in jobs and any(export_folder(run).glob("*")):
+        raise UserError(
+            f"{export_folder(run)} is there already, and export would fail after all else: remove "
+            "it, or leave export out of --stages"
+        )
     if (run / "slurm" / "arms.json").exists():
         raise UserError(f"{run} holds a sweep: choose another name=...")
     check_data(config)
@@ -169,6 +174,11 @@ def submit_run(
 def run_folder(config: Config) -> Path:
     """The run directory of a recipe."""
     return (config.output.dir / config.name).absolute()
+
+
+def export_folder(run: Path) -> Path:
+    """Where the stage `export` writes."""
+    return run.with_name(f"{run.name}-export")
 
 
 def submit_chain(jobs: Sequence[tuple[str, Job]], condition: str = "afterok") -> list[Submitted]:
