@@ -167,6 +167,16 @@ def test_what_a_site_sources_may_use_unset_variables() -> None:
     assert "unbound variable" in done.stderr
 
 
+def test_journals_are_sent_although_there_is_nothing_to_report(tmp_path: Path) -> None:
+    commands = (("report", str(tmp_path)), ("sync", str(tmp_path)))
+    what = job(kind="cpu", file="report", folder=tmp_path, commands=commands)
+    text = render(what, load_site("cpu")[1], "cpu")
+    head = "SLURM_JOB_ID=1 SLURM_JOB_NODELIST=x; srun() { echo $*; [[ $* != *report* ]]; }\n"
+    done = subprocess.run(["bash", "-c", head + text], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"moored sync {tmp_path}" in done.stdout
+
+
 def test_an_unknown_site_is_told_what_there_is() -> None:
     with pytest.raises(UserError, match=r"did you mean gpu-pyxis\?.*there are cpu, "):
         load_site("gpu-pyxsi")
