@@ -346,8 +346,8 @@ def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
         room.submit_run(config, site, name, stages=["train", "export"], restart=True)
     with pytest.raises(UserError, match="holds a run or a comparison: choose another name"):
         submit_sweep(recipe, ["train.seed=0,1"], site, name)
-    (run / "slurm" / "arms.json").write_text("")
-    with pytest.raises(UserError, match="holds a sweep: choose another name"):
+    (run / "arms").mkdir()
+    with pytest.raises(UserError, match="holds a comparison or a sweep: choose another name"):
         room.submit_run(config, site, name)
 
 

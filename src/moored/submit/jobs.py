@@ -150,8 +150,8 @@ def submit_run(
             f"{export_folder(run)} is there already, and export would fail after all else: remove "
             "it, or leave export out of --stages"
         )
-    if (run / "slurm" / "arms.json").exists():
-        raise UserError(f"{run} holds a sweep: choose another name=...")
+    if (run / "arms").exists():
+        raise UserError(f"{run} holds a comparison or a sweep: choose another name=...")
     check_data(config)
     require_free(run)
     for script in scripts.values():
