@@ -97,7 +97,12 @@ def test_who_did_not_hear_the_answer_asks_again(job: int) -> None:
     asking.sendall(f"{job}.0.0 1\n".encode())
     asking.close()
     ranks = [start(job, 1, 2), first]
-    assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["2"] * 2
+    try:
+        assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == ["2"] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def test_an_earlier_start_of_the_job_is_not_met(job: int) -> None:
