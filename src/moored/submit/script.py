@@ -22,9 +22,11 @@ from moored.submit.site import Site
 PREFLIGHT_SECONDS, STAGING_SECONDS = 600, 3600  # of the checks; with a model to copy to a disk
 # Before Python has a handler, a warning would end it; exec keeps what a shell ignores.
 WRAPPER = 'trap "" USR1; exec "$@"'
-# Each node has a disk of its own, and may call it differently; so its name is made there.
+# Each node has a disk of its own, and may call it differently; so its name is made there. What
+# DeepSpeed compiles is kept there, too: its locks outlive a killed job.
 WRAPPER_WITH_SCRATCH = (
     'trap "" USR1; export MOORED_SCRATCH="{scratch}"; export APPTAINER_BIND="$MOORED_SCRATCH"; '
+    'export TORCH_EXTENSIONS_DIR="$MOORED_SCRATCH/extensions"; '
     'mkdir -p "$MOORED_SCRATCH"; exec "$@"'
 )
 # What a site's cache holds, by the variables that say where.
