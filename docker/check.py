@@ -58,7 +58,7 @@ def version_problems(pins: Mapping[str, str]) -> list[str]:
 
     CUDA's libraries may be unpinned where no pins for this build of torch were given.
     """
-    unpinned = () if "cuda-toolkit" in pins else ("cuda-", "nvidia-", "triton")
+    unpinned = () if "cuda-toolkit" in pins else ("cuda-", "nvidia-")
     problems: list[str] = []
     for name, version in sorted(closure("moored").items()):
         pin = pins.get(name)

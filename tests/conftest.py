@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Without a GPU, Triton's kernels run in its interpreter; it is asked when they are defined.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ["TRITON_INTERPRET"] = "1"
 for name in ("MLFLOW_TRACKING_URI", "MOORED_SHIP"):
     os.environ.pop(name, None)
 

@@ -1,9 +1,9 @@
 """Hidden states to loss: the frozen output head and the loss in one, chunked, memory-flat, sharded.
 
-Holds the loop over chunks and the module that takes lm_head's place; the projections are in
-logits.py, the arithmetic on logits in divergence.py. The gradient with respect to `hidden` is
-formed in the forward, so no [T, V] tensor exists and the backward needs neither the weight nor a
-collective.
+Holds the public function and the module that takes lm_head's place; the loop over chunks is in
+chunks.py, the projections in logits.py, the arithmetic on logits in divergence.py. The gradient
+with respect to `hidden` is formed in the forward, so no [T, V] tensor exists and the backward needs
+neither the weight nor a collective.
 
 Legend: N rows, C the rows of one chunk, D hidden size, V vocabulary, v this rank's columns without
 padding. logits = softcap(logit_scale * (h W^T + bias)).
@@ -14,15 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from moored.chunks import chunk_size, run_chunks
 from moored.divergence import (
     Direction,
     Objective,
     VocabShard,
     all_gather,
-    chunk_loss_,
     combine,
     summarise_,
 )
@@ -36,7 +35,6 @@ from moored.tmkl import (
     check_dtypes,
     check_rows,
     compute_dtype,
-    default_chunk_tokens,
     precomputed,
     wants_gradient,
 )
@@ -112,7 +110,7 @@ def linear_tmkl_loss(
         logits.shard.vocab_size,
         with_kl=reference_hidden is not None,
     )
-    ce_T, kl_T, grad_TD = _run(
+    ce_T, kl_T, grad_TD = run_chunks(
         logits,
         policy_hidden.detach(),
         None if reference_hidden is None else reference_hidden.detach(),
@@ -128,63 +126,6 @@ def linear_tmkl_loss(
     if grad_TD is None:
         return out
     return out._replace(loss=precomputed(policy_hidden, out.loss, grad_TD))
-
-
-# ---------------------------------------------------------------- the loop over chunks
-
-
-def _run(
-    logits: Logits,
-    h_ND: Tensor,
-    h0_ND: Tensor | None,
-    targets_N: Tensor,
-    plan: RowPlan,
-    goal: Objective,
-    scales: tuple[float | Tensor, float | Tensor],
-    chunk_tokens: int | None,
-    *,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-row cross-entropy and KL, and the gradient [N, D] (at least fp32) summed over ranks."""
-    dtype = compute_dtype(h_ND, h0_ND, logits.weight_vD)
-    ce_N, kl_N = plan.new_values(h_ND.device)
-    grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
-    # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
-    # would underflow.
-    ce_scale, kl_scale = scales
-    ce_unit, kl_unit = (torch.as_tensor(x, dtype=dtype, device=h_ND.device).abs() for x in scales)
-    units = {False: _not_0(ce_unit), True: _not_0(ce_unit.max(kl_unit))}
-    size = _chunk_size(chunk_tokens, plan.num_targets, logits)
-    buffer = logits.new_buffer(min(size, plan.num_targets), dtype)
-    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
-        for rows, with_kl in plan.chunks(size):
-            h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
-            unit = units[with_kl]
-            kl_part = kl_scale / unit if isinstance(kl_scale, Tensor) or kl_scale else 0.0
-            s_Cv, e_Cv, slope_Cv = logits.project(h_ND[rows], h0_CD, dtype, buffer)
-            ce_N[rows], kl_C = chunk_loss_(
-                s_Cv, e_Cv, targets_N[rows], goal, logits.shard, ce_scale / unit, kl_part
-            )
-            if kl_C is not None:
-                kl_N[rows] = kl_C
-            if grad_ND is not None:
-                grad_ND[rows] = logits.pull_back(s_Cv, slope_Cv, h_ND.dtype).mul_(unit)
-        if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
-            dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
-    return ce_N, kl_N, grad_ND
-
-
-def _not_0(x: Tensor) -> Tensor:
-    return torch.where(x == 0, 1.0, x)
-
-
-def _chunk_size(chunk_tokens: int | None, num_tokens: int, logits: Logits) -> int:
-    if chunk_tokens is None:
-        on_gpu = logits.weight_vD.is_cuda
-        return default_chunk_tokens(num_tokens, logits.shard, on_gpu=on_gpu)
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens}: at least 1 is needed")
-    return chunk_tokens
 
 
 # ---------------------------------------------------------------- the module
@@ -289,12 +230,12 @@ class Head(nn.Module):
                 both, ce_only = kl_mask.nonzero().squeeze(1), (~kl_mask).nonzero().squeeze(1)
                 groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
                 groups = [group for group in groups if group[1]]
-        ce_N, kl_N, grad_ND = _run(
+        ce_N, kl_N, grad_ND = run_chunks(
             self._logits(),
             hidden,
             None if reference_hidden is None else reference_hidden.detach(),
             targets,
-            RowPlan(num_rows, num_rows, num_kl, hidden.device, tuple(groups)),
+            RowPlan(num_rows, num_rows, num_kl, tuple(groups)),
             Objective(direction, mask_target, temperature),
             (ce_scale, kl_scale),
             self.chunk_tokens,
@@ -313,7 +254,7 @@ class Head(nn.Module):
         shard, num_rows = logits.shard, len(targets)
         dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
         columns: list[tuple[Tensor, ...]] = []
-        size = _chunk_size(self.chunk_tokens, num_rows, logits)
+        size = chunk_size(self.chunk_tokens, num_rows, logits)
         buffer = logits.new_buffer(min(size, num_rows), dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for i in range(0, num_rows, size):
@@ -364,7 +305,7 @@ class Head(nn.Module):
 
     def chunk_tokens_for(self, num_tokens: int) -> int:
         """Rows that are under way at a time, of `num_tokens`."""
-        return _chunk_size(self.chunk_tokens, num_tokens, self._logits())
+        return chunk_size(self.chunk_tokens, num_tokens, self._logits())
 
     def _logits(self) -> Logits:
         return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)

@@ -64,53 +64,72 @@ class Logits:
         """Room for two chunks of logits: made once, since fresh pages cost as much as the sums."""
         return self.weight_vD.new_empty((2 * num_rows, self.weight_vD.shape[0]), dtype=dtype)
 
-    def project(
+    def products(
         self, h_CD: Tensor, h0_CD: Tensor | None, dtype: torch.dtype, buffer_2Cv: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Policy logits s, reference minus policy logits e, and d s / d (h W^T), all [C, v].
+    ) -> tuple[Tensor, bool]:
+        """Products h W^T above (h0 - h) W^T, or above h0 W^T, and which, in `buffer_2Cv`.
 
-        e = scale * (h0 - h) W^T is a product of its own, so that it keeps its relative accuracy;
-        both products are one, so that the weight is read once. They lie in `buffer_2Cv`.
+        The difference as a product of its own keeps its relative accuracy. Half-precision operands
+        would lose it by being rounded, but enter h0 W^T as they are. One product reads the weight
+        once.
         """
-        num_rows = h_CD.shape[0]
+        if self.native(h_CD.dtype):
+            stack_D = h_CD if h0_CD is None else torch.cat([h_CD, h0_CD.to(h_CD.dtype)])
+            return self._matmul(stack_D, h_CD.dtype, buffer_2Cv[: len(stack_D)]), False
         stack_D = h_CD.to(dtype)
         if h0_CD is not None:
             stack_D = torch.cat([stack_D, h0_CD.to(dtype) - stack_D])
-        both_v = self._matmul(stack_D, h_CD.dtype, buffer_2Cv[: len(stack_D)])
+        return self._matmul(stack_D, h_CD.dtype, buffer_2Cv[: len(stack_D)]), True
+
+    def project(
+        self, h_CD: Tensor, h0_CD: Tensor | None, dtype: torch.dtype, buffer_2Cv: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Policy logits s, reference minus policy logits e, and d s / d (h W^T), all [C, v]."""
+        num_rows = h_CD.shape[0]
+        both_v, is_difference = self.products(h_CD, h0_CD, dtype, buffer_2Cv)
         s_Cv, e_Cv = both_v[:num_rows], both_v[num_rows:] if h0_CD is not None else None
+        if e_Cv is not None and not is_difference:
+            e_Cv.sub_(s_Cv)
         if self.bias_v is not None:
             s_Cv.add_(self.bias_v.to(dtype))
         if self.scale != 1.0:
             both_v.mul_(self.scale)
         return s_Cv, e_Cv, None if self.softcap is None else _soft_cap_(s_Cv, e_Cv, self.softcap)
 
-    def pull_back(self, g_Cv: Tensor, slope_Cv: Tensor | None, like: torch.dtype) -> Tensor:
-        """The gradient of h [C, D] from that of the logits, which is overwritten."""
+    def pull_back(
+        self, g_Cv: Tensor, slope_Cv: Tensor | None, weight_vD: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of h [C, D] from that of the logits, which is overwritten.
+
+        Args:
+            g_Cv: gradient of the logits.
+            slope_Cv: of the cap; None where there is none, or where it is in g already.
+            weight_vD: the weight in the half precision of the product; None: in that of g.
+        """
         if slope_Cv is not None:
             g_Cv.mul_(slope_Cv)
-        weight_vD = self.weight_vD
-        if weight_vD.dtype == g_Cv.dtype:
-            dh_CD = torch.mm(g_Cv, weight_vD)
-        elif self._native(like):
+        if weight_vD is not None:
             dh_CD = torch.mm(g_Cv.to(weight_vD.dtype), weight_vD, out_dtype=torch.float32)
+        elif self.weight_vD.dtype == g_Cv.dtype:
+            dh_CD = torch.mm(g_Cv, self.weight_vD)
         else:
-            dh_CD = g_Cv.new_zeros((g_Cv.shape[0], weight_vD.shape[1]))
+            dh_CD = g_Cv.new_zeros((g_Cv.shape[0], self.weight_vD.shape[1]))
             for columns in self._blocks():
-                dh_CD.addmm_(g_Cv[:, columns], weight_vD[columns].to(g_Cv.dtype))
+                dh_CD.addmm_(g_Cv[:, columns], self.weight_vD[columns].to(g_Cv.dtype))
         return dh_CD.mul_(self.scale) if self.scale != 1.0 else dh_CD
 
     def _matmul(self, x_D: Tensor, like: torch.dtype, out_v: Tensor) -> Tensor:
         weight_vD = self.weight_vD
-        if weight_vD.dtype == x_D.dtype:
-            return torch.mm(x_D, weight_vD.t(), out=out_v)
-        if self._native(like):
+        if self.native(like):
             x_D = x_D.to(weight_vD.dtype)
             return torch.mm(x_D, weight_vD.t(), out_dtype=torch.float32, out=out_v)
+        if weight_vD.dtype == x_D.dtype:
+            return torch.mm(x_D, weight_vD.t(), out=out_v)
         for columns in self._blocks():
             torch.mm(x_D, weight_vD[columns].to(x_D.dtype).t(), out=out_v[:, columns])
         return out_v
 
-    def _native(self, like: torch.dtype) -> bool:
+    def native(self, like: torch.dtype) -> bool:
         """Half-precision operands with an fp32 accumulator, which only CUDA gives out."""
         half = self.weight_vD.dtype in (torch.bfloat16, torch.float16)
         return self.weight_vD.is_cuda and half and like == self.weight_vD.dtype

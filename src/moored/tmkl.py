@@ -206,8 +206,8 @@ class RowPlan:
     num_rows: int
     num_targets: int
     num_kl: int
-    device: torch.device
     groups: tuple[tuple[Tensor | None, int, bool], ...]
+    counts_2: Tensor | None = None  # num_targets and num_kl on the device, for `output`
 
     @staticmethod
     def of(
@@ -221,15 +221,16 @@ class RowPlan:
         """Sort rows into ignored, cross-entropy alone, and both; range-check the targets."""
         valid_T = targets_T != ignore_index
         bad_T = valid_T & ((targets_T < 0) | (targets_T >= vocab_size))
-        if bool(bad_T.any()):
+        kl_T = valid_T if kl_mask_T is None else valid_T & kl_mask_T
+        counts = torch.stack([valid_T.sum(), kl_T.sum(), bad_T.sum()])
+        num_targets, num_kl, num_bad = cast(list[int], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
+        if num_bad:
             at = int(bad_T.nonzero()[0])
             raise ValueError(
                 f"targets[{at}] = {int(targets_T[at])} is outside [0, vocab_size={vocab_size}) "
                 f"and is not ignore_index={ignore_index}"
             )
-        kl_T = valid_T if kl_mask_T is None else valid_T & kl_mask_T
-        num_rows, num_kl = len(targets_T), int(kl_T.sum())
-        num_targets = int(valid_T.sum())
+        num_rows = len(targets_T)
         parts = [(kl_T, num_kl, with_kl), (valid_T & ~kl_T, num_targets - num_kl, False)]
         if not with_kl:
             parts = [(valid_T, num_targets, False)]
@@ -238,7 +239,7 @@ class RowPlan:
             for mask, count, kl in parts
             if count
         )
-        return RowPlan(num_rows, num_targets, num_kl, targets_T.device, groups)
+        return RowPlan(num_rows, num_targets, num_kl, groups, counts[:2])
 
     def chunks(self, size: int) -> Iterator[tuple[Rows, bool]]:
         """Even chunks of at most `size` rows, each with whether the KL applies."""
@@ -278,8 +279,9 @@ class RowPlan:
         if reduction == "mean":
             ce, kl = ce / max(1, self.num_targets), kl / max(1, self.num_kl)
         loss = ce + kl_weight * kl if kl_weight else ce
-        counts = torch.tensor([self.num_targets, self.num_kl], device=self.device)
-        return TMKLOutput(loss.to(dtype), ce.to(dtype), kl.to(dtype), counts[0], counts[1])
+        assert self.counts_2 is not None
+        counts = self.counts_2.unbind()
+        return TMKLOutput(loss.to(dtype), ce.to(dtype), kl.to(dtype), *counts)
 
 
 def check_rows(
@@ -332,8 +334,8 @@ def default_chunk_tokens(num_tokens: int, shard: VocabShard, *, on_gpu: bool = F
     A buffer of 32 MiB of fp32 logits per rank on a CPU, 512 MiB on a GPU, if 64 rows fit in it.
     """
     columns = max(1, shard.vocab_size // shard.world_size)
-    rows = (2**27 if on_gpu else 2**23) // columns
-    return max(1, min(num_tokens, max(64, min(4096, rows // 16 * 16))))
+    rows, multiple = (2**27 // columns, 128) if on_gpu else (2**23 // columns, 16)
+    return max(1, min(num_tokens, max(64, min(4096, rows // multiple * multiple))))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -79,13 +79,18 @@ def bound(h: Tensor, h0: Tensor, weight: Tensor) -> float:
     return float(2 * products + spread + 32 + math.sqrt(len(weight)))
 
 
-def compare(rank: int, world_size: int) -> list[Tensor]:
+def compare(
+    rank: int,
+    world_size: int,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    largest: int = 10**6,
+) -> list[Tensor]:
     """Every layout, direction, mask and dtype; returns the values, equal on every rank."""
     values = []
     for (v, cuts), direction, mask_target, dtype in itertools.product(
-        LAYOUTS[world_size], DIRECTIONS, (True, False), (torch.float64, torch.float32)
+        LAYOUTS[world_size], DIRECTIONS, (True, False), dtypes
     ):
-        if v > 1000 and (dtype == torch.float64) != (direction == "forward"):
+        if v > largest or (v > 1000 and (dtype == torch.float64) != (direction == "forward")):
             continue
         mine = slice(cuts[rank], cuts[rank + 1])
         shard = VocabShard(mine.start, mine.stop, v, dist.group.WORLD)
@@ -159,6 +164,25 @@ def test_shards_equal_the_whole(world_size: int) -> None:
     for other in others:
         for a, b in zip(first, other, strict=True):
             assert torch.equal(a, b)  # bit by bit: a rank that disagrees would decide otherwise
+
+
+def compare_kernels(rank: int, world_size: int) -> list[Tensor]:
+    """The same by Triton's kernels, in its interpreter; a row has several blocks."""
+    import moored.chunks
+    from moored import fused
+
+    moored.chunks.kernels_run = lambda logits, dtype: dtype == torch.float32
+    fused.SUMMARY_BLOCK = fused.GRADIENT_BLOCK = 128
+    return compare(rank, world_size, (torch.float32,), 1000)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_equal_the_whole_by_kernels(world_size: int) -> None:
+    first, *others = run_distributed(compare_kernels, world_size, timeout=400)
+    assert len(first) >= 7 * 12
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
 
 
 def small_kl(rank: int, world_size: int) -> None:

@@ -1,0 +1,154 @@
+"""One training step with TMKL against one without, by whole `moored train` runs side by side.
+
+    python benchmarks/step.py                          # CPU: 30 million parameters, fp32 compute
+    python benchmarks/step.py --size 3b --json step.json            # one GPU: NF4, bf16
+
+The base has random weights and the shape of a Llama of that size, and is written to a temporary
+folder: speed and memory do not depend on what a model knows. The runs alternate, the first steps of
+each are left out, and the figure is the ratio of the medians of seconds per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+# Hidden size, intermediate size, layers, heads, key/value heads, vocabulary
+SIZES = {
+    "30m": (384, 1024, 8, 6, 3, 32000),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+ARMS = {"ce": {"kind": "none"}, "tmkl": {"kind": "tmkl", "weight": 1.0}}
+
+
+def main() -> None:
+    """Run the arms in turns and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="30m")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=4, help="per step")
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--checkpointing", default="non_reentrant")
+    parser.add_argument("--zero-stage", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--skip", type=int, default=3, help="first steps left out")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        model = write_model(place / "model", args.size)
+        data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
+        for i in range(args.rounds):
+            for arm in ARMS if i % 2 == 0 else reversed(ARMS):
+                found[arm].append(train(place / f"{arm}-{i}", model, data, arm, args))
+                print(f"round {i + 1} {arm}: {found[arm][-1]}", flush=True)
+    seconds = {a: statistics.median(s for run in found[a] for s in run["seconds"]) for a in ARMS}
+    memory = {arm: max(run["peak_gib"] for run in found[arm]) for arm in ARMS}
+    tokens = args.tokens * args.sequences
+    print(
+        f"{args.size}, {tokens} tokens per step, ZeRO {args.zero_stage}, {args.checkpointing}: "
+        + "; ".join(
+            f"{a} {seconds[a]:.3f} s, {tokens / seconds[a]:,.0f} tokens/s, {memory[a]:.2f} GiB"
+            for a in ARMS
+        )
+        + f"; ratio {seconds['tmkl'] / seconds['ce']:.3f}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": found}))
+
+
+def write_model(folder: Path, size: str) -> Path:
+    """A Llama with random weights, in bf16, and a byte-level tokenizer."""
+    import torch
+    import transformers
+
+    from tiny import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=size != "8b",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_data(path: Path, tokens: int, count: int) -> Path:
+    """Chats that are longer than a sequence, so that each fills one."""
+    with open(path, "w") as file:
+        for i in range(count):
+            words = " ".join(str((i * 7919 + k * 104729) % 100003) for k in range(tokens // 5))
+            text = {"prompt": f"count {i}", "completion": words}
+            file.write(json.dumps(text) + "\n")
+    return path
+
+
+def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace) -> dict:
+    """One run: seconds per step after the first ones, and the peak of memory."""
+    from moored.track.journal import metrics
+
+    folder.mkdir()
+    recipe = {
+        "name": arm,
+        "model": {"name_or_path": str(model), "quantization": "nf4"},
+        "adapter": {"r": 16, "alpha": 32.0},
+        "data": {
+            "train": [{"path": str(data)}],
+            "max_length": args.tokens,
+            "too_long": "truncate",
+        },
+        "regularizer": ARMS[arm],
+        "optim": {"learning_rate": 1e-4},
+        "parallel": {"zero_stage": args.zero_stage},
+        "train": {
+            "steps": args.steps,
+            "global_batch_sequences": args.sequences,
+            "micro_batch_size": args.micro_batch_size,
+            "gradient_checkpointing": args.checkpointing,
+        },
+        "evaluation": {"before": False},
+        "track": {"mlflow": False},
+        "output": {"dir": str(folder / "runs")},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "moored", "train", str(folder / "recipe.yaml")]
+    paths = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    values = metrics(folder / "runs" / arm)
+    seconds = [value for _, value in values["perf/step_seconds"]][args.skip :]
+    return {"seconds": seconds, "peak_gib": values["perf/peak_memory_bytes"][-1][1] / 2**30}
+
+
+if __name__ == "__main__":
+    main()

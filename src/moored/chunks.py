@@ -1,0 +1,154 @@
+"""Rows of hidden states to losses and a gradient, chunk by chunk: by torch, or by Triton's kernels.
+
+Knows no module, no autograd and no reduction; head.py makes the public functions of it.
+
+Legend: N rows, C the rows of one chunk, D hidden size, V vocabulary, v this rank's columns without
+padding. h the policy's and h0 the reference's hidden states, y the targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moored.divergence import Objective, chunk_loss_
+from moored.logits import Logits
+from moored.tmkl import RowPlan, compute_dtype, default_chunk_tokens
+
+
+def run_chunks(
+    logits: Logits,
+    h_ND: Tensor,
+    h0_ND: Tensor | None,
+    targets_N: Tensor,
+    plan: RowPlan,
+    goal: Objective,
+    scales: tuple[float | Tensor, float | Tensor],
+    chunk_tokens: int | None,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per-row cross-entropy and KL, and the gradient of their sum.
+
+    Args:
+        logits: the head.
+        h_ND: the policy's hidden states, detached.
+        h0_ND: the reference's, detached; None for cross-entropy alone.
+        targets_N: global ids.
+        plan: which rows, in which groups.
+        goal: the divergence.
+        scales: factors of the sums of cross-entropies and of KLs, as numbers or on the device.
+        chunk_tokens: rows at a time; None: `default_chunk_tokens`.
+        with_gradient: whether it is wanted.
+
+    Returns:
+        fp64 [N] twice, and [N, D] in at least fp32, summed over ranks, or None.
+    """
+    dtype = compute_dtype(h_ND, h0_ND, logits.weight_vD)
+    ce_N, kl_N = plan.new_values(h_ND.device)
+    grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
+    # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
+    # would underflow.
+    ce_scale, kl_scale = (_scalar(x, dtype, h_ND.device) for x in scales)
+    units = {False: _not_0(ce_scale.abs()), True: _not_0(ce_scale.abs().max(kl_scale.abs()))}
+    kl_acts = isinstance(scales[1], Tensor) or scales[1] != 0
+    size = chunk_size(chunk_tokens, plan.num_targets, logits)
+    with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
+        how = _by_kernels if kernels_run(logits, dtype) else _by_torch
+        half = logits.native(h_ND.dtype) and with_gradient
+        chunk = how(logits, goal, dtype, min(size, plan.num_targets), half)
+        for rows, with_kl in plan.chunks(size):
+            h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
+            unit = units[with_kl]
+            weights = ce_scale / unit, kl_scale / unit if kl_acts else 0.0
+            ce_N[rows], kl_C, dh_CD = chunk(h_ND[rows], h0_CD, targets_N[rows], *weights)
+            if kl_C is not None:
+                kl_N[rows] = kl_C
+            if grad_ND is not None:
+                grad_ND[rows] = dh_CD().mul_(unit)
+        if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
+            dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
+    return ce_N, kl_N, grad_ND
+
+
+# (h [C, D], h0 or None, targets [C], weights of both parts) -> cross-entropies, KLs, and the
+# gradient of h, computed when it is called for.
+_Chunk = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor | float],
+    tuple[Tensor, Tensor | None, Callable[[], Tensor]],
+]
+
+
+def _by_torch(
+    logits: Logits, goal: Objective, dtype: torch.dtype, num_rows: int, half: bool
+) -> _Chunk:
+    """Chunks by torch alone; `half`: the gradient's product in the weight's half precision."""
+    buffer = logits.new_buffer(num_rows, dtype)
+    weight_vD = logits.weight_vD if half else None
+
+    def chunk(
+        h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
+    ) -> tuple[Tensor, Tensor | None, Callable[[], Tensor]]:
+        s_Cv, e_Cv, slope_Cv = logits.project(h_CD, h0_CD, dtype, buffer)
+        ce_C, kl_C = chunk_loss_(s_Cv, e_Cv, y_C, goal, logits.shard, ce, kl)
+        return ce_C, kl_C, lambda: logits.pull_back(s_Cv, slope_Cv, weight_vD)
+
+    return chunk
+
+
+def _by_kernels(
+    logits: Logits, goal: Objective, dtype: torch.dtype, num_rows: int, half: bool
+) -> _Chunk:
+    """Chunks by Triton's kernels, which read and write every logit twice."""
+    from moored import fused
+
+    buffer, weight_vD, gradient = logits.new_buffer(num_rows, dtype), None, None
+    if half:
+        # fp16's 11 bits round the gradient to 0.02 %, bf16's 8 to 0.17 %.
+        weight_vD = fused.to_half(logits.weight_vD)
+        gradient = buffer.new_empty((num_rows, buffer.shape[1]), dtype=weight_vD.dtype)
+
+    def chunk(
+        h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
+    ) -> tuple[Tensor, Tensor | None, Callable[[], Tensor]]:
+        both_v, is_difference = logits.products(h_CD, h0_CD, dtype, buffer)
+        s_Cv, t_Cv = both_v[: len(h_CD)], both_v[len(h_CD) :] if h0_CD is not None else None
+        g_Cv = s_Cv if gradient is None else gradient[: len(h_CD)]
+        weights_2 = torch.stack([ce, _scalar(kl, dtype, h_CD.device)])
+        ce_C, kl_C, unscale_C = fused.chunk_loss_(
+            s_Cv, t_Cv, y_C, goal, logits, weights_2, g_Cv, t_is_difference=is_difference
+        )
+        return ce_C, kl_C, lambda: logits.pull_back(g_Cv, None, weight_vD).mul_(unscale_C[:, None])
+
+    return chunk
+
+
+def kernels_run(logits: Logits, dtype: torch.dtype) -> bool:
+    """Whether Triton can take over: on a GPU, in fp32."""
+    found = logits.weight_vD.is_cuda and find_spec("triton") is not None
+    return found and dtype == torch.float32
+
+
+def _scalar(x: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on the device, without a copy that the host waits for."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype)
+    return torch.full((), x, dtype=dtype, device=device)
+
+
+def _not_0(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
+
+
+def chunk_size(chunk_tokens: int | None, num_tokens: int, logits: Logits) -> int:
+    """Rows at a time; raises ValueError for a number below 1."""
+    if chunk_tokens is None:
+        on_gpu = logits.weight_vD.is_cuda
+        return default_chunk_tokens(num_tokens, logits.shard, on_gpu=on_gpu)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: at least 1 is needed")
+    return chunk_tokens
