@@ -174,10 +174,14 @@ class Cluster:
                     time.monotonic() < deadline
                 ):
                     time.sleep(0.1)
-        self._end("slurmctld")  # before its nodes, for which it would wait
+        self.stop_controller()  # before its nodes, for which it would wait
         for node in self.nodes:
             self.crash(node)
         self._end("munged")
+
+    def stop_controller(self) -> None:
+        """End slurmctld alone, as when it is started anew; jobs go on."""
+        self._end("slurmctld")
 
     def _end(self, name: str) -> None:
         pid = self._pid(name)
@@ -239,15 +243,17 @@ class Cluster:
 
     def _run(self, *command: str) -> None:
         with open(self.root / "log" / "daemons.out", "a") as log:
-            subprocess.run(
+            done = subprocess.run(
                 command,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                check=True,
+                check=False,
                 timeout=START_SECONDS,
             )
+        if done.returncode:
+            raise SystemExit(f"minicluster: {command[0]} failed: {self.root}/log says why")
 
     def _ask(self, *command: str) -> str:
         done = subprocess.run(
@@ -298,6 +304,8 @@ def install() -> None:
     """The Debian packages, where they are missing."""
     if all(shutil.which(name) for name in PROGRAMS):
         return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SystemExit(f"minicluster: install needs root and Debian, for {', '.join(PACKAGES)}")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for command in (
         ["apt-get", "update", "-qq"],

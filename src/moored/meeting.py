@@ -17,6 +17,7 @@ from moored.launched import Launched
 
 ASK_SECONDS = 3.0  # for an answer: something else may listen there, and say nothing for ever
 PAUSE_SECONDS = 0.2
+HEARD = "heard"
 
 
 def host(place: Launched) -> tuple[socket.socket, socket.socket]:
@@ -51,7 +52,8 @@ def _answer(server: socket.socket, line: bytes, place: Launched) -> None:
                     name, _, rank = _line(connection).partition(" ")
                     if name == place.meeting:
                         connection.sendall(line)
-                        missing.discard(int(rank))
+                        if _line(connection) == HEARD:  # else it has left, and asks again
+                            missing.discard(int(rank))
 
 
 def find(place: Launched, seconds: float) -> int:
@@ -70,6 +72,7 @@ def find(place: Launched, seconds: float) -> int:
                     connection.sendall(f"{place.meeting} {place.rank}\n".encode())
                     name, _, answer = _line(connection).partition(" ")
                     if name == place.meeting:
+                        connection.sendall(f"{HEARD}\n".encode())
                         return int(answer)
         time.sleep(PAUSE_SECONDS)
     raise OSError(f"rank 0 is at none of these ports after {seconds:.0f} s: its own log says why")

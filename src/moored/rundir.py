@@ -166,9 +166,14 @@ def locked(path: Path) -> Iterator[None]:
     replaced and still runs finds out by `RunDirectory.require_owned`.
 
     Raises:
-        UserError: another live process owns it.
+        UserError: another live process owns it, or it cannot be made.
     """
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be made: {error.strerror}: choose another output.dir"
+        ) from error
     directory, job = RunDirectory(path), slurm_job()
     mine = {
         "host": socket.gethostname(),

@@ -37,7 +37,7 @@ def jobs_facts(job: str) -> list[dict[str, str]]:
     if done.returncode:
         if "Invalid job id" in done.stderr:
             return []
-        raise UserError(f"scontrol: {_last_line(done.stderr)}: ask again once SLURM answers")
+        raise UserError(f"scontrol: {_in_a_line(done.stderr)}: ask again once SLURM answers")
     pattern = r"(\w[\w/:]*)=(.*?)(?=\s\w[\w/:]*=|\s*$)"
     return [dict(re.findall(pattern, line)) for line in done.stdout.splitlines() if line]
 
@@ -65,6 +65,9 @@ def is_alive(job: str, name: str | None = None) -> bool:
 def check(script: str, options: Sequence[str] = ()) -> str:
     """Has SLURM judge a script without submitting it.
 
+    It judges by the nodes that are in service; where others may be what the job needs, the job is
+    left to wait for them.
+
     Returns:
         What it says of when and where the job would start.
 
@@ -72,10 +75,19 @@ def check(script: str, options: Sequence[str] = ()) -> str:
         UserError: it would refuse the job, or is not here.
     """
     done = _run(["sbatch", "--test-only", *options], text=script)
-    said = _last_line(done.stderr)
     if done.returncode:
-        raise UserError(f"SLURM would refuse this job: {said.removeprefix('allocation failure: ')}")
-    return said.removeprefix("sbatch: ")
+        said = _in_a_line(done.stderr).replace("allocation failure: ", "")
+        if "node configuration is not available" in said and _out_of_service(script):
+            return said
+        raise UserError(f"SLURM would refuse this job: {said}")
+    return (done.stderr.strip().splitlines() or [""])[-1].removeprefix("sbatch: ")
+
+
+def _out_of_service(script: str) -> bool:
+    """Whether nodes of the script's partition, or of any, are drained, down or in maintenance."""
+    partition = re.search(r"^#SBATCH (--partition=\S+)$", script, re.MULTILINE)
+    command = ["sinfo", "--noheader", "--states=drain,down,fail,maint", "--format=%D"]
+    return bool(_run([*command, *(partition.groups() if partition else ())]).stdout.strip())
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
@@ -86,7 +98,7 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     """
     done = _run(["sbatch", "--parsable", *options, str(script)])
     if done.returncode:
-        raise UserError(f"sbatch {script}: {_last_line(done.stderr)}")
+        raise UserError(f"sbatch {script}: {_in_a_line(done.stderr)}")
     return done.stdout.strip().partition(";")[0]  # a federation adds the cluster's name
 
 
@@ -98,14 +110,14 @@ def cancel(jobs: Sequence[str]) -> None:
     """
     done = _run(["scancel", *jobs])
     if done.returncode and "Invalid job id" not in done.stderr:
-        raise UserError(f"scancel {' '.join(jobs)}: {_last_line(done.stderr)}")
+        raise UserError(f"scancel {' '.join(jobs)}: {_in_a_line(done.stderr)}")
 
 
 def _run(
     command: Sequence[str], text: str | None = None, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
+        done = subprocess.run(
             command,
             input=text,
             env=environment,
@@ -116,15 +128,22 @@ def _run(
         )
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} is not on this machine: submit from a login node of the cluster, or add "
-            "--dry-run to see the script"
+            f"{command[0]} is not on this machine: use a login node of the cluster (`moored submit "
+            "--dry-run` shows a script anywhere)"
         ) from None
     except subprocess.TimeoutExpired:
         raise UserError(
             f"{command[0]} did not answer in {SECONDS:.0f} s: try again once SLURM answers"
         ) from None
+    if done.returncode and re.search("configuration source|Unable to contact|MUNGE", done.stderr):
+        raise UserError(
+            f"SLURM does not answer here ({_in_a_line(done.stderr.strip().splitlines()[-1])}): try "
+            "again once it does, and see that SLURM_CONF names its configuration if it must"
+        )
+    return done
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^\w+: (error: )?", "", lines[-1]) if lines else "no reason given"
+def _in_a_line(text: str) -> str:
+    """All that a command complained of; a site's own words come before SLURM's."""
+    lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(filter(None, lines))) or "no reason given"

@@ -83,6 +83,28 @@ def test_taken_ports_are_passed_by(job: int) -> None:
     assert [rank.communicate(timeout=120)[0].strip() for rank in ranks] == ["3"] * 3
 
 
+def test_who_did_not_hear_the_answer_asks_again(job: int) -> None:
+    """Rank 1 left before it was answered, since somebody silent was served first."""
+    first = start(job, 0, 2)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            asking = socket.create_connection(("localhost", ports(job)[0]), timeout=3)
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    asking.sendall(f"{job}.0.0 1\n".encode())
+    asking.close()
+    ranks = [start(job, 1, 2), first]
+    try:
+        assert [rank.communicate(timeout=60)[0].strip() for rank in ranks] == ["2"] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 def test_an_earlier_start_of_the_job_is_not_met(job: int) -> None:
     """Rank 0 of a start that is cut off still waits for its rank 1."""
     stale = start(job, 0, 2, restart=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,7 @@ def test_a_job_that_gets_nowhere_gives_up(desk: Desk) -> None:
     job.ended()
     assert job.slurm_states() == {"FAILED"}
     assert "1 starts in a row saved no new step: giving up" in job.log()
+    assert job.log().count(": giving up") == job.log().count(", start ") == 1
     assert "giving up" in desk.moored("status", str(job.run))
 
 
@@ -124,6 +127,60 @@ def test_a_job_that_may_not_be_requeued_submits_its_successor(desk: Desk, undist
     successor = (job.run / "slurm/continued").read_text().split()[-1]
     assert successor != job.ids[0]
     assert f"job       {successor} (train)" in desk.moored("status", str(job.run))
+    require_equal(job, undisturbed)
+
+
+def test_what_waits_for_a_job_waits_for_its_successor(desk: Desk) -> None:
+    options = ("--stages=train,report", "--set=slurm.requeue=false")
+    job = desk.submit("waited-for", *options)
+    job.at_step(SAVED)
+    desk.sh("scancel", "--signal=USR1", "--batch", job.ids[0])
+    until(lambda: (job.run / "slurm/continued").is_file(), 30, job.words)
+    assert job.slurm_states(job.ids[1]) == {"PENDING"}
+    job.ended(200)
+    assert job.state()["status"] == "done"
+    assert job.slurm_states(job.ids[0]) == {"FAILED"}
+    assert job.slurm_states(job.ids[1]) == {"COMPLETED"}, job.words()
+
+
+def test_a_report_waits_for_the_successors_of_arms(desk: Desk) -> None:
+    said = desk.moored(
+        "sweep",
+        str(desk.recipe),
+        "name=succeeded",
+        "train.seed=0,1",
+        "--site=minicluster",
+        "--set=slurm.preflight=false",
+        "--set=slurm.requeue=false",
+    )
+    sweep = desk.recipe.parent / "runs/succeeded"
+    array, report = re.findall(r"^job (\d+)", said, re.M)
+    arms = [Job(desk, arm, [array]) for arm in sorted((sweep / "arms").iterdir())]
+    for arm in arms:
+        arm.at_step(SAVED)
+    desk.sh("scancel", "--signal=USR1", "--batch", array)
+    for arm in arms:
+        until(lambda a=arm: (a.run / "slurm/continued").is_file(), 30, arm.words)
+    successors = [(arm.run / "slurm/continued").read_text().strip() for arm in arms]
+    status = desk.moored("status", str(sweep))
+    assert all(f"job       {job} (train)" in status for job in successors)
+    Job(desk, sweep, [report, *successors]).ended(200)
+    assert [arm.state()["status"] for arm in arms] == ["done", "done"]
+    figures = json.loads((sweep / "report/report.json").read_text())
+    assert sorted(figures["arms"]) == [arm.run.name for arm in arms]
+
+
+def test_a_controller_that_is_away_for_a_while(desk: Desk, undisturbed: Job) -> None:
+    job = desk.submit("without-controller")
+    job.at_step(SAVED)
+    desk.cluster.stop_controller()
+    try:
+        job.kill(1)
+        until(lambda: "Unable to contact slurm controller" in job.log(), 60, job.log)
+    finally:
+        desk.cluster.start()
+    job.done()
+    assert job.num_attempts() == 2
     require_equal(job, undisturbed)
 
 

@@ -92,6 +92,21 @@ def test_an_unfit_node_is_named_and_left_out(desk: Desk, tmp_path: Path) -> None
     assert (job.run / "slurm/excluded").read_text().split() == ["node1"]
     assert "excluded  node1" in desk.moored("status", str(job.run))
     assert job.num_attempts() == 1
+    assert job.log().count(", start ") == 2
+
+
+def test_where_every_node_is_unfit_the_job_gives_up(desk: Desk) -> None:
+    """It does not wait for ever for nodes that it has excluded itself."""
+    sets = (
+        "slurm.preflight=true",
+        "environment.python=/no/such/python",
+        "slurm.exclude='node[2-4]'",
+    )
+    job = desk.submit("unfit-all", *SHORT, nodes=1, sets=sets)
+    job.ended()
+    assert "without node1 too few nodes are left: trying them again" in job.log()
+    assert "3 starts in a row saved no new step: giving up" in job.log()
+    assert job.log().count(", start ") == 3
 
 
 def test_data_that_changed_end_the_job(desk: Desk, tmp_path: Path) -> None:
@@ -207,6 +222,17 @@ def test_slurm_refuses_before_anything_is_kept(desk: Desk) -> None:
     )
     assert said.startswith("error: SLURM would refuse this job: ")
     assert not (desk.recipe.parent / "runs/big").exists()
+
+
+def test_a_job_may_wait_for_nodes_in_maintenance(desk: Desk) -> None:
+    nodes = "nodename=node[1-4]"
+    desk.sh("scontrol", "update", nodes, "state=drain", "reason=test")
+    try:
+        job = desk.submit("maintained", *SHORT)
+        assert job.slurm_states() == {"PENDING"}
+    finally:
+        desk.sh("scontrol", "update", nodes, "state=resume")
+    job.done()
 
 
 def test_secrets_reach_the_job_and_nothing_else(desk: Desk) -> None:
@@ -335,7 +361,7 @@ def test_pyxis_is_given_what_it_needs(desk: Desk, tmp_path: Path) -> None:
         "container.options=[--no-container-mount-home]",
         f"container.python={python}",
         "container.mounts=['/data:/data']",
-        "storage.cache=/cache/$USER",
+        f"storage.cache={tmp_path}/cache-$USER",
     )
     environment = {"MOORED_CACHE": str(tmp_path / "cache")}
     job = desk.submit("pyxis", *SHORT, sets=sets, **environment).done()
@@ -344,7 +370,9 @@ def test_pyxis_is_given_what_it_needs(desk: Desk, tmp_path: Path) -> None:
         assert image == "STUB_0=/images/moored.sqsh"
         mounted = mounts.removeprefix("STUB_1=").split(",")
         assert f"{job.run}:{job.run}" in mounted
-        assert {"/cache/root:/cache/root", "/data:/data"} <= set(mounted)
+        cache = tmp_path / "cache-root"
+        assert {f"{cache}:{cache}", "/data:/data"} <= set(mounted)
+        assert (cache / "huggingface").is_dir()
         assert {"PYTHONPATH", "MOORED_LAUNCH", "HF_HOME"} <= set(names[7:].split(","))
         assert home == "STUB_3=given"
     assert len(list(tmp_path.glob("noted.*"))) == 2

@@ -41,6 +41,13 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert not (run / "lock").exists()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    says = "Not a directory: choose another output"
+    with pytest.raises(UserError, match=says), locked(tmp_path / "file/runs/one"):
+        pass
+
+
 def test_a_dead_process_of_this_machine_owns_nothing(tmp_path: Path) -> None:
     left(tmp_path, host=os.uname().nodename)
     assert not is_owned(tmp_path)

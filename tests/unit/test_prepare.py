@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 import chats
 from datakit import CHAT, TOKENIZER, config, jsonl
 from moored import data, sealed
+from moored.cli import main
 from moored.config import Config, load_config
 from moored.config.schema import Corpus
 from moored.data import kept
@@ -38,6 +39,25 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "while", "a", "dog", "ran", "o
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOORED_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
+
+
+def test_a_site_says_where_things_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, folder = tmp_path / "site.yaml", tmp_path / "shared"
+    monkeypatch.setenv("HF_HOME", "elsewhere")  # to be put back
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "elsewhere")
+    monkeypatch.setenv("SHARED", str(folder))
+    site.write_text("storage: {cache: $SHARED/cache}\n")
+    recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    with pytest.raises(SystemExit, match="0"):
+        main(["prepare", str(recipe), f"--site={site}"])
+    assert list((folder / "cache/moored/tokens").glob("[!.]*"))
+    assert os.environ["HF_HOME"] == str(folder / "cache/huggingface")
+    monkeypatch.delenv("SHARED")
+    with pytest.raises(SystemExit, match="2"):
+        main(["prepare", str(recipe), f"--site={site}"])
+    assert "export what it names" in capsys.readouterr().err
 
 
 def chat_rows(count: int, start: int = 0) -> list[dict[str, Any]]:

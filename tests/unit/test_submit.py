@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moored.cli import main
 from moored.config import load_config
 from moored.errors import UserError, UserErrors
 from moored.inputs import fingerprints, input_files, missing_and_changed
@@ -20,7 +21,8 @@ from moored.submit.places import slurm_folder
 from moored.submit.reference import HEAD
 from moored.submit.script import Job, render
 from moored.submit.site import Site, load_site
-from moored.submit.sweep import arms_of, array_of, split_values
+from moored.submit.site import _seconds as limit_seconds
+from moored.submit.sweep import arms_of, array_of, split_values, submit_sweep
 from tiny import write_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
@@ -118,6 +120,7 @@ def test_a_path_reaches_bash_as_it_is_or_is_refused(name: str) -> None:
         ("slurm.partition=$(id)", "expected a name of SLURM's"),
         ("slurm.account=a;b", "expected a name of SLURM's"),
         ("slurm.time=soon", "expected a time such as"),
+        ("slurm.time=03:00", "03:00 is 180 s, and SLURM would warn at once"),
         ("slurm.options=[--wrap=x y]", "expected an option of sbatch"),
         ('slurm.options=["--comment=a\\n#SBATCH --uid=0"]', "expected an option of sbatch"),
         ("slurm.gpu_type=h100", "would be ignored, since gpus_per_node is 0"),
@@ -139,9 +142,54 @@ def test_profiles_are_strict(setting: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("30", 1800),
+        ("30:20", 1820),
+        ("01:30:20", 5420),
+        ("2-12", 60 * 3600),
+        ("2-12:30", 60 * 3600 + 1800),
+        ("1-00:00:01", 86401),
+    ],
+)
+def test_limits_are_read_as_slurm_does(limit: str, seconds: int) -> None:
+    assert limit_seconds(limit) == seconds
+
+
+def test_what_a_site_sources_may_use_unset_variables() -> None:
+    """Scripts of conda and of environment modules do."""
+    sets = ["environment.setup=['echo $SURELY_NOT_SET', 'echo reached']"]
+    text = render(job(), load_site("cpu", sets)[1], "cpu")
+    head = text[: text.index("export SLURM_EXPORT_ENV")] + "echo $SURELY_NOT_SET\n"
+    done = subprocess.run(["bash", "-c", head], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["reached"]
+    assert "unbound variable" in done.stderr
+
+
+def test_journals_are_sent_although_there_is_nothing_to_report(tmp_path: Path) -> None:
+    commands = (("report", str(tmp_path)), ("sync", str(tmp_path)))
+    what = job(kind="cpu", file="report", folder=tmp_path, commands=commands)
+    text = render(what, load_site("cpu")[1], "cpu")
+    head = "SLURM_JOB_ID=1 SLURM_JOB_NODELIST=x; srun() { echo $*; [[ $* != *report* ]]; }\n"
+    done = subprocess.run(["bash", "-c", head + text], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"moored sync {tmp_path}" in done.stdout
+
+
 def test_an_unknown_site_is_told_what_there_is() -> None:
     with pytest.raises(UserError, match=r"did you mean gpu-pyxis\?.*there are cpu, "):
         load_site("gpu-pyxsi")
+
+
+def test_a_profile_that_is_none(tmp_path: Path) -> None:
+    for name, text, says in (
+        ("a.yaml", "# nothing\n", "the profile is empty: copy one from"),
+        ("a.conf", "slurm: {}\n", "a profile's name ends in .yaml"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=says):
+            load_site(str(tmp_path / name))
 
 
 def test_a_profile_by_its_path(tmp_path: Path) -> None:
@@ -273,6 +321,34 @@ def test_what_a_chain_consists_of(recipe: Path) -> None:
     assert len({j.script for j in jobs.values()}) == 2
     with pytest.raises(UserError, match=r"--stages trian: there are prepare, train"):
         room.jobs_of(config, site, run, nodes=1, stages=["trian"])
+    with pytest.raises(UserError, match=r"--stages names none: there are prepare, train"):
+        room.jobs_of(config, site, run, nodes=1, stages=[])
+
+
+def test_a_limit_may_be_minutes(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["submit", str(recipe), "--site=cpu", "--time=30", "--dry-run"])
+    assert "#SBATCH --time=30\n" in capsys.readouterr().out
+
+
+def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
+    """A restart without training; a sweep where a run is; a run where a sweep is."""
+    config, (name, site) = load_config(recipe), load_site("cpu")
+    run = room.run_folder(config)
+    (run / "slurm").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="--restart would remove the trained run"):
+        room.submit_run(config, site, name, stages=["report"], restart=True)
+    exported = room.export_folder(run) / "adapter_config.json"
+    exported.parent.mkdir()
+    exported.touch()
+    with pytest.raises(UserError, match="-export is there already"):
+        room.submit_run(config, site, name, stages=["train", "export"], restart=True)
+    with pytest.raises(UserError, match="holds a run or a comparison: choose another name"):
+        submit_sweep(recipe, ["train.seed=0,1"], site, name)
+    (run / "arms").mkdir()
+    with pytest.raises(UserError, match="holds a comparison or a sweep: choose another name"):
+        room.submit_run(config, site, name)
 
 
 def test_a_mesh_that_cannot_be_is_refused_before_the_queue(recipe: Path) -> None:
@@ -290,3 +366,6 @@ def test_runs_are_tracked_where_the_site_says(recipe: Path) -> None:
     assert room.for_site(own, site).track.uri == "sqlite:////x.db"
     assert room.ships_to_file(own)
     assert not room.ships_to_file(room.for_site(load_config(recipe), site))
+    arms = arms_of(recipe, ["train.seed=0,1"])
+    array, _ = array_of(arms, site, nodes=1, throttle=0, indices=[0, 1])
+    assert not array.ship_later

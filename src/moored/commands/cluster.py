@@ -37,7 +37,7 @@ def _site(site: str, settings: Sequence[str], time: str | None) -> tuple[str, An
     for text in settings:
         if "=" not in text:
             raise UserError(f"--set {text}: write KEY=VALUE, such as slurm.partition=long")
-    return load_site(site, [*settings, *([f"slurm.time={time}"] if time else [])])
+    return load_site(site, [*settings, *([f'slurm.time="{time}"'] if time else [])])
 
 
 @click.command()

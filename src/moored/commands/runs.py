@@ -5,6 +5,7 @@ Those that talk to SLURM are in `cluster.py`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,14 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
     metavar="DAYS",
     help="Instead, remove the tokens that nothing has read for so long; takes no recipe.",
 )
+@click.option("--site", help="Fill the cache of this site profile (storage.cache).")
 @launcher_argument
 def prepare(
-    recipe: Path | None, overrides: tuple[str, ...], offline_check: bool, days: float | None
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    offline_check: bool,
+    days: float | None,
+    site: str | None,
 ) -> None:
     """Bring here what a recipe needs, before its job starts.
 
@@ -169,6 +175,8 @@ def prepare(
     """
     if (recipe is None) == (days is None):
         raise UserError("give either a recipe, or --prune DAYS")
+    if site is not None:
+        _use_caches(site)
     if days is not None:
         from moored import prepare as room
 
@@ -211,6 +219,20 @@ def where(recipe: Path, overrides: tuple[str, ...]) -> None:
 def _finished(run_dir: Path) -> None:
     if own_rank() == 0:
         click.echo(str(run_dir))
+
+
+def _use_caches(site: str) -> None:
+    """Keep models and data where the jobs of a site look for them."""
+    from moored.submit.script import CACHES
+    from moored.submit.site import load_site
+
+    cache = load_site(site)[1].storage.cache
+    if cache is None:
+        return
+    folder = os.path.expandvars(cache)
+    if "$" in folder:
+        raise UserError(f"storage.cache of {site}: {cache}: export what it names, it is not set")
+    os.environ |= {name: os.path.join(folder, part) for name, part in CACHES.items()}
 
 
 def _redact(text: str) -> str:

@@ -113,8 +113,12 @@ def shorten(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 4]}...{text[-1]}"
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and lays the overrides over it.
+def read(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    empty: str = "the recipe is empty: give at least model, data and train",
+) -> Recipe:
+    """Reads a recipe file and lays the overrides over it; `empty` is said of one without content.
 
     Raises:
         UserError: the file cannot be read as one YAML mapping, with the line and the fix.
@@ -124,7 +128,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     builder = _Builder(str(path))
     data = builder.parse(text)
     if data is None:
-        raise UserError(f"{path}: the recipe is empty: give at least model, data and train")
+        raise UserError(f"{path}: {empty}")
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else f"the value {shorten(data)}"
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from moored import scheduler
 from moored.errors import UserError
 from moored.rundir import RunDirectory, is_owned
-from moored.submit.jobs import remembered
+from moored.submit.jobs import remembered, submitted_ranks
 from moored.track.cursor import CURSOR_NAME
 from moored.track.journal import JOURNAL_NAME, Fence, Follower
 
@@ -125,9 +125,8 @@ def describe(run: Path) -> Iterator[str]:
     if arms:
         yield from _table([standing(arm) for arm in arms])
         return
-    ended = _text(RunDirectory(run).slurm / "ended") or at.state.get("reason")
     restarts = f", started {at.starts} times" if at.starts > 1 else ""
-    yield f"status    {at.status}{restarts}{_because(at, ended)}"
+    yield f"status    {at.status}{restarts}{_because(at)}"
     total = at.state.get("num_steps")
     if at.step or total:
         saved = at.state.get("step")
@@ -144,7 +143,8 @@ def describe(run: Path) -> Iterator[str]:
     yield from _tracked(run)
 
 
-def _because(at: Standing, ended: str | None) -> str:
+def _because(at: Standing) -> str:
+    ended = _text(RunDirectory(at.run).slurm / "ended") or at.state.get("reason")
     if at.status == "lost":
         return ": its process is gone; start or submit it again to go on"
     return f": {ended}" if ended and at.status not in ("running", "done") else ""
@@ -164,7 +164,7 @@ def _table(arms: list[Standing]) -> Iterator[str]:
     for arm in arms:
         total, loss = arm.state.get("num_steps"), arm.values.get("train/loss")
         steps = f"{arm.step}/{total}" if total else str(arm.step)
-        shown = "" if loss is None else f"  loss {loss:.4g}"
+        shown = ("" if loss is None else f"  loss {loss:.4g}") + _because(arm)
         yield f"arm       {arm.run.name:<{width}}  {arm.status:<16} step {steps:>11}{shown}"
 
 
@@ -210,6 +210,8 @@ def cancel(run: Path) -> list[str]:
 def logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) -> None:
     """Print the ends of a run's logs: the job's, and that of a rank; then what is added.
 
+    Who follows may be there before the job has started.
+
     Args:
         run: the run directory.
         out: where to.
@@ -218,37 +220,57 @@ def logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) -> None
         follow: go on until the run has ended.
 
     Raises:
-        UserError: there is no log.
+        UserError: there is no log, or no such rank.
     """
-    standing(run)
-    files = _log_files(run, rank)
-    if not files:
-        raise UserError(f"{run} has no log of rank {rank} yet: it has not started")
+    _require_rank(run, rank)
     places: dict[Path, int] = {}
-    for path in files:
-        text = path.read_text(errors="replace")
-        print(f"==> {os.path.relpath(path)} <==", file=out)
-        print("\n".join(text.splitlines()[-lines:]), file=out, flush=True)
-        places[path] = path.stat().st_size
-    while follow:
-        ended = _has_ended(run)
+    first = True
+    while True:
+        ended = not follow or _has_ended(run)
         for path in _log_files(run, rank):
-            start, size = places.get(path, 0), path.stat().st_size
-            if size > start:
-                with path.open("rb") as file:
-                    file.seek(start)
-                    out.write(file.read(size - start).decode(errors="replace"))
-                out.flush()
-            places[path] = size
+            if path not in places:
+                print(f"==> {os.path.relpath(path)} <==", file=out)
+            with path.open("rb") as file:
+                file.seek(places.get(path, 0))
+                data = file.read()
+            places[path] = places.get(path, 0) + len(data)
+            text = data.decode(errors="replace")
+            if first:
+                text = "".join(text.splitlines(keepends=True)[-lines:] if lines else [])
+            out.write(text)
+        out.flush()
         if ended:
-            return
+            break
+        first = False
         time.sleep(POLL_SECONDS)
+    if not places:
+        raise UserError(f"{run} has no log of rank {rank} yet: it has not started")
+
+
+def _require_rank(run: Path, rank: int) -> None:
+    standing(run)
+    ranks = {int(path.stem.removeprefix("rank-")) for path in (run / "logs").glob("rank-[0-9]*.*")}
+    ranks |= set(range(submitted_ranks(run)))
+    if ranks and rank not in ranks:
+        raise UserError(f"{run} has no rank {rank}: there are 0 to {max(ranks)}")
 
 
 def _log_files(run: Path, rank: int) -> list[Path]:
-    jobs = sorted((run / "slurm").glob("job-*.log"), key=lambda path: path.stat().st_mtime)
+    jobs = sorted(_job_logs(run.absolute()), key=lambda path: path.stat().st_mtime)
     ranks = [run / "logs" / f"rank-{rank}{suffix}" for suffix in (".out", ".log")]
     return [*jobs[-1:], *[path for path in ranks if path.is_file()][:1]]
+
+
+def _job_logs(run: Path) -> list[Path]:
+    """What the scripts of a run's jobs said; an arm's are with its sweep, by its place there."""
+    if run.parent.name != "arms":
+        return list((run / "slurm").glob("job-*.log"))
+    slurm = RunDirectory(run.parents[1]).slurm
+    try:
+        names = [arm["name"] for arm in json.loads((slurm / "arms.json").read_text())["arms"]]
+        return list(slurm.glob(f"job-*_{names.index(run.name)}.log"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _has_ended(run: Path) -> bool:

@@ -52,8 +52,9 @@ def jobs_of(
 ) -> dict[str, Job]:
     """The jobs of a run by stage, in their order."""
     unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown:
-        raise UserError(f"--stages {unknown[0]}: there are {', '.join(STAGES)}")
+    if unknown or not stages:
+        said = f"--stages {unknown[0]}" if unknown else "--stages names none"
+        raise UserError(f"{said}: there are {', '.join(STAGES)}")
     world, degree = nodes * site.slurm.ranks, config.parallel.tensor_parallel_degree
     if world % degree:
         raise UserError(
@@ -74,7 +75,7 @@ def jobs_of(
         "prepare": ("prepare", recipe),
         "evaluate": ("evaluate", here),
         "report": ("report", here),
-        "export": ("export", here, "--to", str(run.with_name(f"{run.name}-export"))),
+        "export": ("export", here, "--to", str(export_folder(run))),
     }
     jobs: dict[str, Job] = {}
     for stage in STAGES:
@@ -139,6 +140,18 @@ def submit_run(
     config, run = for_site(config, site), run_folder(config)
     jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
     scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
+    if restart and "train" not in jobs:
+        raise UserError(
+            "--restart would remove the trained run, and no stage trains it again: leave it out, "
+            "or add train to --stages"
+        )
+    if "export" in jobs and any(export_folder(run).glob("*")):
+        raise UserError(
+            f"{export_folder(run)} is there already, and export would fail after all else: remove "
+            "it, or leave export out of --stages"
+        )
+    if (run / "arms").exists():
+        raise UserError(f"{run} holds a comparison or a sweep: choose another name=...")
     check_data(config)
     require_free(run)
     for script in scripts.values():
@@ -161,6 +174,11 @@ def submit_run(
 def run_folder(config: Config) -> Path:
     """The run directory of a recipe."""
     return (config.output.dir / config.name).absolute()
+
+
+def export_folder(run: Path) -> Path:
+    """Where the stage `export` writes."""
+    return run.with_name(f"{run.name}-export")
 
 
 def submit_chain(jobs: Sequence[tuple[str, Job]], condition: str = "afterok") -> list[Submitted]:
@@ -215,17 +233,37 @@ def remembered(folder: Path) -> list[dict[str, str]]:
         jobs = list(json.loads((slurm / "jobs.json").read_text())["jobs"])
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    for job in jobs:
-        if job["stage"] == "train" and (slurm / "continued").is_file():
-            successor = (slurm / "continued").read_text().split()
-            if successor and successor[-1].isdigit():
-                job["id"] = successor[-1]
-                job["log"] = str(slurm / f"job-{successor[-1]}.log")
+    array = next((job for job in jobs if job["stage"] == "train"), None)
+    if array is not None:
+        if (successor := _successor(folder)) is not None:
+            array |= {"id": successor, "log": str(slurm / f"job-{successor}.log")}
+        for arm in sorted((folder / "arms").glob("*/slurm/continued")):
+            if (successor := _successor(arm.parents[1])) is not None:
+                log = str(slurm / f"job-{successor}_*.log")
+                jobs.append(array | {"id": successor, "log": log})
     return jobs
+
+
+def submitted_ranks(folder: Path) -> int:
+    """How many processes the run was submitted for; 0 where it was not."""
+    try:
+        facts = json.loads((RunDirectory(folder).slurm / "jobs.json").read_text())
+        return int(facts["nodes"] * facts["ranks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _successor(run: Path) -> str | None:
+    """The id of the job that a run's job submitted in its own place."""
+    try:
+        job = (RunDirectory(run).slurm / "continued").read_text().strip().partition(";")[0]
+    except OSError:
+        return None
+    return job if job.isdigit() else None
 
 
 def forget_attempts(slurm: Path) -> None:
     """Remove what earlier jobs counted: who submits anew has mended something."""
-    for name in ("progress", "excluded", "bad", "ended", "continued"):
+    for name in ("idle", "excluded", "bad", "ended", "continued"):
         (slurm / name).unlink(missing_ok=True)
     shutil.rmtree(slurm / "preflight", ignore_errors=True)

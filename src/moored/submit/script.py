@@ -19,12 +19,14 @@ from moored.errors import UserError
 from moored.submit.places import slurm_folder
 from moored.submit.site import Site
 
-PREFLIGHT_SECONDS = 600  # staging a model on a node's disk is part of it
+PREFLIGHT_SECONDS, STAGING_SECONDS = 600, 3600  # of the checks; with a model to copy to a disk
 # Before Python has a handler, a warning would end it; exec keeps what a shell ignores.
 WRAPPER = 'trap "" USR1; exec "$@"'
-# Each node has a disk of its own, and may call it differently; so its name is made there.
+# Each node has a disk of its own, and may call it differently; so its name is made there. What
+# DeepSpeed compiles is kept there, too: its locks outlive a killed job.
 WRAPPER_WITH_SCRATCH = (
     'trap "" USR1; export MOORED_SCRATCH="{scratch}"; export APPTAINER_BIND="$MOORED_SCRATCH"; '
+    'export TORCH_EXTENSIONS_DIR="$MOORED_SCRATCH/extensions"; '
     'mkdir -p "$MOORED_SCRATCH"; exec "$@"'
 )
 # What a site's cache holds, by the variables that say where.
@@ -40,7 +42,6 @@ class Job:
         title: in words, for the head of the script.
         name: of the recipe; letters, digits, `._-`.
         folder: of the run or the sweep.
-        recipe_folder: whose `recipe.yaml` a single run reads.
         nodes: how many.
         kind: `train` is watched and started again; `gpu` and `cpu` run `commands` once.
         arms: run directories of a sweep, by index in the job array.
@@ -51,6 +52,7 @@ class Job:
         caches: variables of who submits that say where models are.
         binds: folders that a container must see.
         ship_later: several runs would write to one SQLite store at once.
+        file: name of the script and of its logs.
     """
 
     title: str
@@ -135,7 +137,8 @@ def render(job: Job, site: Site, site_name: str) -> str:
             "arm_of": f" --arm-of {shlex.quote(str(job.folder))}" if job.arms else "",
             "script": job.script,
             "expected": job.folder / "slurm" / "expected.json",
-            "preflight_seconds": PREFLIGHT_SECONDS,
+            "preflight_seconds": STAGING_SECONDS if site.storage.scratch else PREFLIGHT_SECONDS,
+            "handing": job.folder / "slurm" / ".handing-over",
             "commands": job.commands,
         },
     )
@@ -223,6 +226,8 @@ def _variables(job: Job, site: Site) -> tuple[dict[str, str], dict[str, str]]:
     }
     if job.kind == "cpu":
         plain["OMP_NUM_THREADS"] = str(site.cpu_jobs.cpus or 1)
+    if site.container.runtime == "apptainer":  # an image may empty what the host sets
+        plain["APPTAINERENV_PYTHONPATH"] = plain["PYTHONPATH"]
     plain |= job.caches
     if site.network.offline:
         plain |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -37,6 +37,17 @@ def _shaped(pattern: str, words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _seconds(limit: str) -> int:
+    """Of a limit as SLURM reads it: `30` and `30:00` are minutes, `2-00` is days and hours."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds, *_ = [*parts, 0, 0]
+    else:
+        hours, minutes, seconds, *_ = [0, *parts, 0]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 # What stands in an #SBATCH line is read by SLURM, up to the end of the line.
 Word = Annotated[
     str,
@@ -113,6 +124,17 @@ class Slurm(Section):
     def ranks(self) -> int:
         """Processes per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
+
+    def problems(self) -> Iterator[Problem]:
+        """A start must be longer than the time that it is given to save."""
+        limit = _seconds(self.time) if self.time is not None else 0
+        if 0 < limit <= self.warn_seconds:
+            yield Problem(
+                "time",
+                f"{self.time} is {limit} s, and SLURM would warn at once (warn_seconds is "
+                f"{self.warn_seconds}): give more time, or lower slurm.warn_seconds",
+                ("warn_seconds",),
+            )
 
     def ignored(self) -> Iterator[Ignored]:
         """Without GPUs they have no type."""
@@ -284,10 +306,13 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
         known = sorted(p.stem for p in folder.glob("*.yaml"))
         if name_or_path not in known:
             near = suggest(name_or_path, known)
+            if path.is_file():
+                raise UserError(f"--site {path}: a profile's name ends in .yaml: rename it")
             raise UserError(
                 f"--site {name_or_path}: no such profile{near}: there are {', '.join(known)} (in "
                 f"{folder}); copy the one that is most like your cluster and give its path"
             )
         path = folder / f"{name_or_path}.yaml"
-    recipe = recipes.read(path, overrides)
+    empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
+    recipe = recipes.read(path, overrides, empty)
     return path.stem, validate(Site, recipe, _NO_PLACEHOLDERS, extra=lambda _site: ())

@@ -27,6 +27,7 @@ from moored.track.journal import first_start
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
 JOURNAL = "journal.jsonl"
+ARMS = "arms.json"  # in its slurm/, which makes a folder a sweep's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +134,7 @@ def array_of(
     arms: Sequence[Arm], site: Site, *, nodes: int, throttle: int, indices: Sequence[int]
 ) -> tuple[Job, Job]:
     """The array, and the job that reports once all of it has ended, one way or another."""
-    config = arms[0].config
+    config = room.for_site(arms[0].config, site)
     sweep = room.run_folder(config)
     base = room.jobs_of(config, site, sweep, nodes=nodes, stages=("train", "report"))
     binds = {path for a in arms for path in room.binds_of(a.config, site)}
@@ -178,6 +179,8 @@ def submit_sweep(
         for index, folder in enumerate(folders)
         if restart or RunDirectory(folder).state().get("status") != "done"
     ]
+    if (sweep / "config.yaml").exists() and not (sweep / "slurm" / ARMS).exists():
+        raise UserError(f"{sweep} holds a run or a comparison: choose another name=...")
     array, report = array_of(arms, site, nodes=nodes, throttle=throttle, indices=due)
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
     for data in {arm.config.data.model_dump_json(): arm.config for arm in arms}.values():
@@ -188,6 +191,7 @@ def submit_sweep(
     with locked(sweep):
         if not (sweep / "config.yaml").exists():
             open_run(arms[0].config, sweep, restart=False)
+        _keep_arms(sweep, arms)
         for index in due:
             with locked(folders[index]):
                 open_run(arms[index].config, folders[index], restart=restart)
@@ -196,7 +200,6 @@ def submit_sweep(
         room.forget_attempts(RunDirectory(sweep).slurm)
         keep_code(sweep)
         keep_expectations([arm.config for arm in arms], sweep, site)
-        _keep_arms(sweep, arms)
         if first_start(sweep / JOURNAL) is None:
             Tracker.declare(arms[0].config, sweep, arms=[arm.name for arm in arms])
         for path, script in scripts.items():
@@ -210,4 +213,4 @@ def submit_sweep(
 def _keep_arms(sweep: Path, arms: Sequence[Arm]) -> None:
     kept = [{"name": arm.name, "overrides": list(arm.overrides)} for arm in arms]
     text = json.dumps({"arms": kept}, indent=1) + "\n"
-    write_atomically(RunDirectory(sweep).slurm / "arms.json", text.encode())
+    write_atomically(RunDirectory(sweep).slurm / ARMS, text.encode())

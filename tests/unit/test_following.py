@@ -1,0 +1,111 @@
+"""What jobs leave behind, read without SLURM: logs, successors; and what SLURM's commands say."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moored import scheduler
+from moored.errors import UserError
+from moored.submit import following
+from moored.submit.jobs import remembered
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two ranks whose job has ended."""
+    for folder in ("slurm", "logs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "slurm/job-7.log").write_text("one\ntwo\nthree\n")
+    for rank in (0, 1):
+        (tmp_path / f"logs/rank-{rank}.out").write_text(f"rank {rank}\nsays\n")
+    keep_jobs(tmp_path)
+    return tmp_path
+
+
+def keep_jobs(run: Path, **facts: int) -> None:
+    job = {"stage": "train", "id": "7", "name": "moored-x", "log": str(run / "slurm/job-7.log")}
+    report = job | {"stage": "report", "id": "8"}
+    text = json.dumps({"jobs": [job, report], "nodes": 2, "ranks": 1, **facts})
+    (run / "slurm/jobs.json").write_text(text)
+
+
+def shown(run: Path, *, rank: int = 0, lines: int = 20) -> str:
+    out = io.StringIO()
+    following.logs(run, out, rank=rank, lines=lines, follow=False)
+    return out.getvalue()
+
+
+def test_the_last_lines_of_job_and_rank(run: Path) -> None:
+    text = shown(run, rank=1, lines=2)
+    assert "one" not in text
+    assert text.endswith("rank-1.out <==\nrank 1\nsays\n")
+    assert text.count("==>") == 2
+    assert "three\n" in text
+    assert "three" not in shown(run, lines=0)
+
+
+def test_a_rank_that_there_is_not(run: Path) -> None:
+    with pytest.raises(UserError, match=r"has no rank 2: there are 0 to 1"):
+        shown(run, rank=2)
+    keep_jobs(run, nodes=3)  # submitted anew, and not started yet
+    assert "three" in shown(run, rank=2)
+
+
+def test_successors_are_known(run: Path) -> None:
+    assert [job["id"] for job in remembered(run)] == ["7", "8"]
+    (run / "slurm/continued").write_text("9;cluster\n")
+    assert [job["id"] for job in remembered(run)] == ["9", "8"]
+    (run / "slurm/continued").write_text("")  # what a failed submission leaves
+    assert [job["id"] for job in remembered(run)] == ["7", "8"]
+
+
+def test_successors_of_arms_are_known(run: Path) -> None:
+    for arm, job in (("a", "11"), ("b", "12")):
+        (run / f"arms/{arm}/slurm").mkdir(parents=True)
+        (run / f"arms/{arm}/slurm/continued").write_text(f"{job}\n")
+    jobs = remembered(run)
+    assert [(job["stage"], job["id"]) for job in jobs] == [
+        ("train", "7"),
+        ("report", "8"),
+        ("train", "11"),
+        ("train", "12"),
+    ]
+    assert {job["name"] for job in jobs} == {"moored-x"}
+
+
+def test_an_arm_says_why_it_ended(run: Path) -> None:
+    arm = run / "arms/b"
+    (arm / "slurm").mkdir(parents=True)
+    (arm / "slurm/ended").write_text("no node passed the checks; giving up\n")
+    (run / "slurm/arms.json").write_text('{"arms": [{"name": "a"}, {"name": "b"}]}')
+    (run / "slurm/job-7_0.log").write_text("of the other\n")
+    (run / "slurm/job-7_1.log").write_text("of this one\n")
+    assert "giving up" in list(following.describe(run))[-1]
+    text = shown(arm)
+    assert "of this one" in text
+    assert "of the other" not in text
+
+
+def test_all_that_slurm_complains_of_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        "#!/bin/sh\necho 'sbatch: error: lua: name an account' >&2\n"
+        "echo 'sbatch: error: Batch job submission failed: Unspecified error' >&2\nexit 1\n"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError) as caught:
+        scheduler.check("#!/bin/sh\n")
+    assert str(caught.value) == (
+        "SLURM would refuse this job: lua: name an account; "
+        "Batch job submission failed: Unspecified error"
+    )
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: fatal: no configuration source' >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"does not answer here \(no configuration source\): try"):
+        scheduler.check("#!/bin/sh\n")
