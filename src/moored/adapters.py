@@ -6,8 +6,11 @@ is `tensor_parallel`'s.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 
 from moored.config import AdapterConfig
@@ -126,6 +130,50 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+@contextlib.contextmanager
+def scaled(model: PeftModel, factor: float) -> Iterator[None]:
+    """All that the adapters add, times `factor`: 0 is the base, 1 what was trained.
+
+    W + factor * BA interpolates base and adapted weights (WiSE-FT, arXiv 2109.01903).
+
+    Raises:
+        UserError: the adapters' effect is not linear in such a factor.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(any(layer.use_dora.values()) for layer in layers):
+        raise UserError(_NO_SCALE)
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update({name: factor * value for name, value in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
+    """Copy a saved LoRA adapter with its alpha times `factor`; its matrices stay as they are.
+
+    Raises:
+        UserError: as `scaled`.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise UserError(_NO_SCALE)
+    config["lora_alpha"] *= factor
+    config["alpha_pattern"] = {
+        k: factor * v for k, v in (config.get("alpha_pattern") or {}).items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    name = "adapter_model.safetensors"
+    shutil.copyfile(adapter / name, folder / name)
+
+
+_NO_SCALE = "--scale: only LoRA without DoRA is linear in a scale of the adapter: leave it out"
 
 
 def _open_parts(

@@ -247,6 +247,7 @@ def to_report(
     base_match: float | None,
     num_prompts: int,
     foreign: bool = False,
+    scale: float | None = None,
 ) -> Report:
     """The figures of one adapter as a report with one arm.
 
@@ -259,6 +260,7 @@ def to_report(
         base_match: exact match of the base.
         num_prompts: prompts behind the exact match.
         foreign: the adapter is not of this recipe, which says only how it is measured.
+        scale: factor of what the adapter adds; None: as trained.
     """
     texts, task = after.retention, after.adaptation
     base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
@@ -295,6 +297,7 @@ def to_report(
         train_seconds=training.seconds or None,
         peak_memory_bytes=training.peak_memory_bytes,
         final_loss=training.final_loss,
+        scale=scale,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
 

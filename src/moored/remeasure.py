@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moored.adapters import scaled
 from moored.base import locate
 from moored.config import Config, load_config
 from moored.engine import Engine, leave
 from moored.errors import UserError
-from moored.evaluate import Training, build_suite, evaluate, to_report
+from moored.evaluate import Evaluation, Training, build_suite, evaluate, to_report
 from moored.mesh import Mesh, degree_for, start_mesh
 from moored.model import load_policy
-from moored.report import Report, labels_of, show, write
+from moored.report import Report, labels_of, merge, show, write
 from moored.rundir import RunDirectory
 from moored.track.journal import metrics
 
@@ -53,22 +55,27 @@ def run_command(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     out: Path | None = None,
+    scales: Sequence[float] = (),
 ) -> None:
     """Measure finished runs by their own recipe (or by `recipe`), adapters by `recipe`.
 
     A report goes into the run, that of an adapter to `./report`; with `out` there. Where several
-    would share a folder, each has one of its own below it.
+    would share a folder, each has one of its own below it. With `scales` each adapter is measured
+    once per scale, and the report goes to `scales` instead of `report`.
 
     Raises:
         UserError: a target is neither, or an adapter comes without a recipe.
     """
-    opened = _open(targets, recipe, overrides, out)
+    if wrong := [scale for scale in scales if not (math.isfinite(scale) and scale > 0)]:
+        raise UserError(f"--scale {wrong[0]:g}: a finite number above 0 is needed (0 is the base)")
+    kept = "scales" if scales else "report"
+    opened = _open(targets, recipe, overrides, out, kept)
     mesh = start_mesh(_degree(opened))
     try:
         for target in opened:
-            report = _measure(target, mesh)
+            report = _measure(target, mesh, sorted(set(scales)) or [None])
             if mesh.is_main:
-                _write(target, report)
+                _write(target, report, at_scales=bool(scales))
             mesh.world.barrier()
     finally:
         leave()
@@ -94,7 +101,11 @@ def _degree(targets: Sequence[Target]) -> int:
 
 
 def _open(
-    targets: Sequence[str], recipe: Path | None, overrides: Sequence[str], out: Path | None
+    targets: Sequence[str],
+    recipe: Path | None,
+    overrides: Sequence[str],
+    out: Path | None,
+    kept: str,
 ) -> list[Target]:
     paths = list(dict.fromkeys(Path(target).resolve() for target in targets))
     labels = dict(zip(paths, labels_of(paths), strict=True))
@@ -103,7 +114,7 @@ def _open(
     for path in paths:
         run = None if path in bare else RunDirectory(path)
         sharing = bare if out is None else paths
-        folder = run.path / "report" if run is not None and out is None else out or Path("report")
+        folder = run.path / kept if run is not None and out is None else out or Path(kept)
         if path in sharing and len(sharing) > 1:
             folder = folder / labels[path]
         adapter = path if run is None else run.adapter
@@ -139,7 +150,7 @@ def _arm_name(run: RunDirectory, config: Config) -> str:
     return run.path.name if run.path.parent.name == "arms" else config.regularizer.kind
 
 
-def _measure(target: Target, mesh: Mesh) -> Report:
+def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None]) -> Report:
     config = target.config
     located = locate(config.model, mesh)
     suite = build_suite(config, located, mesh)
@@ -149,30 +160,38 @@ def _measure(target: Target, mesh: Mesh) -> Report:
         ask: Any = partial(
             evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
         )
-        after = ask(suite)
+        measured: dict[float | None, Evaluation] = {}
+        for scale in scales:
+            with scaled(policy.causal_lm, scale) if scale else contextlib.nullcontext():
+                measured[scale] = ask(suite)
         base_match = None
         if suite.prompts:
             base_match = ask(suite.only_prompts(), base=True).exact_match
     finally:
         engine.close()
     training = {} if target.run is None else target.run.state().get("training", {})
-    return to_report(
-        config,
-        located.source,
-        target.name,
-        after,
-        Training(**training),
-        base_match=base_match,
-        num_prompts=len(suite.prompts),
-        foreign=target.run is None,
-    )
+    reports = [
+        to_report(
+            config,
+            located.source,
+            target.name if scale in (None, 1.0) else f"{target.name}-scale{scale:g}",
+            after,
+            Training(**training),
+            base_match=base_match,
+            num_prompts=len(suite.prompts),
+            foreign=target.run is None,
+            scale=None if scale == 1.0 else scale,
+        )
+        for scale, after in measured.items()
+    ]
+    return merge(reports) if len(reports) > 1 else reports[0]
 
 
-def _write(target: Target, report: Report) -> None:
+def _write(target: Target, report: Report, *, at_scales: bool) -> None:
     curves = None if target.run is None else {target.name: metrics(target.run.path)}
     write(report, target.folder, curves=curves)
     run = target.run
-    if run is not None and run.state().get("status") == "evaluation_failed":
+    if run is not None and not at_scales and run.state().get("status") == "evaluation_failed":
         run.update_state(status="done", reason=None)  # this was what it lacked
     show(report, sys.stdout)
     print(f"report in {target.folder}")

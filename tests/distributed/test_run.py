@@ -26,6 +26,7 @@ from moored.errors import (
     TrainingRefusedError,
     UserError,
 )
+from moored.export import run_command as export
 from tiny import tiny_recipe, write_chats, write_recipe
 
 
@@ -92,6 +93,58 @@ def comparing(folder: Path) -> None:
 
 def test_a_comparison_and_its_adapters(tmp_path):
     in_one_process(comparing, tmp_path)
+
+
+# -- scales ------------------------------------------------------------------------------------
+
+
+def scaling(folder: Path) -> None:
+    """Parts of an adapter: as measured in place, so as exported and loaded from disk."""
+    config = recipe_of(folder)
+    path = train.run(config)
+    trained = report(path)["arms"]["tmkl"]
+    remeasure.run_command([str(path)], scales=[1.0, 0.5, 1e-9])
+    assert report(path)["arms"] == {"tmkl": trained}  # the run's own report stays
+    scales = json.loads((path / "scales/report.json").read_text())
+    arms, base = scales["arms"], scales["base"]
+    assert {name: arm["scale"] for name, arm in arms.items()} == {
+        "tmkl-scale1e-09": 1e-9,
+        "tmkl-scale0.5": 0.5,
+        "tmkl": None,
+    }
+    assert arms["tmkl"]["adaptation_ppl"] == trained["adaptation_ppl"]
+    least = arms["tmkl-scale1e-09"]
+    assert least["adaptation_ppl"] == pytest.approx(base["adaptation_ppl"], rel=1e-6)
+    assert least["drift_nats_per_token"]["fox"] < 1e-9
+    half = arms["tmkl-scale0.5"]
+    drifts = [arm["drift_nats_per_token"]["fox"] for arm in (least, half, arms["tmkl"])]
+    assert drifts == sorted(drifts)
+    assert drifts[1] < 0.6 * drifts[2]
+    assert "scales of the adapter" in (path / "scales/report.html").read_text()
+
+    export(path, folder / "half", scale=0.5)
+    settings = json.loads((folder / "half/adapter_config.json").read_text())
+    assert settings["lora_alpha"] == config.adapter.alpha / 2
+    assert json.loads((folder / "half/export.json").read_text())["scale"] == 0.5
+    remeasure.run_command([str(folder / "half")], recipe=path / "config.yaml", out=folder / "out")
+    [exported] = json.loads((folder / "out/report.json").read_text())["arms"].values()
+    assert exported["adaptation_ppl"] == pytest.approx(half["adaptation_ppl"], rel=1e-6)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
+            remeasure.run_command([str(path)], scales=[bad])
+        with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
+            export(path, folder / "bad", scale=bad)
+    dora = recipe_of(folder / "dora", adapter={"use_dora": True}, train={"steps": 2})
+    path = train.run(dora)
+    with pytest.raises(UserError, match="only LoRA without DoRA"):
+        remeasure.run_command([str(path)], scales=[0.5])
+    with pytest.raises(UserError, match="only LoRA without DoRA"):
+        export(path, folder / "bad", scale=0.5)
+    assert not (folder / "bad").exists()
+
+
+def test_parts_of_an_adapter(tmp_path):
+    in_one_process(scaling, tmp_path)
 
 
 # -- ends --------------------------------------------------------------------------------------

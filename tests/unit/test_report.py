@@ -270,3 +270,32 @@ def test_headline_details_name_the_corpus_and_every_kind():
         "Unmasked KL: adaptation perplexity 13.50 → 1.541; retention perplexity +2.4 % at worst "
         "(base-samples).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        # scale, adaptation, worst retention; the base has 13.5 and 26.1
+        (
+            [(0.25, 6.0, 26.2), (0.5, 1.6, 27.0), (None, 1.0, 61.6)],
+            "Of 3 scales of the adapter (plain fine-tuning), 0.5 is the knee: 82% of what was "
+            "learned at most, with +3.4 % of retention perplexity at worst, against +136 % at "
+            "most.",
+        ),
+        (
+            [(0.5, 5.0, 26.1), (None, 1.2, 26.2)],
+            "Of 2 scales of the adapter (plain fine-tuning), 1 learned most; none forgot more "
+            "than +0.38 %.",
+        ),
+        ([(0.5, 14.0, 30.0), (None, 15.0, 61.6)], None),  # nothing was learned
+        ([(0.5, None, 30.0), (None, 15.0, 61.6)], None),
+    ],
+)
+def test_headline_recommends_a_scale(figures, says):
+    arms = [arm("none", learned, kept, 4.2, scale=scale) for scale, learned, kept in figures]
+    report = merge([replace(three(), arms={f"a{i}": one}) for i, one in enumerate(arms)])
+    found = headline(report)
+    details = [line.replace("\u00a0", " ") for line in found.details]
+    assert [line for line in details if "scales" in line] == ([says] if says else [])
+    # What the run itself did is what was measured as trained.
+    assert found.title == headline(replace(report, arms={"none": arms[-1]})).title

@@ -69,11 +69,21 @@ def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the report; default: in the run, for an adapter ./report.",
 )
+@click.option(
+    "--scale",
+    "scales",
+    multiple=True,
+    type=float,
+    help="Measure the adapter at this scale; may be repeated. 0 is the base, 1 as trained.",
+)
 @launcher_argument
-def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) -> None:
+def evaluate(
+    targets: tuple[str, ...], recipe: Path | None, out: Path | None, scales: tuple[float, ...]
+) -> None:
     """Measure retention, drift and adaptation.
 
-    Runs, or adapters that any PEFT-based trainer wrote, before and after training.
+    Runs, or adapters that any PEFT-based trainer wrote, before and after training. With --scale
+    also at parts of what they add, which needs no training: the report says which to deploy.
     """
     overrides = [text for text in targets if "=" in text and not Path(text).exists()]
     paths = [text for text in targets if text not in overrides]
@@ -84,7 +94,7 @@ def evaluate(targets: tuple[str, ...], recipe: Path | None, out: Path | None) ->
             raise UserError(f"{path} is no folder: name a run directory or an adapter folder")
     from moored import remeasure as room
 
-    room.run_command(paths, recipe=recipe, overrides=overrides, out=out)
+    room.run_command(paths, recipe=recipe, overrides=overrides, out=out, scales=scales)
 
 
 @click.command()
@@ -119,8 +129,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     help="Merge into the base's own weights (w16, the default), or into the dequantised 4-bit "
     "weights that were trained on.",
 )
+@click.option(
+    "--scale", type=float, help="Factor of what the adapter adds, as `moored evaluate` recommends."
+)
 @launcher_argument
-def export(run: Path, to: Path, merge: bool, base: str | None) -> None:
+def export(run: Path, to: Path, merge: bool, base: str | None, scale: float | None) -> None:
     """Write a finished run's adapter for others.
 
     Or its base with the adapter merged into it. Stock PEFT and transformers load it in a fresh
@@ -128,7 +141,7 @@ def export(run: Path, to: Path, merge: bool, base: str | None) -> None:
     """
     from moored import export as room
 
-    room.run_command(run, to, merged=merge, base=base)
+    room.run_command(run, to, merged=merge, base=base, scale=scale)
 
 
 @click.command()

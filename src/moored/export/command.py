@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-import psutil
 import torch
 
 from moored import checkpoint, sealed
+from moored.adapters import write_scaled
 from moored.base import Located, locate, resolve_dtype
 from moored.config import Config, load_config
 from moored.errors import UserError
@@ -52,11 +53,13 @@ class Export:
         config: its recipe.
         located: its base on this machine.
         mesh: this process.
+        adapter: the run's, or a copy at another scale.
         probe: what is compared.
-        trained: the logits of the policy that was trained.
+        trained: the logits of the policy that was trained, with that adapter.
     """
 
     run: RunDirectory
+    adapter: Path
     config: Config
     located: Located
     mesh: Mesh
@@ -71,7 +74,14 @@ class Export:
         return self.config.model.double_quantization
 
 
-def run_command(path: Path, to: Path, *, merged: bool = False, base: str | None = None) -> None:
+def run_command(
+    path: Path,
+    to: Path,
+    *,
+    merged: bool = False,
+    base: str | None = None,
+    scale: float | None = None,
+) -> None:
     """Export the adapter of a finished run, or its base with the adapter merged into it.
 
     Args:
@@ -80,6 +90,7 @@ def run_command(path: Path, to: Path, *, merged: bool = False, base: str | None 
         merged: a whole model instead of a PEFT adapter.
         base: `w16` (the default) merges into the base's own weights, `nf4` into the dequantised
             4-bit weights that were trained on.
+        scale: factor of what the adapter adds; None: as trained.
 
     Raises:
         UserError: the run is none or not finished, `to` is in use, the disk or the memory is too
@@ -93,18 +104,26 @@ def run_command(path: Path, to: Path, *, merged: bool = False, base: str | None 
     run, to = RunDirectory(path), to.absolute()
     config = _open(run)
     base = _base_of(config, base, merged=merged)
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise UserError(f"--scale {scale:g}: a finite number above 0 is needed (0 is the base)")
     require_free_name(to, run.path)
     mesh = start_mesh()
     try:
         with publishing(to) as (folder, work):
-            _make(run, config, mesh, folder, work, base)
+            _make(run, config, mesh, folder, work, base, scale)
     finally:
         leave_mesh()
     print(f"{'merged model' if merged else 'adapter'} in {to}")
 
 
 def _make(
-    run: RunDirectory, config: Config, mesh: Mesh, folder: Path, work: Path, base: str | None
+    run: RunDirectory,
+    config: Config,
+    mesh: Mesh,
+    folder: Path,
+    work: Path,
+    base: str | None,
+    scale: float | None,
 ) -> None:
     located = locate(config.model, mesh)
     _warn_of_another_base(run, config, located)
@@ -115,16 +134,26 @@ def _make(
     else:
         plan = _plan(source, config, mesh, work, base)
         require_disk(folder.parent.parent, plan.num_bytes)
-        _require_memory(plan, _device_for(plan, mesh), config)
+        merge.require_memory(plan, merge.device_for(plan, mesh.device))
+    adapter = run.adapter
+    if scale is not None:
+        adapter = work / "scaled"
+        write_scaled(run.adapter, adapter, scale)
     probe = make_probe(config, located)
     log.info("the trained policy computes %d tokens of %s", probe.num_tokens, probe.origin)
-    trained = trained_outputs(config, located, mesh, run.adapter, probe)
+    trained = trained_outputs(config, located, mesh, adapter, probe)
     export = Export(
-        run=run, config=config, located=located, mesh=mesh, probe=probe, trained=trained
+        run=run,
+        config=config,
+        located=located,
+        mesh=mesh,
+        adapter=adapter,
+        probe=probe,
+        trained=trained,
     )
-    _write_tokenizer(config, located, folder)
+    _tokenizer(config, located).save_pretrained(folder)
     made = _adapter(export, folder, work) if plan is None else _merge(export, plan, folder, work)
-    write_facts(folder, made | _facts(export))
+    write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
 
 
 def _plan(source: Path, config: Config, mesh: Mesh, work: Path, base: str) -> merge.Plan:
@@ -144,7 +173,7 @@ def _plan(source: Path, config: Config, mesh: Mesh, work: Path, base: str) -> me
 
 def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
     for name in ADAPTER:
-        copyfile(export.run.adapter / name, folder / name)
+        copyfile(export.adapter / name, folder / name)
     log.info("stock PEFT loads it in a fresh process")
     stock = stock_outputs(
         export.config,
@@ -176,8 +205,8 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
 def _merge(export: Export, plan: merge.Plan, folder: Path, work: Path) -> dict[str, Any]:
     source, config = export.located.source.path, export.config
     log.info("merging into the %s weights: %.2f GB", plan.base, plan.num_bytes / 1e9)
-    merge.write(plan, export.run.adapter, folder, export.mesh.device)
-    device = _device_for(plan, export.mesh)
+    merge.write(plan, export.adapter, folder, export.mesh.device)
+    device = merge.device_for(plan, export.mesh.device)
     log.info("stock transformers and PEFT load it, and what it must equal, in fresh processes")
     merged = stock_outputs(
         config,
@@ -193,7 +222,7 @@ def _merge(export: Export, plan: merge.Plan, folder: Path, work: Path) -> dict[s
         export.probe,
         device=device if plan.base == "w16" else export.mesh.device,
         model=source,
-        adapter=export.run.adapter,
+        adapter=export.adapter,
         double=export.double if plan.base == "nf4" else None,
         work=work,
     )
@@ -283,28 +312,6 @@ def _base_of(config: Config, base: str | None, *, merged: bool) -> str | None:
     return base or "w16"
 
 
-def _device_for(plan: merge.Plan, mesh: Mesh) -> torch.device:
-    """Where the merged model fits while it is verified."""
-    if mesh.device.type != "cuda":
-        return mesh.device
-    size = plan.num_elements * resolve_dtype(plan.config, mesh.device).itemsize
-    total = torch.cuda.get_device_properties(mesh.device).total_memory
-    return mesh.device if 1.2 * size < total else torch.device("cpu")
-
-
-def _require_memory(plan: merge.Plan, device: torch.device, config: Config) -> None:
-    """Merging holds a shard; verifying holds the model."""
-    if device.type != "cpu":
-        return
-    need = plan.num_elements * resolve_dtype(config.model, device).itemsize
-    free = psutil.virtual_memory().available
-    if free < need:
-        raise UserError(
-            f"verifying the merged model takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} "
-            "GB are free: use a larger machine, or export the adapter (without --merge)"
-        )
-
-
 def _warn_of_another_base(run: RunDirectory, config: Config, located: Located) -> None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         trained = json.loads((run.report / "report.json").read_text())["base"]["revision"]
@@ -339,10 +346,6 @@ def _tokenizer(config: Config, located: Located) -> Any:
                 "back, the model was trained with it"
             ) from error
     return tokenizer
-
-
-def _write_tokenizer(config: Config, located: Located, folder: Path) -> None:
-    _tokenizer(config, located).save_pretrained(folder)
 
 
 def _say(export: Export, found: Agreement, what: str) -> None:

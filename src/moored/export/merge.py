@@ -20,6 +20,7 @@ from typing import Any
 import accelerate
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
+import psutil
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -282,3 +283,29 @@ def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
         for path, module in peft.named_modules()
         if isinstance(module, LoraLayer)
     }
+
+
+def device_for(plan: Plan, device: torch.device) -> torch.device:
+    """Where the merged model fits while it is verified: there, or on the CPU."""
+    if device.type != "cuda":
+        return device
+    size = plan.num_elements * resolve_dtype(plan.config, device).itemsize
+    total = torch.cuda.get_device_properties(device).total_memory
+    return device if 1.2 * size < total else torch.device("cpu")
+
+
+def require_memory(plan: Plan, device: torch.device) -> None:
+    """Merging holds a shard; verifying holds the model.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    if device.type != "cpu":
+        return
+    need = plan.num_elements * resolve_dtype(plan.config, device).itemsize
+    free = psutil.virtual_memory().available
+    if free < need:
+        raise UserError(
+            f"verifying the merged model takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} "
+            "GB are free: use a larger machine, or export the adapter (without --merge)"
+        )

@@ -35,11 +35,14 @@ def headline(report: Report) -> Headline:
 
     TMKL (else the first regulariser there is) is compared with plain fine-tuning where both are
     there. Several arms of one kind are compared by their whole ranges, so that one lucky arm of
-    many cannot make the headline.
+    many cannot make the headline. Adapters at other scales than they were trained at stand in a
+    line of their own.
     """
+    trained = [arm for arm in report.arms.values() if arm.scale is None]
+    arms = trained or list(report.arms.values())
     groups = [
-        _Group(kind, [arm for arm in report.arms.values() if arm.kind == kind])
-        for kind in dict.fromkeys(arm.kind for arm in report.arms.values())
+        _Group(kind, [arm for arm in arms if arm.kind == kind])
+        for kind in dict.fromkeys(arm.kind for arm in arms)
     ]
     regularised = [group for group in groups if group.kind != "none"]
     focus = next((g for g in regularised if g.kind == "tmkl"), (regularised or groups)[0])
@@ -57,7 +60,7 @@ def headline(report: Report) -> Headline:
     details = [group.detail(before) for group in [*shown, *(rest if len(rest) <= 2 else [])]]
     if len(rest) > 2:
         details.append(f"{len(rest)} other regularisers: see the table.")
-    return Headline(title=title, details=tuple(details))
+    return Headline(title=title, details=(*details, *_scales(report)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,53 @@ class _Group:
         one = f"{start}{_shown(learned, ppl)}" if learned else unknown
         two = f"{_shown(forgot, percent)} at worst{where}" if forgot else unknown
         return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}."
+
+
+def _scales(report: Report) -> list[str]:
+    """For every adapter that was measured at several scales, which one to deploy, and why."""
+    families: dict[tuple[object, ...], list[ArmResult]] = {}
+    for arm in report.arms.values():
+        key = (arm.kind, arm.weight, arm.direction, arm.temperature, arm.seed, arm.adapter)
+        families.setdefault(key, []).append(arm)
+    return [
+        line
+        for arms in families.values()
+        if any(arm.scale is not None for arm in arms)
+        and (line := _recommended(arms, report.base.adaptation_ppl)) is not None
+    ]
+
+
+def _recommended(arms: Sequence[ArmResult], before: float | None) -> str | None:
+    """The knee: where the share of the learning exceeds that of the forgetting by most.
+
+    Shares are of the most that any scale learned (in nats per token) and forgot (in percent on the
+    worst corpus).
+    """
+    points: list[tuple[float, float, float]] = []
+    for arm in arms:
+        worst = arm.worst()
+        if before is None or arm.adaptation_ppl is None or worst is None:
+            return None
+        learned = math.log(before / arm.adaptation_ppl) if arm.adaptation_ppl > 0 else math.nan
+        points.append((1.0 if arm.scale is None else arm.scale, learned, worst[1]))
+    points = sorted(point for point in points if all(map(math.isfinite, point)))
+    most_learned = max((learned for _, learned, _ in points), default=0.0)
+    most_forgot = max((forgot for _, _, forgot in points), default=0.0)
+    if len(points) < 2 or most_learned <= 0:
+        return None
+    name = kind_name(arms[0].kind)
+    if most_forgot <= SAME_INCREASE_POINTS:
+        best = max(points, key=lambda point: point[1])
+        return (
+            f"Of {len(points)} scales of the adapter ({name}), {best[0]:g} learned most; none "
+            f"forgot more than {percent(most_forgot)}."
+        )
+    best = max(points, key=lambda p: p[1] / most_learned - max(0.0, p[2]) / most_forgot)
+    return (
+        f"Of {len(points)} scales of the adapter ({name}), {best[0]:g} is the knee: "
+        f"{best[1] / most_learned:.0%} of what was learned at most, with {percent(best[2])} of "
+        f"retention perplexity at worst, against {percent(most_forgot)} at most."
+    )
 
 
 def _range(values: Sequence[float | None]) -> Span | None:

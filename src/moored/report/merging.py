@@ -111,7 +111,7 @@ def _names(arms: Sequence[ArmResult], labels: Sequence[str]) -> list[str]:
     for arm in arms:
         name = arm.kind
         same = [other for other in arms if other.kind == arm.kind]
-        for key in ("weight", "direction", "temperature", "seed", "adapter"):
+        for key in ("weight", "direction", "temperature", "seed", "adapter", "scale"):
             value = getattr(arm, key)
             if value is not None and len({getattr(other, key) for other in same}) > 1:
                 shown = f"{value:g}" if isinstance(value, float) else str(value)

@@ -70,6 +70,7 @@ class ArmResult:
         direction: of the divergence.
         temperature: of the divergence.
         adapter: its method.
+        scale: factor of all that the adapter adds, where it is not as trained.
     """
 
     kind: str
@@ -91,6 +92,7 @@ class ArmResult:
     direction: str | None = None
     temperature: float | None = None
     adapter: str | None = None
+    scale: float | None = None
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""

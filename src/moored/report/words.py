@@ -109,7 +109,7 @@ def caveats(report: Report) -> list[str]:
     seeds = {arm.seed for arm in report.arms.values()}
     by_setting: dict[tuple[object, ...], int] = {}
     for arm in report.arms.values():
-        key = (arm.kind, arm.weight, arm.direction, arm.temperature, arm.adapter)
+        key = (arm.kind, arm.weight, arm.direction, arm.temperature, arm.adapter, arm.scale)
         by_setting[key] = by_setting.get(key, 0) + 1
     if max(by_setting.values(), default=0) <= 1:
         result.append(
