@@ -65,6 +65,9 @@ def test_short_limits_chain(desk: Desk, undisturbed: Job) -> None:
     until(lambda: journal.exists() and "train/loss" in journal.read_text(), 90, job.words)
     with job.held():
         until(lambda: "warned by a signal" in job.log(), 60, job.words)
+    # Once it has gone on, there is time: a slow machine does few steps in a minute's rest.
+    until(lambda: job.num_attempts() >= 2, 120, job.words)
+    desk.sh("bash", "-c", f"scontrol update JobId={job.ids[0]} TimeLimit=00:10:00 || true")
     job.done(200)
     assert job.num_attempts() >= 2
     require_equal(job, undisturbed)

@@ -471,6 +471,7 @@ def test_evaluate_tells_folders_from_overrides(recipe, run, monkeypatch, tmp_pat
         "overrides": ["evaluation.max_examples=3"],
         "recipe": recipe,
         "out": None,
+        "scales": (),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moored import scheduler
+from moored.commands.cluster import status
 from moored.errors import UserError
 from moored.submit import following
 from moored.submit.jobs import remembered
@@ -75,6 +76,20 @@ def test_successors_of_arms_are_known(run: Path) -> None:
         ("train", "12"),
     ]
     assert {job["name"] for job in jobs} == {"moored-x"}
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    (tmp_path / "runs/a/state.json").write_text("{")
+    (tmp_path / "runs/b/state.json").write_text('{"status": "done", "step": 4, "num_steps": 4}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/a/state.json is not valid JSON"):
+        status.callback(())  # pyright: ignore[reportOptionalCall]
+    assert "runs/b" in capsys.readouterr().out
 
 
 def test_an_arm_says_why_it_ended(run: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from moored.commands.options import Command, check_overrides, load, recipe_arguments, resume_option
-from moored.errors import UserError
+from moored.errors import UserError, UserErrors
 
 
 def site_options(command: Command) -> Command:
@@ -142,7 +142,17 @@ def status(runs: tuple[Path, ...]) -> None:
     found = runs or tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
     if not found:
         raise UserError("no run in ./runs: name a run directory")
-    click.echo("\n\n".join("\n".join(room.describe(run)) for run in found))
+    said: list[str] = []
+    errors: list[str] = []
+    for run in found:  # one that cannot be read must not hide the others
+        try:
+            said.append("\n".join(room.describe(run)))
+        except UserError as error:
+            errors.append(str(error))
+    if said:
+        click.echo("\n\n".join(said))
+    if errors:
+        raise UserErrors(errors)
 
 
 @click.command()
