@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -42,6 +43,11 @@ def tracked(job: Job, server: Server) -> Any:
     history = client.get_metric_history(found[0].info.run_id, "train/loss")
     assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
     return found[0]
+
+
+def successor_of(arm: Job) -> str:
+    path = arm.run / "slurm/continued"  # there, and empty, before SLURM has answered
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def test_preempted_by_a_higher_partition(desk: Desk, undisturbed: Job, server: Server) -> None:
@@ -125,7 +131,7 @@ def test_a_job_that_may_not_be_requeued_submits_its_successor(desk: Desk, undist
     job.at_step(SAVED)
     desk.sh("scancel", "--signal=USR1", "--batch", job.ids[0])
     until(lambda: job.state().get("status") == "preempted", 30, "the save")
-    until(lambda: (job.run / "slurm/continued").is_file(), 30, "the successor")
+    until(lambda: successor_of(job), 90, "the successor")
     until(lambda: job.state().get("status") == "done", 90, job.words)
     successor = (job.run / "slurm/continued").read_text().split()[-1]
     assert successor != job.ids[0]
@@ -138,7 +144,7 @@ def test_what_waits_for_a_job_waits_for_its_successor(desk: Desk) -> None:
     job = desk.submit("waited-for", *options)
     job.at_step(SAVED)
     desk.sh("scancel", "--signal=USR1", "--batch", job.ids[0])
-    until(lambda: (job.run / "slurm/continued").is_file(), 30, job.words)
+    until(lambda: successor_of(job), 90, job.words)
     assert job.slurm_states(job.ids[1]) == {"PENDING"}
     job.ended(200)
     assert job.state()["status"] == "done"
@@ -159,12 +165,12 @@ def test_a_report_waits_for_the_successors_of_arms(desk: Desk) -> None:
     sweep = desk.recipe.parent / "runs/succeeded"
     array, report = re.findall(r"^job (\d+)", said, re.M)
     arms = [Job(desk, arm, [array]) for arm in sorted((sweep / "arms").iterdir())]
-    for arm in arms:
-        arm.at_step(SAVED)
-    desk.sh("scancel", "--signal=USR1", "--batch", array)
-    for arm in arms:
-        until(lambda a=arm: (a.run / "slurm/continued").is_file(), 30, arm.words)
-    successors = [(arm.run / "slurm/continued").read_text().strip() for arm in arms]
+    with contextlib.ExitStack() as stack:  # the first must not be through before the second
+        for arm in arms:
+            arm.at_step(SAVED)
+            stack.enter_context(arm.held())
+        desk.sh("scancel", "--signal=USR1", "--batch", array)
+    successors = [until(lambda a=arm: successor_of(a), 90, arm.words) for arm in arms]
     status = desk.moored("status", str(sweep))
     assert all(f"job       {job} (train)" in status for job in successors)
     Job(desk, sweep, [report, *successors]).ended(200)
