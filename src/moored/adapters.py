@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,6 +131,12 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def require_scale(factor: float) -> None:
+    """Raise UserError unless an adapter can be deployed at this scale."""
+    if not (math.isfinite(factor) and factor > 0):
+        raise UserError(f"--scale {factor:g}: a finite number above 0 is needed (0 is the base)")
 
 
 @contextlib.contextmanager

@@ -55,8 +55,8 @@ def _log_cosh_half(d):
 @triton.jit
 def _contrast_terms(p, q, d):
     """Differences k = q - p, and the terms >= 0 of KL(q || p) and KL(p || q), if both sum to 1."""
-    h = _h(tl.where(tl.abs(d) <= 0.5, d, 0.0))
     near = tl.abs(d) <= 0.5
+    h = _h(tl.where(near, d, 0.0))
     k = tl.where(near, p * (d + h), q - p)
     reverse = tl.where(near, p * h, k - p * d)
     forward = tl.where(near, p * (d * (d + h) - h), q * d - k)
@@ -332,9 +332,7 @@ def gradient(
         x, u = s_b * cold, e_b * cold
         p, d = tl.exp(x - mass), u - ratio
         if DIRECTION == 0:
-            near = tl.abs(d) <= 0.5
-            small = tl.where(near, d, 0.0)
-            k = tl.where(near, p * (small + _h(small)), tl.exp(x + u - (mass + ratio)) - p)
+            k, _, _ = _contrast_terms(p, tl.exp(x + u - (mass + ratio)), d)
         elif DIRECTION == 1:
             k = p * (d + mean)
         else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moored.adapters import scaled
+from moored.adapters import require_scale, scaled
 from moored.base import locate
 from moored.config import Config, load_config
 from moored.engine import Engine, leave
@@ -66,8 +65,8 @@ def run_command(
     Raises:
         UserError: a target is neither, or an adapter comes without a recipe.
     """
-    if wrong := [scale for scale in scales if not (math.isfinite(scale) and scale > 0)]:
-        raise UserError(f"--scale {wrong[0]:g}: a finite number above 0 is needed (0 is the base)")
+    for scale in scales:
+        require_scale(scale)
     kept = "scales" if scales else "report"
     opened = _open(targets, recipe, overrides, out, kept)
     mesh = start_mesh(_degree(opened))

@@ -34,8 +34,8 @@ def job(**changes: object) -> Job:
     values: dict = {
         "title": "quickstart: train",
         "name": "quickstart",
-        "folder": Path("/work/runs/quickstart"),
-        "python": "/work/venv/bin/python",
+        "folder": Path("/project/runs/quickstart"),
+        "python": "/project/venv/bin/python",
         "nodes": 2,
     }
     return Job(**(values | changes))
@@ -46,7 +46,9 @@ CASES = {site: (site, job()) for site in SITES} | {
         "gpu-modules",
         job(
             title="quickstart: a sweep of 3 arms",
-            arms=tuple(Path(f"/work/runs/quickstart/arms/tmkl-weight{w}") for w in (0.1, 0.3, 1)),
+            arms=tuple(
+                Path(f"/project/runs/quickstart/arms/tmkl-weight{w}") for w in (0.1, 0.3, 1)
+            ),
             indices=(0, 2),
             throttle=2,
             ship_later=True,
@@ -58,7 +60,7 @@ CASES = {site: (site, job()) for site in SITES} | {
             title="quickstart: export",
             kind="cpu",
             file="export",
-            commands=(("export", "/work/runs/quickstart", "--to", "/work/out put"),),
+            commands=(("export", "/project/runs/quickstart", "--to", "/project/out put"),),
         ),
     ),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from moored import checkpoint, sealed
-from moored.adapters import write_scaled
+from moored.adapters import require_scale, write_scaled
 from moored.base import Located, locate, resolve_dtype
 from moored.config import Config, load_config
 from moored.errors import UserError
@@ -104,8 +103,8 @@ def run_command(
     run, to = RunDirectory(path), to.absolute()
     config = _open(run)
     base = _base_of(config, base, merged=merged)
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise UserError(f"--scale {scale:g}: a finite number above 0 is needed (0 is the base)")
+    if scale is not None:
+        require_scale(scale)
     require_free_name(to, run.path)
     mesh = start_mesh()
     try:
