@@ -21,8 +21,7 @@ import chats
 from datakit import CHAT, TOKENIZER, config, jsonl
 from moored import data, sealed
 from moored.cli import main
-from moored.config import Config, load_config
-from moored.config.schema import Corpus
+from moored.config import Config, Corpus, load_config
 from moored.data import kept
 from moored.data.chat import ChatEncoder
 from moored.data.encode import HeldSource

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moored.config.schema import ModelConfig
+from moored.config import ModelConfig
 from moored.errors import UserError
 from moored.sources import ResolvedModel, gguf, resolve, resolve_model, wheels
 from tiny import tiny_model
@@ -24,7 +24,7 @@ from tiny_gguf import tiny_gguf, wheel_of
 
 ASK = """
 import json, sys
-from moored.config.schema import ModelConfig
+from moored.config import ModelConfig
 from moored.sources import resolve_model
 try:
     found = resolve_model(ModelConfig(**json.loads(sys.argv[1])))

@@ -1,7 +1,7 @@
 """`load_config`: recipe file and overrides -> one frozen, checked `Config`.
 
-The keys themselves are in `schema.py`, the YAML reading in `recipe.py`; nothing here loads torch
-or opens the data and the model that a recipe names.
+The keys themselves are in `inputs.py`, `method.py` and `running.py`, the YAML reading in
+`recipe.py`; nothing here loads torch or opens the data and the model that a recipe names.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moored.config import recipe as recipes
+from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
+from moored.config.method import AdapterConfig, OptimConfig, Regularizer
 from moored.config.recipe import Key, Recipe, dotted_key
-from moored.config.schema import (
-    CORPUS_NAME,
-    NAME,
-    AdapterConfig,
-    Corpus,
-    DataConfig,
+from moored.config.running import (
     EvaluationConfig,
-    ModelConfig,
-    OptimConfig,
     OutputConfig,
     ParallelConfig,
-    Regularizer,
-    Source,
     TrackConfig,
     TrainConfig,
 )
@@ -56,6 +49,8 @@ __all__ = [
     "load_config",
 ]
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+CORPUS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # no dot: overrides address corpora by dotted keys
 # What changes no number of a run: its name, where it writes, and how often.
 _COSMETIC: tuple[Key, ...] = (
     ("name",),

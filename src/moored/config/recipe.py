@@ -1,6 +1,6 @@
 """Recipe text to plain values and back: YAML with line numbers, dotted overrides, did-you-mean.
 
-What the keys mean is not known here: that is `schema.py` and `config.py`.
+What the keys mean is not known here: that is the sections' and `config.py`'s.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m moored.config.reference > docs/recipe.md
 
-Options are described in `schema.py`; nothing about a single one is known here.
+Options are described where they are defined; nothing about a single one is known here.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """What a section of a recipe is: strict, frozen, and able to say what in it makes no sense.
 
-Which sections there are is in `schema.py`.
+Holds also the types that many keys share. Which sections there are is in `inputs.py`, `method.py`
+and `running.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Key: TypeAlias = "tuple[str | int, ...]"
 
@@ -67,3 +70,41 @@ class Section(BaseModel):
     def problems(self) -> Iterator[Problem]:
         """Yields the broken relations between options of this section."""
         yield from ()
+
+
+def one_of(section: Section, names: tuple[str, ...], *, what: str) -> Iterator[Problem]:
+    """Yields a problem unless exactly one of the options is set; `what` it says, in words."""
+    given = [name for name in names if getattr(section, name) is not None]
+    if not given:
+        choice = ", ".join(names[:-1]) + f" or {names[-1]}"
+        yield Problem("", f"{choice} is missing: set one of them ({what})", names)
+    elif len(given) > 1:
+        rest = " and ".join(given[1:])
+        yield Problem(
+            given[1], f"{given[0]} and {rest} exclude each other: keep one ({what})", names
+        )
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """What a validator raises, with this message."""
+    # As a value, not as the template: braces in it must not be taken for placeholders.
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+def _path(value: object) -> object:
+    if isinstance(value, Path):
+        return value
+    if isinstance(value, str) and value:
+        return Path(value)
+    raise invalid(f"expected a path, got {value!r}")
+
+
+def about(description: str) -> Any:
+    """What an option is and its unit, as said in messages about it."""
+    return Field(description=description)
+
+
+Text = Annotated[str, Field(min_length=1)]
+RecipePath = Annotated[Path, BeforeValidator(_path)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]

