@@ -32,6 +32,22 @@ from moored.config import AdapterConfig
 from moored.errors import UserError
 from moored.tensor_parallel import Sharding, whole_adapters
 
+
+def product_norm(causal_lm: Any) -> torch.Tensor:
+    """Squared Frobenius norm of what LoRA adds, sum over layers of ||s B A||^2, differentiable.
+
+    ||B A||^2 = tr((B^T B) (A A^T)), of r x r matrices: the product is never formed.
+    """
+    norms: list[torch.Tensor] = []
+    for layer in causal_lm.modules():
+        if isinstance(layer, LoraLayer):
+            for name in (name for name in layer.active_adapters if name in layer.lora_A):
+                a: Any = layer.lora_A[name].weight  # [r, D_in]
+                b: Any = layer.lora_B[name].weight  # [D_out, r]
+                norms.append(layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+    return torch.stack(norms).sum()
+
+
 DRAWN = ("default", "gaussian", "orthogonal")  # initial values that depend on sizes alone
 
 

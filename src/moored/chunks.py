@@ -75,7 +75,7 @@ def run_chunks(
             if found.kl_C is not None:
                 kl_N[rows] = found.kl_C
                 if kl_acts:
-                    by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows]
+                    by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows].to(kl_N)
                     weighted_N[rows] += scales[1] * by_row * found.kl_factor_C * found.kl_C
             if grad_ND is not None:
                 grad_ND[rows] = dh_CD().mul_(unit)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
-from moored.config import Config, EvaluationConfig
+from moored.config import PROBE, Config, EvaluationConfig
 from moored.data import (
     Prompt,
     eval_batches,
@@ -96,11 +96,13 @@ class Suite:
         adaptation: the new task's held-out data; None without data.eval.
         retention: the corpora by name.
         prompts: all prompts of the exact-match task, empty without one.
+        probe: the text of the forgetting budget; None without one.
     """
 
     adaptation: Text | None
     retention: Mapping[str, Text]
     prompts: Sequence[Prompt]
+    probe: Text | None = None
 
     def without_prompts(self) -> Suite:
         """The same without the generation of answers, which is slow."""
@@ -127,7 +129,7 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         UserError: a file is missing, broken or too short, by name.
     """
     tokenizer, vocab_size = located.tokenizer, located.vocab_size
-    windows = {f"retention.{n}.window_tokens": c.window_tokens for n, c in config.retention.items()}
+    windows = {f"{place}.window_tokens": c.window_tokens for place, c in config.corpora().items()}
     require_positions(located, {"data.max_length": config.data.max_length, **windows})
     deal = {
         "micro_batch_size": config.evaluation.micro_batch_size,
@@ -151,8 +153,12 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         )
         for name, corpus in config.retention.items()
     }
+    probe = None
+    if config.regularizer.budget is not None:
+        corpus = config.regularizer.budget.probe
+        probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE))
     questions = prompts(config, tokenizer) if config.evaluation.exact_match else []
-    return Suite(adaptation=adaptation, retention=retention, prompts=questions)
+    return Suite(adaptation=adaptation, retention=retention, prompts=questions, probe=probe)
 
 
 def evaluate(
@@ -353,7 +359,7 @@ def to_report(
     )
     blocks = {name: text.blocks for name, text in texts.items()}
     regularizer = config.regularizer
-    divergent = regularizer.kind != "none" and not foreign
+    divergent = regularizer.is_divergent and not foreign
     arm = ArmResult(
         kind="adapter" if foreign else regularizer.kind,
         weight=None if foreign else regularizer.kl_weight,

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say how it is learned: adapter, regulariser, optimizer.
+"""The sections of a recipe that say how it is learned: adapter and optimizer.
 
 Every key with its type, bounds, unit and default.
 """
@@ -14,7 +14,6 @@ from moored.config.section import (
     Fraction,
     Ignored,
     Positive,
-    Problem,
     Section,
     Text,
     about,
@@ -46,42 +45,6 @@ class AdapterConfig(Section):
     use_rslora: Annotated[bool, about("scale by alpha / sqrt(r)")] = False
     use_dora: Annotated[bool, about("learn the magnitude of each output apart")] = False
     init: Annotated[Text, about("default, gaussian, ... (peft init_lora_weights)")] = "default"
-
-
-class Regularizer(Section):
-    """The pull towards the base: none, plain KL, or target-masked KL."""
-
-    kind: Annotated[Literal["none", "kl", "tmkl"], about("which divergence")] = "tmkl"
-    weight: Annotated[float, Field(ge=0, description="factor of the divergence")] = 1.0
-    direction: Annotated[
-        Literal["forward", "reverse", "jsd"], about("forward: KL(reference || policy)")
-    ] = "forward"
-    temperature: Annotated[
-        float,
-        Field(
-            gt=0,
-            description="divides the logits of the divergence, which is multiplied by its square",
-        ),
-    ] = 1.0
-    every: Annotated[Positive, about("steps; the divergence acts on every k-th")] = 1
-
-    @property
-    def kl_weight(self) -> float:
-        """The weight that acts: 0 with kind none."""
-        return 0.0 if self.kind == "none" else self.weight
-
-    def ignored(self) -> Iterator[Ignored]:
-        """Without a divergence there is nothing to weigh."""
-        if self.kind == "none":
-            for name in ("weight", "direction", "temperature", "every"):
-                yield Ignored(name, ("kind",), "kind is none")
-
-    def problems(self) -> Iterator[Problem]:
-        """Weight 0 is spelt kind none."""
-        if self.kind != "none" and self.weight == 0:
-            yield Problem(
-                "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
-            )
 
 
 class OptimConfig(Section):
