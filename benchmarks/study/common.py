@@ -56,6 +56,15 @@ def _all() -> Iterator[Spec]:
                         seed=seed,
                         overrides=_kind(kind, weight),
                     )
+        for data in ("headers", "gsm8k"):
+            for limit in (1.0, 3.0):
+                budget = {"retention_increase_pct": limit, "every": 4, "when_broken": "continue"}
+                yield Spec(
+                    data=data,
+                    label=f"budget-{limit:g}",
+                    seed=seed,
+                    overrides=_kind("tmkl", 1.0, budget=budget),
+                )
 
 
 def _kind(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
@@ -102,6 +111,8 @@ def prepare(data: Path, work: Path) -> Path:
     _jsonl(texts / "gsm8k-eval.jsonl", pairs[6000:])
     for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
         (texts / name).write_bytes((data / name).read_bytes())
+    lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (texts / "wikitext2-probe.txt").write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
     for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
         (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
     (texts / "done").touch()
@@ -182,6 +193,16 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         "evaluation": {"before": False, "max_examples": one["examples"], "micro_batch_size": 8},
         "track": {"mlflow": False},
     }
+    budget = spec.overrides.get("regularizer.budget")
+    if budget is not None:
+        # The controller sees the second half of WikiText-2's validation split, the report the
+        # first 6,000 tokens of the first half.
+        retention["wikitext-2"]["max_tokens"] = 6144
+        budget["probe"] = {
+            "path": str(texts / "wikitext2-probe.txt"),
+            "max_tokens": 4096,
+            "window_tokens": 128,
+        }
     for key, value in spec.overrides.items():
         section, option = key.split(".", 1)
         found.setdefault(section, {})[option] = value

@@ -9,6 +9,8 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from moored import checkpoint
 from moored.base import Located, locate
 from moored.budget import Controller
@@ -41,6 +43,7 @@ class Run:
     replay: TrainStream | None
     suite: Suite
     controller: Controller | None
+    probe_references: list[torch.Tensor] = field(default_factory=list)  # of the budget's probe
     num_steps: int
     step: int = 0
     train_seconds: float = 0.0

@@ -141,9 +141,15 @@ class Engine:
 
     # -- evaluation -------------------------------------------------------------------------
 
-    def drift(self, batch: Batch) -> DriftSums:
-        """Policy against base on a batch, row by row: no grad, no dropout."""
-        reference_hidden = self.reference(batch)
+    def drift(self, batch: Batch, reference_hidden: torch.Tensor | None = None) -> DriftSums:
+        """Policy against base on a batch, row by row: no grad, no dropout.
+
+        Args:
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, [N, D], if they are known.
+        """
+        if reference_hidden is None:
+            reference_hidden = self.reference(batch)
         with torch.no_grad(), dropout_off(self.policy):
             return self._engine.module(batch, reference_hidden=reference_hidden, drift=True)
 

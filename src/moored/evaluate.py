@@ -193,14 +193,29 @@ def evaluate(
 
 
 def measure(
-    engine: Engine, text: Text, mesh: Mesh, poll: Callable[[], None] = _go_on
+    engine: Engine,
+    text: Text,
+    mesh: Mesh,
+    poll: Callable[[], None] = _go_on,
+    references: list[torch.Tensor] | None = None,
 ) -> TextFigures:
-    """Policy and base on one text, of which each rank has its batches. Collective."""
+    """Policy and base on one text, of which each rank has its batches. Collective.
+
+    Args:
+        engine: policy and base.
+        text: what to measure.
+        mesh: the processes.
+        poll: called before every batch, on all ranks; may raise to stop.
+        references: for a text that is measured again and again: a list, empty at first, that keeps
+            the base's hidden states ([N, D] per batch), which never change.
+    """
     mine: dict[str, list[float]] = {}
-    for host_batch in text.batches:
+    for index, host_batch in enumerate(text.batches):
         poll()
         batch = host_batch.to(mesh.device)
-        rows = engine.drift(batch)
+        if references is not None and index == len(references):
+            references.append(engine.reference(batch))
+        rows = engine.drift(batch, None if references is None else references[index])
         sums = _by_sample(rows, batch).tolist()
         mine |= dict(zip(batch.sample_ids, sums, strict=True))
     found = {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}

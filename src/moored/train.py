@@ -177,7 +177,7 @@ def _steer(run: Run) -> None:
     if run.step % controller.budget.every and run.step != run.num_steps:
         return
     # Not to be stopped in between: a run that goes on must not go on without this measurement.
-    found = measure(run.engine, run.suite.probe, run.mesh)
+    found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
     by_drift = controller.budget.drift_nats_per_token is not None
     measured = found.kl if by_drift else 100 * (found.policy_ppl / found.base_ppl - 1)
     controller.update(measured)
