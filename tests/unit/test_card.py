@@ -30,6 +30,7 @@ from moored.card.markdown import JSON_NAME, MARK, markdown
 from moored.config import ModelConfig, load_config
 from moored.errors import UserError
 from moored.export import deltas, merge, run_command
+from moored.export.opening import open_given
 from moored.report import Report, write
 from moored.rundir import RunDirectory
 from moored.sources import ResolvedModel
@@ -186,7 +187,7 @@ def parsed(page: str) -> tuple[dict, list]:
     """Front matter and tokens, as the hub's client and a Markdown parser with tables see them."""
     whole = ModelCard(page)
     assert whole.data.to_dict() == yaml.safe_load(page.split("\n---\n")[0])
-    tokens = MarkdownIt("commonmark").enable("table").parse(whole.text)
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(whole.text)
     return whole.data.to_dict(), tokens
 
 
@@ -298,13 +299,28 @@ def test_no_name_breaks_the_page_or_gets_into_it(name: str):
     assert sizes == [[len(row) for row in table] for table in cells(expected)]
 
 
-def test_a_name_is_shown_as_it_is():
-    name = "a|b*c_d <e> `f` [g](h)"
+NAMES = [
+    "a|b*c_d* <e>",
+    "a\\|b\\\\",
+    "`f` `g`",
+    "![h](i)",
+    "~~j~~ &lt; &amp;",
+    "[k](l)",
+    "q_p",
+    "a`b",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_shown_as_it_is(name: str):
     report = Report(
         base=base(retention_ppl={name: 26.1}, num_tokens={name: 10}), arms={"x": arm("tmkl", 1.0)}
     )
     _, tokens = parsed(markdown(a_card(figures=Figures.of(report, "x", {}))))
     assert cells(tokens)[0][2][0] == name
+    assert not any(
+        child.type in ("image", "s_open", "em_open") for t in tokens for child in t.children or []
+    )
 
 
 # ---------------------------------------------------------------- what it does not hide
@@ -699,6 +715,10 @@ def test_an_adapter_from_elsewhere_gets_a_card_of_what_is_known(run, tmp_path):
         run_command(adapter, tmp_path / "to", recipe=recipe, report=tmp_path)
     with pytest.raises(UserError, match=r"--recipe .* is a run, which has its own: leave it out"):
         run_command(run, tmp_path / "to", recipe=recipe)
+    write(one("theirs", kind="adapter"), tmp_path / "report")
+    given = open_given(adapter, recipe, tmp_path / "report")
+    theirs = card.figures_for("ADAPTER", given.report_file(1.0), 1.0, given.config.retention)
+    assert theirs.adaptation_ppl_after == 1.018
     run_command(adapter, tmp_path / "to", recipe=recipe)
     assert (tmp_path / "to" / "README.md").read_text() == "# By its author\n"
     page = (tmp_path / "to" / files.BESIDE).read_text()
