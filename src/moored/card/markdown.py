@@ -352,7 +352,7 @@ def _provenance(card: Card) -> Iterator[str]:
         rows.append(("git commit where it was started", commits))
     for store in made.mlflow:
         is_local = store["uri"].endswith(":")
-        where = f"a local store ({store['uri'][:-1]})" if is_local else text(store["uri"])
+        where = f"a local store ({text(store['uri'][:-1])})" if is_local else text(store["uri"])
         rows.append(("MLflow", f"run {code(store['run_id'])} in {where}"))
     rows.append(("exported", f"{card.created}, with {_versions(made.export_versions)}"))
     rows.append(("verified", _verified(card)))
