@@ -83,6 +83,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         num_samples=samples.num_samples,
         num_tokens=samples.num_tokens,
     )
+    tracker.event("sources", sources=samples.describe())
 
     policy = load_policy(located.source.path, config, mesh)
     newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None

@@ -317,6 +317,13 @@ def test_what_was_trained_is_merged_in_bf16_with_dora(tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(to)
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    card = json.loads((to / "forgetting-card.json").read_text())
+    assert card["kind"] == "merged"
+    assert card["merged"]["kl_trained_merged_nats_per_token"] == kl
+    assert card["deltas"]["of"] == "merged"
+    assert card["deltas"]["total"]["count"] == 14
+    assert 0 < card["deltas"]["rounding"] < card["deltas"]["total"]["relative"] < 10
+    assert "`moored evaluate RUN` measures it" in (to / "README.md").read_text()
 
 
 def test_an_adapter_that_is_not_exact_leaves_nothing(run, tmp_path, monkeypatch):
@@ -376,7 +383,7 @@ def refused(match: str, *arguments, **options) -> None:
 def test_what_is_no_finished_run_is_refused(run, tmp_path):
     to = tmp_path / "to"
     refused("is not a run directory: name a folder", tmp_path / "none", to)
-    refused("is a PEFT adapter, as other tools read it", run / "adapter", to)
+    refused("is an adapter without a recipe: add --recipe", run / "adapter", to)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     RunDirectory(copy).update_state(status="preempted", step=2, reason="a signal\nof some kind")

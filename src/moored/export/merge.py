@@ -36,6 +36,7 @@ from moored import nf4
 from moored.base import resolve_dtype
 from moored.config import ModelConfig
 from moored.errors import UserError
+from moored.export.deltas import Moved, squares
 from moored.weights import INDEX, SINGLE, Files
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def renamed(source: Path, config: ModelConfig, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None:
+def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> list[Moved]:
     """Write the merged model's weights and configuration into an existing folder.
 
     Args:
@@ -167,6 +168,9 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
         adapter: a PEFT folder.
         folder: gets config.json, safetensors in files of 5 GB and what lay beside the base.
         device: where 4-bit weights are made.
+
+    Returns:
+        How far each adapted matrix was moved, as written.
 
     Raises:
         UserError: an adapter's layer is not in the files, or the result is not finite.
@@ -179,8 +183,9 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
         filename_pattern=SINGLE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=SHARD_BYTES,
     )
+    moved: list[Moved] = []
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: _merged(plan, files, name, adapted, device) for name in names}
+        tensors = {name: _merged(plan, files, name, adapted, device, moved) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -190,6 +195,7 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     for path in _beside(plan.source):
         shutil.copyfile(path, folder / path.name)
+    return moved
 
 
 def _beside(source: Path) -> Iterator[Path]:
@@ -198,16 +204,25 @@ def _beside(source: Path) -> Iterator[Path]:
 
 
 def _merged(
-    plan: Plan, files: Files, name: str, adapted: Mapping[str, LoraLayer], device: torch.device
+    plan: Plan,
+    files: Files,
+    name: str,
+    adapted: Mapping[str, LoraLayer],
+    device: torch.device,
+    moved: list[Moved],
 ) -> Tensor:
-    """One tensor of the merged model; the sum is in fp32 and is rounded once."""
+    """One tensor of the merged model; the sum is in fp32 and is rounded once.
+
+    An adapted one is added to `moved`.
+    """
     dtype, path = plan.tensors[name].dtype, name.rpartition(".")[0]
     is_packed = path in plan.packed and name.endswith(".weight")
     if not is_packed and name not in adapted:
         return files.whole(name).to(dtype)
     weight = _dequantised(plan, files, name, device) if is_packed else files.whole(name)
-    weight = weight.float()
+    weight = before = weight.float()
     if name in adapted:
+        before = weight.clone()  # PEFT adds in place
         layer: Any = adapted[name]
         base_layer = layer.get_base_layer()
         base_layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -215,8 +230,18 @@ def _merged(
         weight = base_layer.weight.data
         layer.merged_adapters.clear()
         base_layer.weight = nn.Parameter(plan.tensors[name], requires_grad=False)
-    if not bool(torch.isfinite(weight := weight.to(dtype)).all()):
+    exact, weight = weight, weight.to(dtype)
+    if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{name} is not finite in {dtype} once the adapter is merged into it")
+    if name in adapted:
+        moved.append(
+            Moved(
+                name=path,
+                delta=squares(weight.float() - before),
+                weight=squares(before),
+                rounding=squares(weight.float() - exact),
+            )
+        )
     return weight.contiguous()
 
 
