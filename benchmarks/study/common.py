@@ -47,15 +47,7 @@ def specs() -> Iterator[Spec]:
 def _all() -> Iterator[Spec]:
     for seed in SEEDS:
         for data in SETS:
-            yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
-            for kind in ("tmkl", "kl"):
-                for weight in WEIGHTS:
-                    yield Spec(
-                        data=data,
-                        label=f"{kind}-{weight:g}",
-                        seed=seed,
-                        overrides=_kind(kind, weight),
-                    )
+            yield from _weights(data, seed)
         for data in ("headers", "gsm8k"):
             for limit in (1.0, 3.0):
                 budget = {"retention_increase_pct": limit, "every": 4, "when_broken": "continue"}
@@ -65,6 +57,60 @@ def _all() -> Iterator[Spec]:
                     seed=seed,
                     overrides=_kind("tmkl", 1.0, budget=budget),
                 )
+        yield from _adapters("gsm8k", seed)
+        for data in ("gsm8k", "headers"):
+            yield from _baselines(data, seed)
+        yield from _options("gsm8k", seed)
+
+
+def _weights(data: str, seed: int) -> Iterator[Spec]:
+    """Plain fine-tuning, and both divergences at every weight."""
+    yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
+    for kind in ("tmkl", "kl"):
+        for weight in WEIGHTS:
+            label = f"{kind}-{weight:g}"
+            yield Spec(data=data, label=label, seed=seed, overrides=_kind(kind, weight))
+
+
+def _adapters(data: str, seed: int) -> Iterator[Spec]:
+    """Each adapter without and with TMKL; alpha and learning rate as of LoRA but where they say."""
+    for method in ("dora", "randlora", "sinelora"):
+        for label, kind in (("none", _kind("none")), ("tmkl-0.3", _kind("tmkl", 0.3))):
+            own = {"adapter.method": method}
+            yield Spec(data=data, label=f"{method}-{label}", seed=seed, overrides=kind | own)
+
+
+def _baselines(data: str, seed: int) -> Iterator[Spec]:
+    """What else is said to keep a model from forgetting."""
+    replay = [{"path": "TEXTS/wikitext2-probe.txt", "format": "text"}]
+    found = {
+        "tmkl-reverse-0.3": _kind("tmkl", 0.3, direction="reverse"),
+        "tmkl-jsd-1": _kind("tmkl", 1.0, direction="jsd"),
+        "eaft": _kind("eaft"),
+        "asft-0.3": _kind("asft", 0.3),
+        "asft-1": _kind("asft", 1.0),
+        "l2-0.001": _kind("l2", 0.001),
+        "l2-0.01": _kind("l2", 0.01),
+        "replay-0.3": _kind("replay", 0.3, replay=replay, replay_fraction=0.5),
+        "replay-1": _kind("replay", 1.0, replay=replay, replay_fraction=0.5),
+    }
+    for label, overrides in found.items():
+        yield Spec(data=data, label=label, seed=seed, overrides=overrides)
+
+
+def _options(data: str, seed: int) -> Iterator[Spec]:
+    """Cheaper or otherwise spread divergences at the middle weight."""
+    found: dict[str, dict[str, Any]] = {
+        "every-4": {"every": 4},
+        "fraction-0.25": {"token_fraction": 0.25},
+        "entropy": {"token_weighting": "entropy"},
+        "first-8": {"first_tokens": 8, "first_tokens_factor": 5.0},
+        "cosine": {"schedule": "cosine", "end_ratio": 0.1},
+        "temperature-2": {"temperature": 2.0},
+    }
+    for label, more in found.items():
+        overrides = _kind("tmkl", 0.3, **more)
+        yield Spec(data=data, label=f"tmkl-0.3-{label}", seed=seed, overrides=overrides)
 
 
 def _kind(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
@@ -203,7 +249,11 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "max_tokens": 4096,
             "window_tokens": 128,
         }
+    for source in spec.overrides.get("regularizer.replay", []):
+        source["path"] = source["path"].replace("TEXTS", str(texts))
     for key, value in spec.overrides.items():
         section, option = key.split(".", 1)
         found.setdefault(section, {})[option] = value
+    if found["adapter"].get("method") == "randlora":
+        del found["adapter"]["alpha"]  # its own default
     return found

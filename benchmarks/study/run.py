@@ -72,7 +72,7 @@ def _run(spec: Spec, work: Path, texts: Path) -> bool:
         return False
     result = {
         "spec": {"data": spec.data, "label": spec.label, "seed": spec.seed},
-        "overrides": spec.overrides,
+        "overrides": json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", "")),
         "exit_code": ended.returncode,
         "wall_seconds": round(time.time() - started, 1),
         "machine": f"{os.cpu_count()} x {platform.machine()} CPU",

@@ -89,7 +89,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
     newest = mesh.world.broadcast(newest)
     if newest is not None:
-        checkpoint.load_masters(checkpoint.read_optimizer(newest), policy)
+        checkpoint.load_adapter(newest, policy)
     engine = Engine(policy, config, mesh)
     one = Run(
         config=config,

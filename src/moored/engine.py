@@ -19,6 +19,7 @@ import torch
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
+from moored.adapters import read_outside
 from moored.batch import Batch
 from moored.config import Config
 from moored.errors import TrainingRefusedError, UserError
@@ -73,6 +74,9 @@ class Engine:
             dist_init_required=False,
             mpu=unit,
         )[0]
+        if self.stage == 3:
+            for module, parameter in read_outside(policy):
+                deepspeed.zero.register_external_parameter(module, parameter)
 
     # -- forward and backward ---------------------------------------------------------------
 

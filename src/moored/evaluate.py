@@ -381,7 +381,7 @@ def to_report(
         direction=regularizer.direction if divergent else None,
         temperature=regularizer.temperature if divergent else None,
         seed=None if foreign else config.train.seed,
-        adapter=None if foreign else config.adapter.method,
+        adapter=None if foreign else config.adapter.family,
         adaptation_ppl=task.policy_ppl if task else None,
         adaptation_exact_match=after.exact_match,
         retention_ppl=policy_ppl,

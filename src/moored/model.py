@@ -190,7 +190,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     if config.data.packing:
         _require_isolation(causal_lm, batch, pristine, dtype, vocab_size)
     if adapter is None:
-        label = f"{config.adapter.method} with init {config.adapter.init}"
+        label = f"{config.adapter.family} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
     else:
         label = str(adapter)
@@ -208,7 +208,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     with adapters_off(policy):
         off = policy(batch)
     require_identity(pristine, off, adapter=label, where="before training")
-    if adapter is None and not config.adapter.use_dora:
+    if adapter is None and config.adapter.family != "dora":
         with torch.no_grad(), dropout_off(policy):
             _require_neutral(policy(batch), off, label)
     _set_checkpointing(policy.causal_lm, config.train.gradient_checkpointing)
@@ -219,7 +219,7 @@ def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | 
     """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
     if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
         return None
-    use_dora = config.adapter.use_dora
+    use_dora = config.adapter.family == "dora"
     if adapter is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
             use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)

@@ -241,10 +241,12 @@ def finished_run(folder: Path, *, dtype=torch.float32, **adapter) -> Path:
     run.config.write_text(config.dump_yaml())
     policy = load_policy(Path(config.model.name_or_path), config, ALONE)
     torch.manual_seed(2)
-    tensors = {
-        name: p.detach() * 1.5 if "magnitude" in name else 0.2 * torch.randn_like(p)
-        for name, p in policy.trainable().items()
-    }
+    # RandLoRA's gamma and DoRA's magnitudes stay near where they are, lambda is small beside B.
+    sizes = {"lora_A": 0.2, "lora_B": 0.2, "randlora_lambda": 0.02}
+    tensors = {}
+    for name, p in policy.trainable().items():
+        size = next((size for part, size in sizes.items() if part in name), None)
+        tensors[name] = 1.5 * p.detach() if size is None else size * torch.randn_like(p)
     for target in (run.adapter, checkpoint.folder_of(run.checkpoints, 4) / "adapter"):
         checkpoint.save_adapter(target, tensors, policy.causal_lm, config.model.name_or_path)
     sealed.seal(checkpoint.folder_of(run.checkpoints, 4))

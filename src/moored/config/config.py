@@ -215,16 +215,16 @@ class Config(Section):
                 "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
                 (("data", "eval"),),
             )
-        sharded_nf4 = self.model.quantization == "nf4" and self.parallel.zero_stage == 3
-        if self.adapter.use_dora and sharded_nf4:
-            yield Relation(
-                ("adapter", "use_dora"),
-                "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
-                "parts: set parallel.zero_stage to 2",
-                (("parallel", "zero_stage"), ("model", "quantization")),
-            )
         if self.regularizer.kind == "l2":
             yield from self._l2_relations()
+        parallel, nf4 = self.parallel, self.model.quantization == "nf4"
+        for field, message, names in self.adapter.spread(
+            nf4=nf4,
+            zero_stage=parallel.zero_stage,
+            tensor_parallel_degree=parallel.tensor_parallel_degree,
+        ):
+            involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
+            yield Relation(("adapter", field), message, tuple(involves))
         for index, arm in enumerate(self.compare):
             first = self.compare.index(arm)
             if first < index:
@@ -239,7 +239,7 @@ class Config(Section):
         parallel, kind = self.parallel, ("regularizer", "kind")
         refused = [
             (
-                self.adapter.method == "lora" and not self.adapter.use_dora,
+                self.adapter.family == "lora",
                 ("adapter", "method"),
                 "set adapter.method to lora",
             ),

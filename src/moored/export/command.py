@@ -39,6 +39,7 @@ from moored.export.fresh import (
     compare,
     kl_per_token,
     make_probe,
+    needed_import,
     stock_outputs,
     tolerance_of,
     trained_outputs,
@@ -216,8 +217,17 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         ),
     )
     found.require("its logits in stock PEFT and in Moored")
-    _say(export, found, "stock PEFT and the trained policy")
-    return {"kind": "adapter", "verified": _verified(export, found, against="trained policy")}
+    facts = {"kind": "adapter", "verified": _verified(export, found, against="trained policy")}
+    module = needed_import(folder)
+    if module is None:
+        _say(export, found, "stock PEFT and the trained policy")
+        return facts
+    _say(export, found, f"PEFT with {module} and the trained policy")
+    print(
+        f"PEFT alone does not know {export.config.adapter.family}: `import {module}` before it "
+        "loads this adapter, or export with --merge, which needs nothing"
+    )
+    return facts | {"import_first": module}
 
 
 def _merge(

@@ -1,7 +1,7 @@
 """The base with the adapter merged into it, from safetensors to safetensors, a shard at a time.
 
-PEFT merges each layer (LoRA, rsLoRA, DoRA), so that nothing of its arithmetic is repeated; what
-the result is worth is measured elsewhere.
+PEFT's layers merge themselves (LoRA, rsLoRA, DoRA, RandLoRA, and `sinelora.py`'s), so that nothing
+of their arithmetic is repeated; what the result is worth is measured elsewhere.
 """
 
 # transformers, accelerate, PEFT and bitsandbytes are typed in part only.
@@ -26,6 +26,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.randlora import RandLoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
@@ -33,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
 
 from moored import nf4
+from moored.adapters import frozen_buffers
 from moored.base import resolve_dtype
 from moored.config import ModelConfig
 from moored.errors import UserError
@@ -43,6 +45,7 @@ log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9  # held in memory while a file is written
 BESIDE = ("*.py", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+Adapted = LoraLayer | RandLoraLayer
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -207,7 +210,7 @@ def _merged(
     plan: Plan,
     files: Files,
     name: str,
-    adapted: Mapping[str, LoraLayer],
+    adapted: Mapping[str, Adapted],
     device: torch.device,
     moved: list[Moved],
 ) -> Tensor:
@@ -290,7 +293,7 @@ def _packed(source: Path, config: ModelConfig, device: torch.device) -> Iterator
             yield path
 
 
-def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
+def _adapted(plan: Plan, adapter: Path) -> dict[str, Adapted]:
     """The adapter's layers by the name of the weight they change; their bases are on `meta`."""
     model = _on_meta(plan.source, plan.config)
     peft = PeftModel.from_pretrained(
@@ -298,7 +301,8 @@ def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
     )
     # PEFT moves what it loads to where the base is, which is nowhere: once more, to stay.
     tensors = load_file(adapter / "adapter_model.safetensors")
-    names = {n: n.replace(".default", "") for n, _ in peft.named_parameters() if ".lora_" in n}
+    names = {n: n.replace(".default", "") for n, _ in peft.named_parameters() if "lora_" in n}
+    names |= {f"{key}.default": key for key in frozen_buffers(peft)}
     names = {n: k if k in tensors else k.removesuffix(".weight") for n, k in names.items()}
     if absent := sorted(key for key in names.values() if key not in tensors):
         raise UserError(f"{adapter}: lacks {absent[0]} ({len(absent)} such tensors)")
@@ -306,7 +310,7 @@ def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
     return {
         path.removeprefix("base_model.model.") + ".weight": module
         for path, module in peft.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, (LoraLayer, RandLoraLayer))
     }
 
 
