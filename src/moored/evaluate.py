@@ -24,14 +24,16 @@ from moored.data import (
     prompts,
     retention_samples,
 )
+from moored.drift import DriftSums
 from moored.engine import Engine
-from moored.head import DriftSums
 from moored.mesh import Mesh
+from moored.pinpoint import SPOTS_PER_BATCH, Collector
 from moored.report import (
     ArmResult,
     BaseResult,
     Blocks,
     Report,
+    Where,
     increase_intervals,
     increase_pct,
     settings_of,
@@ -119,6 +121,7 @@ class Evaluation:
 
     adaptation: TextFigures | None
     retention: Mapping[str, TextFigures]
+    where: Mapping[str, Where]
     exact_match: float | None
 
 
@@ -184,12 +187,17 @@ def evaluate(
     """
     of = partial(measure, engine, mesh=mesh, poll=poll)
     adaptation = None if suite.adaptation is None else of(suite.adaptation)
-    retention = {name: of(text) for name, text in suite.retention.items()}
+    retention: dict[str, TextFigures] = {}
+    where: dict[str, Where] = {}
+    for name, text in suite.retention.items():
+        collector = Collector(config.num_examples)
+        retention[name] = of(text, collector=collector)
+        where[name] = collector.where(mesh, tokenizer)
     exact = None
     if suite.prompts:
         ask = partial(exact_match, engine, suite.prompts, mesh, tokenizer=tokenizer, poll=poll)
         exact = ask(config=config, base=base)
-    return Evaluation(adaptation=adaptation, retention=retention, exact_match=exact)
+    return Evaluation(adaptation=adaptation, retention=retention, where=where, exact_match=exact)
 
 
 def measure(
@@ -198,6 +206,7 @@ def measure(
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
+    collector: Collector | None = None,
 ) -> TextFigures:
     """Policy and base on one text, of which each rank has its batches. Collective.
 
@@ -208,6 +217,7 @@ def measure(
         poll: called before every batch, on all ranks; may raise to stop.
         references: for a text that is measured again and again: a list, empty at first, that keeps
             the base's hidden states ([N, D] per batch), which never change.
+        collector: learns where the policy drifts.
     """
     mine: dict[str, list[float]] = {}
     for index, host_batch in enumerate(text.batches):
@@ -215,7 +225,10 @@ def measure(
         batch = host_batch.to(mesh.device)
         if references is not None and index == len(references):
             references.append(engine.reference(batch))
-        rows = engine.drift(batch, None if references is None else references[index])
+        known = None if references is None else references[index]
+        rows = engine.drift(batch, known, SPOTS_PER_BATCH if collector else 0)
+        if collector is not None:
+            collector.add(batch, rows)
         sums = _by_sample(rows, batch).tolist()
         mine |= dict(zip(batch.sample_ids, sums, strict=True))
     found = {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
@@ -402,6 +415,7 @@ def to_report(
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
         retention_blocks=blocks,
+        where=dict(after.where),
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from moored.errors import UserError, UserErrors
 from moored.report.blocks import Blocks
 from moored.report.reading import Reader, short
+from moored.report.where import Where
 
 Figures = dict[str, float | None]
 
@@ -80,6 +81,7 @@ class ArmResult:
             the true token; the rest is the change of the true token's probability.
         adaptation_blocks: sums over blocks of the new task's held-out samples.
         retention_blocks: sums over blocks of each corpus.
+        where: each corpus's drift by place, by token and in its worst examples.
     """
 
     kind: str
@@ -107,6 +109,7 @@ class ArmResult:
     drift_alternatives_nats_per_token: Figures = field(default_factory=dict)
     adaptation_blocks: Blocks | None = None
     retention_blocks: dict[str, Blocks] = field(default_factory=dict)
+    where: dict[str, Where] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -189,7 +192,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (BaseResult, ArmResult, Blocks)):
+    if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
