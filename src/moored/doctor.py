@@ -108,8 +108,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
             f"{_streamed(samples)}; one of them, its targets in green:"
         )
         console.print(_coloured(samples.example(), tokenizer))
-        for name, batches in suite.retention.items():
-            scored = sum(batch.num_targets for batch in batches)
+        for name, text in suite.retention.items():
+            scored = sum(batch.num_targets for batch in text.batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
     degree = config.parallel.tensor_parallel_degree
     if degree > mesh.tp.size:

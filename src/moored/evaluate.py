@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moored.base import Located, require_positions
-from moored.batch import Batch
+from moored.batch import Batch, Sample
 from moored.config import Config, EvaluationConfig
 from moored.data import (
     Prompt,
@@ -25,8 +25,17 @@ from moored.data import (
     retention_samples,
 )
 from moored.engine import Engine
+from moored.head import DriftSums
 from moored.mesh import Mesh
-from moored.report import ArmResult, BaseResult, Report, increase_pct, settings_of
+from moored.report import (
+    ArmResult,
+    BaseResult,
+    Blocks,
+    Report,
+    increase_intervals,
+    increase_pct,
+    settings_of,
+)
 from moored.sources import ResolvedModel
 
 
@@ -45,6 +54,11 @@ class TextFigures:
         kl: mean KL(base || policy) over the whole vocabulary, nats per token.
         tmkl: the same with the true token removed from both, nats per token.
         top1_agreement: share of positions at which both prefer the same token.
+        alternatives: the part of `kl` that is among the alternatives to the true token.
+        last_word: share of samples whose targets all are the policy's first choice; of text of
+            which only last words are scored.
+        base_last_word: the same of the base.
+        blocks: sums over blocks of samples.
     """
 
     num_tokens: int
@@ -53,6 +67,25 @@ class TextFigures:
     kl: float
     tmkl: float
     top1_agreement: float
+    alternatives: float
+    last_word: float | None
+    base_last_word: float | None
+    blocks: Blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """One text as this rank's batches of it, with the order of its samples.
+
+    Attributes:
+        batches: one sample a row.
+        sample_ids: of the whole text, in its order.
+        last_words: whether only the last word of each sample is scored.
+    """
+
+    batches: Sequence[Batch]
+    sample_ids: Sequence[str]
+    last_words: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +93,13 @@ class Suite:
     """What is evaluated, tokenised before the model loads; the same on every rank.
 
     Attributes:
-        adaptation: this rank's batches of the new task's held-out data; None without data.eval.
-        retention: this rank's batches per corpus.
+        adaptation: the new task's held-out data; None without data.eval.
+        retention: the corpora by name.
         prompts: all prompts of the exact-match task, empty without one.
     """
 
-    adaptation: list[Batch] | None
-    retention: Mapping[str, list[Batch]]
+    adaptation: Text | None
+    retention: Mapping[str, Text]
     prompts: Sequence[Prompt]
 
     def without_prompts(self) -> Suite:
@@ -103,11 +136,19 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         "pad_token_id": pad_token_id(tokenizer),
         "vocab_size": vocab_size,
     }
+
+    def text(samples: Sequence[Sample], *, last_words: bool = False) -> Text:
+        ids = [sample.sample_id for sample in samples]
+        batches = eval_batches(samples, **deal)
+        return Text(batches=batches, sample_ids=ids, last_words=last_words)
+
     adaptation = None
     if config.data.eval:
-        adaptation = eval_batches(eval_samples(config, tokenizer, vocab_size=vocab_size), **deal)
+        adaptation = text(eval_samples(config, tokenizer, vocab_size=vocab_size))
     retention = {
-        name: eval_batches(retention_samples(name, corpus, tokenizer), **deal)
+        name: text(
+            retention_samples(name, corpus, tokenizer), last_words=corpus.target == "last_word"
+        )
         for name, corpus in config.retention.items()
     }
     questions = prompts(config, tokenizer) if config.evaluation.exact_match else []
@@ -135,9 +176,9 @@ def evaluate(
         base: generate the answers with adapters off.
         poll: called before every batch, on all ranks; may raise to stop.
     """
-    text = partial(measure, engine, mesh=mesh, poll=poll)
-    adaptation = None if suite.adaptation is None else text(suite.adaptation)
-    retention = {name: text(batches) for name, batches in suite.retention.items()}
+    of = partial(measure, engine, mesh=mesh, poll=poll)
+    adaptation = None if suite.adaptation is None else of(suite.adaptation)
+    retention = {name: of(text) for name, text in suite.retention.items()}
     exact = None
     if suite.prompts:
         ask = partial(exact_match, engine, suite.prompts, mesh, tokenizer=tokenizer, poll=poll)
@@ -146,26 +187,57 @@ def evaluate(
 
 
 def measure(
-    engine: Engine, batches: Sequence[Batch], mesh: Mesh, poll: Callable[[], None] = _go_on
+    engine: Engine, text: Text, mesh: Mesh, poll: Callable[[], None] = _go_on
 ) -> TextFigures:
-    """Policy and base on this and the other ranks' batches of one text. Collective."""
-    sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    for batch in batches:
+    """Policy and base on one text, of which each rank has its batches. Collective."""
+    mine: dict[str, list[float]] = {}
+    for host_batch in text.batches:
         poll()
-        rows = engine.drift(batch.to(mesh.device))
-        columns = (rows.ce_policy, rows.ce_reference, rows.kl, rows.tmkl, rows.top1_agree)
-        sums[:5] += torch.stack([column.double().sum() for column in columns])
-        sums[5] += batch.num_targets
-    ce_policy, ce_base, kl, tmkl, agree, count = mesh.dp.sum(sums).tolist()
-    count = max(1.0, count)
+        batch = host_batch.to(mesh.device)
+        rows = engine.drift(batch)
+        sums = _by_sample(rows, batch).tolist()
+        mine |= dict(zip(batch.sample_ids, sums, strict=True))
+    found = {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
+    ordered = [found[name] for name in text.sample_ids]
+    sums = {name: [row[i] for row in ordered] for i, name in enumerate(_SUMS)}
+    total = {name: math.fsum(values) for name, values in sums.items()}
+    count = max(1.0, total["num_tokens"])
     return TextFigures(
-        num_tokens=int(count),
-        policy_ppl=_exp(ce_policy / count),
-        base_ppl=_exp(ce_base / count),
-        kl=kl / count,
-        tmkl=tmkl / count,
-        top1_agreement=agree / count,
+        num_tokens=int(total["num_tokens"]),
+        policy_ppl=_exp(total["ce"] / count),
+        base_ppl=_exp(total["ce_base"] / count),
+        kl=total["kl"] / count,
+        tmkl=total["tmkl"] / count,
+        top1_agreement=total["agree"] / count,
+        alternatives=total["alternatives"] / count,
+        last_word=_all_hit(sums["hits"], sums["num_tokens"]) if text.last_words else None,
+        base_last_word=_all_hit(sums["base_hits"], sums["num_tokens"]) if text.last_words else None,
+        blocks=Blocks.of(sums),
     )
+
+
+# What is summed over each sample.
+_SUMS = (
+    "num_tokens", "ce", "ce_base", "kl", "tmkl", "alternatives", "agree", "hits", "base_hits",
+)  # fmt: skip
+
+
+def _by_sample(rows: DriftSums, batch: Batch) -> torch.Tensor:
+    """The sums over each sample of a batch [samples, `_SUMS`], in fp64."""
+    # KL = KL of the target's mass + (1 - q_y) * masked KL: the chain rule, q_y the base's.
+    alternatives = -torch.expm1(-rows.ce_reference) * rows.tmkl
+    columns = (
+        torch.ones_like(rows.kl), rows.ce_policy, rows.ce_reference, rows.kl, rows.tmkl,
+        alternatives, rows.top1_agree, rows.top1_correct, rows.top1_correct_reference,
+    )  # fmt: skip
+    values = torch.stack([column.double() for column in columns], dim=1)
+    sums = values.new_zeros((len(batch.sample_ids), len(columns)))
+    return sums.index_add_(0, batch.target_index // batch.input_ids.shape[1], values)
+
+
+def _all_hit(hits: Sequence[float], num_tokens: Sequence[float]) -> float:
+    pairs = list(zip(hits, num_tokens, strict=True))
+    return sum(hit == count for hit, count in pairs) / max(1, len(pairs))
 
 
 def exact_match(
@@ -275,7 +347,11 @@ def to_report(
         num_tokens={name: text.num_tokens for name, text in texts.items()},
         num_adaptation_tokens=task.num_tokens if task else None,
         num_adaptation_prompts=num_prompts or None,
+        last_word_accuracy={
+            name: text.base_last_word for name, text in texts.items() if text.last_word is not None
+        },
     )
+    blocks = {name: text.blocks for name, text in texts.items()}
     regularizer = config.regularizer
     divergent = regularizer.kind != "none" and not foreign
     arm = ArmResult(
@@ -298,6 +374,13 @@ def to_report(
         peak_memory_bytes=training.peak_memory_bytes,
         final_loss=training.final_loss,
         scale=scale,
+        last_word_accuracy={
+            name: text.last_word for name, text in texts.items() if text.last_word is not None
+        },
+        retention_increase_interval_pct=increase_intervals(blocks),
+        drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
+        adaptation_blocks=task.blocks if task else None,
+        retention_blocks=blocks,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
 

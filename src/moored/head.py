@@ -141,6 +141,7 @@ class DriftSums:
     tmkl: Tensor  # forward KL without the target
     top1_agree: Tensor  # bool: policy and reference have the same first choice
     top1_correct: Tensor  # bool: the policy's first choice is the target
+    top1_correct_reference: Tensor  # bool: the reference's is
 
 
 class Head(nn.Module):
@@ -283,11 +284,12 @@ class Head(nn.Module):
                         masked.kl.kl_forward.squeeze(1),
                         ids_2C[0] == ids_2C[1],
                         ids_2C[0] == targets[rows],
+                        ids_2C[1] == targets[rows],
                     )
                 )
         if not columns:
             empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
-            return DriftSums(empty, empty, empty, empty, empty.bool(), empty.bool())
+            return DriftSums(empty, empty, empty, empty, *(empty.bool(),) * 3)
         return DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
 
     def _all_columns(self, logits_v: Tensor) -> Tensor:

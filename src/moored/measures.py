@@ -39,5 +39,7 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
         values[f"retention/{name}/perplexity"] = figures.policy_ppl
         values[f"drift/{name}/kl_nats_per_token"] = figures.kl
         values[f"drift/{name}/tmkl_nats_per_token"] = figures.tmkl
+        if figures.last_word is not None:
+            values[f"retention/{name}/last_word_accuracy_fraction"] = figures.last_word
         values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
     return values

@@ -3,6 +3,8 @@
 Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
 """
 
+from moored.report.blocks import Blocks
+from moored.report.bootstrap import increase_intervals
 from moored.report.files import labels_of, run_command, write
 from moored.report.headline import Headline, headline
 from moored.report.merging import merge
@@ -13,9 +15,11 @@ from moored.report.terminal import show, table
 __all__ = [
     "ArmResult",
     "BaseResult",
+    "Blocks",
     "Headline",
     "Report",
     "headline",
+    "increase_intervals",
     "increase_pct",
     "labels_of",
     "merge",

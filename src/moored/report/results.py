@@ -5,16 +5,16 @@ Nothing is measured, worded or drawn here; several reports are joined in `mergin
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from moored.errors import UserError, UserErrors
+from moored.report.blocks import Blocks
+from moored.report.reading import Reader, short
 
 Figures = dict[str, float | None]
 
@@ -33,6 +33,8 @@ class BaseResult:
         num_tokens: scored tokens per corpus.
         num_adaptation_tokens: scored target tokens of the new task.
         num_adaptation_prompts: prompts behind the exact match.
+        last_word_accuracy: fraction of passages whose last word was predicted, per corpus where
+            nothing else is scored.
     """
 
     model: str
@@ -44,6 +46,7 @@ class BaseResult:
     num_tokens: dict[str, int]
     num_adaptation_tokens: int | None = None
     num_adaptation_prompts: int | None = None
+    last_word_accuracy: Figures = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,12 @@ class ArmResult:
         temperature: of the divergence.
         adapter: its method.
         scale: factor of all that the adapter adds, where it is not as trained.
+        last_word_accuracy: fraction of passages whose last word was predicted.
+        retention_increase_interval_pct: 95 % bootstrap interval of that increase, [low, high].
+        drift_alternatives_nats_per_token: the part of the drift that is among the alternatives to
+            the true token; the rest is the change of the true token's probability.
+        adaptation_blocks: sums over blocks of the new task's held-out samples.
+        retention_blocks: sums over blocks of each corpus.
     """
 
     kind: str
@@ -93,6 +102,11 @@ class ArmResult:
     temperature: float | None = None
     adapter: str | None = None
     scale: float | None = None
+    last_word_accuracy: Figures = field(default_factory=dict)
+    retention_increase_interval_pct: dict[str, list[float]] = field(default_factory=dict)
+    drift_alternatives_nats_per_token: Figures = field(default_factory=dict)
+    adaptation_blocks: Blocks | None = None
+    retention_blocks: dict[str, Blocks] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -146,7 +160,7 @@ class Report:
             UserErrors: everything that is wrong with it, one line each.
         """
         problems: list[str] = []
-        report = _Reader(problems).report(data)
+        report = _read(Reader(problems), data)
         if report is not None and not problems:
             problems += _contradictions(report)
         if problems or report is None:
@@ -175,153 +189,45 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (BaseResult, ArmResult)):
+    if isinstance(value, (BaseResult, ArmResult, Blocks)):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
-_R = TypeVar("_R", BaseResult, ArmResult)
-
-
-class _Reader:
-    """Parsed JSON -> dataclasses by their annotations; notes every problem with its place."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-
-    def report(self, data: object) -> Report | None:
-        top = self._mapping(data, "", ("base", "arms", "settings"))
-        if top is None:
-            return None
-        base = self._result(BaseResult, top.get("base", MISSING), "base")
-        arms: dict[str, ArmResult] = {}
-        given = self._mapping(top.get("arms", MISSING), "arms")
-        if given is not None and not given:
-            self.problems.append("arms: empty: a report needs at least one arm")
-        for name, arm in (given or {}).items():
-            result = self._result(ArmResult, arm, f"arms.{_short(name)}")
-            if not name.strip():
-                self.problems.append("arms: an arm's name is empty: name it after its regulariser")
-            if result is not None:
-                arms[name] = result
-        settings = self._values(top.get("settings", {}), "settings", self._text)
-        return None if base is None else Report(base=base, arms=arms, settings=settings)
-
-    def _mapping(
-        self, data: object, where: str, known: Sequence[str] | None = None
-    ) -> dict[str, Any] | None:
-        place = f"{where}: " if where else ""
-        if data is MISSING:
-            self.problems.append(f"{place}missing")
-            return None
-        if not isinstance(data, dict):
-            self.problems.append(f"{place}expected an object, got {_short(data)}")
-            return None
-        for key in data:
-            if known is not None and key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-                path = f"{where}.{_short(key)}" if where else _short(key)
-                self.problems.append(f"{path}: unknown key; {hint}")
-        return data
-
-    def _result(self, kind: type[_R], data: object, where: str) -> _R | None:
-        data = self._mapping(data, where, [item.name for item in fields(kind)])
-        if data is None:
-            return None
-        before = len(self.problems)
-        values: dict[str, Any] = {}
-        for item in fields(kind):
-            place = f"{where}.{item.name}"
-            if item.name in data:
-                values[item.name] = self._value(str(item.type), data[item.name], place, item.name)
-            elif item.default is MISSING and item.default_factory is MISSING:
-                self.problems.append(f"{place}: missing")
-        return kind(**values) if len(self.problems) == before else None
-
-    def _value(self, annotation: str, value: object, place: str, name: str) -> Any:
-        if annotation.endswith(" | None"):
-            if value is None:
-                return None
-            annotation = annotation.removesuffix(" | None")
-        number = partial(self._number, name=name)
-        integer = partial(self._integer, name=name)
-        readers: dict[str, Callable[[object, str], Any]] = {
-            "str": self._text,
-            "int": integer,
-            "float": number,
-            "dict[str, int]": lambda v, p: self._values(v, p, integer),
-            "Figures": lambda v, p: self._values(v, p, number, optional=True),
-        }
-        return readers[annotation](value, place)
-
-    def _values(
-        self,
-        data: object,
-        where: str,
-        read: Callable[[object, str], Any],
-        *,
-        optional: bool = False,
-    ) -> dict[str, Any]:
-        return {
-            name: None if optional and value is None else read(value, f"{where}.{_short(name)}")
-            for name, value in (self._mapping(data, where) or {}).items()
-        }
-
-    def _text(self, value: object, place: str) -> str:
-        if not isinstance(value, str):
-            self.problems.append(f"{place}: expected text, got {_short(value)}")
-            return ""
-        if not value.strip():
-            self.problems.append(f"{place}: must not be empty")
-        return value
-
-    def _integer(self, value: object, place: str, *, name: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.problems.append(f"{place}: expected an integer, got {_short(value)}")
-            return 0
-        if value < 0 and name != "seed":
-            self.problems.append(f"{place}: must not be negative, got {value}")
-        return value
-
-    def _number(self, value: object, place: str, *, name: str) -> float:
-        if value in ("NaN", "Infinity", "-Infinity"):
-            number = float(str(value))
-        elif not isinstance(value, (int, float)) or isinstance(value, bool):
-            self.problems.append(f"{place}: expected a number, got {_short(value)}")
-            return math.nan
-        else:
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-        # Just below a bound is rounding; clearly below it is another unit.
-        if name in ("adaptation_ppl", "retention_ppl") and number < 1 - 1e-6:
-            self.problems.append(
-                f"{place}: {number:g} is no perplexity: exp of a cross-entropy is never below 1"
-            )
-        elif name in ("adaptation_exact_match", "top1_agreement") and (number < 0 or number > 1):
-            self.problems.append(f"{place}: {number:g} is no fraction: expected 0 to 1")
-        elif name.startswith("drift_") and number < -1e-4:
-            self.problems.append(f"{place}: {number:g}: a divergence is never negative")
-        elif name in ("tokens_per_second", "train_seconds", "temperature") and number < 0:
-            self.problems.append(f"{place}: must not be negative, got {number:g}")
-        return number
+def _read(reader: Reader, data: object) -> Report | None:
+    top = reader.mapping(data, "", ("base", "arms", "settings"))
+    if top is None:
+        return None
+    base = reader.result(BaseResult, top.get("base", MISSING), "base")
+    arms: dict[str, ArmResult] = {}
+    given = reader.mapping(top.get("arms", MISSING), "arms")
+    if given is not None and not given:
+        reader.problems.append("arms: empty: a report needs at least one arm")
+    for name, arm in (given or {}).items():
+        result = reader.result(ArmResult, arm, f"arms.{short(name)}")
+        if not name.strip():
+            reader.problems.append("arms: an arm's name is empty: name it after its regulariser")
+        if result is not None:
+            arms[name] = result
+    settings = reader.values(top.get("settings", {}), "settings", reader.text)
+    return None if base is None else Report(base=base, arms=arms, settings=settings)
 
 
 def _contradictions(report: Report) -> list[str]:
     """Figures that cannot all be right, such as an increase given as a fraction."""
     problems: list[str] = []
     for arm_name, arm in report.arms.items():
-        where = f"arms.{_short(arm_name)}"
+        where = f"arms.{short(arm_name)}"
         for corpus in {**arm.retention_ppl, **arm.retention_increase_pct}:
             if corpus not in report.base.retention_ppl:
                 problems.append(
-                    f"{where}: corpus {_short(corpus)} is not in base.retention_ppl: "
+                    f"{where}: corpus {short(corpus)} is not in base.retention_ppl: "
                     "measure the base on it too"
                 )
         for corpus, given in arm.retention_increase_pct.items():
@@ -333,7 +239,7 @@ def _contradictions(report: Report) -> list[str]:
             # Generous to figures that were rounded by hand.
             if abs(given - expected) > 0.5 + 0.02 * abs(expected):
                 problems.append(
-                    f"{where}.retention_increase_pct.{_short(corpus)}: {given:g} percent, but the "
+                    f"{where}.retention_increase_pct.{short(corpus)}: {given:g} percent, but the "
                     f"perplexities give {expected:g}: evaluate the run again"
                 )
     return problems
@@ -346,8 +252,3 @@ def increase_pct(base: Mapping[str, float | None], after: Mapping[str, float | N
         before = base.get(corpus)
         result[corpus] = None if not before or ppl is None else 100.0 * (ppl / before - 1.0)
     return result
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

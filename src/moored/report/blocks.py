@@ -1,0 +1,57 @@
+"""Sums over blocks of a text, policy and base on the same tokens: what intervals are made of.
+
+The intervals themselves are `bootstrap.py`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+# Neighbouring samples share a block, so that a report stays small and what neighbours have in
+# common stays together.
+MOST_BLOCKS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """One entry per block of neighbouring samples (windows, passages, answers), in their order.
+
+    Attributes:
+        num_tokens: scored tokens.
+        ce: the policy's cross-entropy, nats.
+        ce_base: the base's.
+        kl: KL(base || policy) over the whole vocabulary, nats.
+    """
+
+    num_tokens: list[int]
+    ce: list[float]
+    ce_base: list[float]
+    kl: list[float]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all lists are of one length."""
+        return len({len(getattr(self, item.name)) for item in fields(self)}) == 1
+
+    @staticmethod
+    def of(sums: Mapping[str, Sequence[float]]) -> Blocks:
+        """Blocks of per-sample sums by the names above; at most `MOST_BLOCKS`, of like size."""
+        num_samples = len(sums["num_tokens"])
+        num_blocks = min(num_samples, MOST_BLOCKS)
+        edges = [round(i * num_samples / num_blocks) for i in range(num_blocks + 1)]
+        summed = {
+            item.name: [sum(sums[item.name][a:b]) for a, b in itertools.pairwise(edges)]
+            for item in fields(Blocks)
+        }
+        return Blocks(
+            num_tokens=[int(count) for count in summed["num_tokens"]],
+            ce=_rounded(summed["ce"]),
+            ce_base=_rounded(summed["ce_base"]),
+            kl=_rounded(summed["kl"]),
+        )
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.8g}") for value in values]
