@@ -1,6 +1,7 @@
-"""What a policy learned, forgot and drifted: perplexities, KL to the base, exact match.
+"""What a policy learned, forgot and drifted: perplexities and KL to the base, text by text.
 
-Never trains, and draws nothing: figures go into the dataclasses of `moored.report`.
+Never trains, and draws nothing: figures go into the dataclasses of `moored.report`. What has to be
+generated for it is `answers.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moored.answers import Answered, Followed, answer_all
 from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
 from moored.config import Config, EvaluationConfig
@@ -20,6 +22,7 @@ from moored.data import (
     Prompt,
     eval_batches,
     eval_samples,
+    instruction_prompts,
     pad_token_id,
     prompts,
     retention_samples,
@@ -96,15 +99,22 @@ class Suite:
         adaptation: the new task's held-out data; None without data.eval.
         retention: the corpora by name.
         prompts: all prompts of the exact-match task, empty without one.
+        instructions: all prompts of the instructions, empty without them.
     """
 
     adaptation: Text | None
     retention: Mapping[str, Text]
     prompts: Sequence[Prompt]
+    instructions: Sequence[Prompt]
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers are generated, which says nothing of the base by itself."""
+        return bool(self.prompts or self.instructions)
 
     def without_prompts(self) -> Suite:
         """The same without the generation of answers, which is slow."""
-        return replace(self, prompts=())
+        return replace(self, prompts=(), instructions=())
 
     def only_prompts(self) -> Suite:
         """Nothing but the generation of answers."""
@@ -117,7 +127,7 @@ class Evaluation:
 
     adaptation: TextFigures | None
     retention: Mapping[str, TextFigures]
-    exact_match: float | None
+    answered: Answered
 
 
 def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
@@ -151,8 +161,13 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         )
         for name, corpus in config.retention.items()
     }
-    questions = prompts(config, tokenizer) if config.evaluation.exact_match else []
-    return Suite(adaptation=adaptation, retention=retention, prompts=questions)
+    asked = config.evaluation
+    return Suite(
+        adaptation=adaptation,
+        retention=retention,
+        prompts=prompts(config, tokenizer) if asked.exact_match else [],
+        instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
+    )
 
 
 def evaluate(
@@ -179,11 +194,17 @@ def evaluate(
     of = partial(measure, engine, mesh=mesh, poll=poll)
     adaptation = None if suite.adaptation is None else of(suite.adaptation)
     retention = {name: of(text) for name, text in suite.retention.items()}
-    exact = None
-    if suite.prompts:
-        ask = partial(exact_match, engine, suite.prompts, mesh, tokenizer=tokenizer, poll=poll)
-        exact = ask(config=config, base=base)
-    return Evaluation(adaptation=adaptation, retention=retention, exact_match=exact)
+    answered = answer_all(
+        engine,
+        mesh,
+        prompts=suite.prompts,
+        instructions=suite.instructions,
+        tokenizer=tokenizer,
+        config=config,
+        base=base,
+        poll=poll,
+    )
+    return Evaluation(adaptation=adaptation, retention=retention, answered=answered)
 
 
 def measure(
@@ -240,64 +261,6 @@ def _all_hit(hits: Sequence[float], num_tokens: Sequence[float]) -> float:
     return sum(hit == count for hit, count in pairs) / max(1, len(pairs))
 
 
-def exact_match(
-    engine: Engine,
-    questions: Sequence[Prompt],
-    mesh: Mesh,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluationConfig,
-    base: bool = False,
-    poll: Callable[[], None] = _go_on,
-) -> float:
-    """Share of prompts whose greedy answer equals the reference, white space at its ends apart."""
-    # Prompts of like length share a batch; each rank gets as many batches as the others.
-    ordered = sorted(questions, key=lambda q: (len(q.input_ids), q.sample_id))
-    per_batch = config.micro_batch_size * mesh.dp.size
-    counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for start in range(0, len(ordered), per_batch):
-        poll()
-        mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
-        asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
-        answers = _answers(engine, asked, mesh, tokenizer, config.max_new_tokens, base)
-        hits = sum(a.strip() == q.completion.strip() for a, q in zip(answers, mine, strict=False))
-        counts += torch.tensor([hits, len(mine)], dtype=torch.float64, device=mesh.device)
-    hits, total = mesh.dp.sum(counts).tolist()
-    return hits / max(1.0, total)
-
-
-def _answers(
-    engine: Engine,
-    questions: Sequence[Prompt],
-    mesh: Mesh,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    base: bool,
-) -> list[str]:
-    longest = max(len(q.input_ids) for q in questions)
-    pad = pad_token_id(tokenizer)
-    ids = torch.full((len(questions), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, question in enumerate(questions):
-        ids[row, longest - len(question.input_ids) :] = torch.tensor(question.input_ids)
-        mask[row, longest - len(question.input_ids) :] = 1
-    tokens = engine.generate(
-        base=base,
-        input_ids=ids.to(mesh.device),
-        attention_mask=mask.to(mesh.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted({i for q in questions for i in q.stop_token_ids}),
-    )
-    return tokenizer.batch_decode(tokens[:, longest:].cpu(), skip_special_tokens=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """What training cost, for the report; zeros for an adapter that came from elsewhere."""
@@ -316,7 +279,7 @@ def to_report(
     after: Evaluation,
     training: Training,
     *,
-    base_match: float | None,
+    base_answered: Answered | None,
     num_prompts: int,
     foreign: bool = False,
     scale: float | None = None,
@@ -329,12 +292,14 @@ def to_report(
         name: the arm's.
         after: measured with the adapter; it holds the base's figures beside the policy's.
         training: what training cost.
-        base_match: exact match of the base.
+        base_answered: what the base's answers amount to.
         num_prompts: prompts behind the exact match.
         foreign: the adapter is not of this recipe, which says only how it is measured.
         scale: factor of what the adapter adds; None: as trained.
     """
     texts, task = after.retention, after.adaptation
+    before = base_answered or Answered()
+    followed, base_followed = after.answered.followed, before.followed
     base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
     policy_ppl: dict[str, float | None] = {name: text.policy_ppl for name, text in texts.items()}
     base = BaseResult(
@@ -342,7 +307,7 @@ def to_report(
         revision=source.revision,
         quantization=config.model.quantization,
         adaptation_ppl=task.base_ppl if task else None,
-        adaptation_exact_match=base_match,
+        adaptation_exact_match=before.exact_match,
         retention_ppl=base_ppl,
         num_tokens={name: text.num_tokens for name, text in texts.items()},
         num_adaptation_tokens=task.num_tokens if task else None,
@@ -350,6 +315,10 @@ def to_report(
         last_word_accuracy={
             name: text.base_last_word for name, text in texts.items() if text.last_word is not None
         },
+        instruction_following=base_followed.constraints if base_followed else None,
+        instruction_prompts_followed=base_followed.prompts if base_followed else None,
+        num_instructions=base_followed.num_constraints if base_followed else None,
+        num_instruction_prompts=base_followed.num_prompts if base_followed else None,
     )
     blocks = {name: text.blocks for name, text in texts.items()}
     regularizer = config.regularizer
@@ -362,7 +331,7 @@ def to_report(
         seed=None if foreign else config.train.seed,
         adapter=None if foreign else config.adapter.method,
         adaptation_ppl=task.policy_ppl if task else None,
-        adaptation_exact_match=after.exact_match,
+        adaptation_exact_match=after.answered.exact_match,
         retention_ppl=policy_ppl,
         retention_increase_pct=increase_pct(base_ppl, policy_ppl),
         drift_nats_per_token={name: text.kl for name, text in texts.items()},
@@ -381,8 +350,24 @@ def to_report(
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
         retention_blocks=blocks,
+        instruction_following=followed.constraints if followed else None,
+        instruction_prompts_followed=followed.prompts if followed else None,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
+
+
+def answered_in(base: BaseResult) -> Answered | None:
+    """What the base's answers amounted to, as a report has it; None where it was not asked."""
+    followed = None
+    if base.instruction_following is not None and base.instruction_prompts_followed is not None:
+        followed = Followed(
+            constraints=base.instruction_following,
+            prompts=base.instruction_prompts_followed,
+            num_constraints=base.num_instructions or 0,
+            num_prompts=base.num_instruction_prompts or 0,
+        )
+    answered = Answered(exact_match=base.adaptation_exact_match, followed=followed)
+    return None if answered == Answered() else answered
 
 
 def _exp(nats: float) -> float:

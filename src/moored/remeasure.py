@@ -163,9 +163,9 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None]) -> Repo
         for scale in scales:
             with scaled(policy.causal_lm, scale) if scale else contextlib.nullcontext():
                 measured[scale] = ask(suite)
-        base_match = None
-        if suite.prompts:
-            base_match = ask(suite.only_prompts(), base=True).exact_match
+        base_answered = None
+        if suite.asks:
+            base_answered = ask(suite.only_prompts(), base=True).answered
     finally:
         engine.close()
     training = {} if target.run is None else target.run.state().get("training", {})
@@ -176,7 +176,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None]) -> Repo
             target.name if scale in (None, 1.0) else f"{target.name}-scale{scale:g}",
             after,
             Training(**training),
-            base_match=base_match,
+            base_answered=base_answered,
             num_prompts=len(suite.prompts),
             foreign=target.run is None,
             scale=None if scale == 1.0 else scale,

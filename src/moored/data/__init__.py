@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Prompt,
         eval_batches,
         eval_samples,
+        instruction_prompts,
         prompts,
         retention_samples,
     )
@@ -28,6 +29,7 @@ _ROOMS = {
     "Prompt": "heldout",
     "eval_batches": "heldout",
     "eval_samples": "heldout",
+    "instruction_prompts": "heldout",
     "prompts": "heldout",
     "retention_samples": "heldout",
     "check_data": "records",
@@ -44,6 +46,7 @@ __all__ = [
     "check_data",
     "eval_batches",
     "eval_samples",
+    "instruction_prompts",
     "load_samples",
     "pad_token_id",
     "prompts",

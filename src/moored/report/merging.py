@@ -67,6 +67,10 @@ _BASE_FIGURES = (
     "adaptation_exact_match",
     "num_adaptation_tokens",
     "num_adaptation_prompts",
+    "instruction_following",
+    "instruction_prompts_followed",
+    "num_instructions",
+    "num_instruction_prompts",
 )
 
 

@@ -112,17 +112,21 @@ def _version() -> str:
 def _row(report: Report, name: str, arm: ArmResult) -> dict[str, Any]:
     """An arm in the summary table."""
     base, worst = report.base, arm.worst()
-    learned = match = None
+    learned = match = followed = None
     if base.adaptation_ppl and arm.adaptation_ppl is not None:
         learned = _change(100 * (arm.adaptation_ppl / base.adaptation_ppl - 1), words.percent)
     if base.adaptation_exact_match is not None and arm.adaptation_exact_match is not None:
         points = 100 * (arm.adaptation_exact_match - base.adaptation_exact_match)
         match = _change(points, _points, more_is_better=True)
+    if base.instruction_following is not None and arm.instruction_following is not None:
+        points = 100 * (arm.instruction_following - base.instruction_following)
+        followed = _change(points, _points, more_is_better=True)
     return {
         "name": name,
         "arm": arm,
         "learned": learned,
         "match": match,
+        "followed": followed,
         "worst": worst,
         "forgot": None if worst is None else _change(worst[1], words.percent),
     }

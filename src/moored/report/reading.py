@@ -15,6 +15,12 @@ from typing import Any, TypeVar
 from moored.report.blocks import Blocks
 
 _R = TypeVar("_R")  # a dataclass
+_FRACTIONS = (
+    "adaptation_exact_match",
+    "top1_agreement",
+    "instruction_following",
+    "instruction_prompts_followed",
+)
 
 
 class Reader:
@@ -140,7 +146,7 @@ class Reader:
             self.problems.append(
                 f"{place}: {number:g} is no perplexity: exp of a cross-entropy is never below 1"
             )
-        elif name in ("adaptation_exact_match", "top1_agreement") and (number < 0 or number > 1):
+        elif name in _FRACTIONS and (number < 0 or number > 1):
             self.problems.append(f"{place}: {number:g} is no fraction: expected 0 to 1")
         elif name.startswith("drift_") and number < -1e-4:
             self.problems.append(f"{place}: {number:g}: a divergence is never negative")

@@ -35,6 +35,10 @@ class BaseResult:
         num_adaptation_prompts: prompts behind the exact match.
         last_word_accuracy: fraction of passages whose last word was predicted, per corpus where
             nothing else is scored.
+        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
+        instruction_prompts_followed: fraction of prompts of which all constraints were met.
+        num_instructions: constraints behind that.
+        num_instruction_prompts: prompts behind that.
     """
 
     model: str
@@ -47,6 +51,10 @@ class BaseResult:
     num_adaptation_tokens: int | None = None
     num_adaptation_prompts: int | None = None
     last_word_accuracy: Figures = field(default_factory=dict)
+    instruction_following: float | None = None
+    instruction_prompts_followed: float | None = None
+    num_instructions: int | None = None
+    num_instruction_prompts: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +88,8 @@ class ArmResult:
             the true token; the rest is the change of the true token's probability.
         adaptation_blocks: sums over blocks of the new task's held-out samples.
         retention_blocks: sums over blocks of each corpus.
+        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
+        instruction_prompts_followed: fraction of prompts of which all constraints were met.
     """
 
     kind: str
@@ -107,6 +117,8 @@ class ArmResult:
     drift_alternatives_nats_per_token: Figures = field(default_factory=dict)
     adaptation_blocks: Blocks | None = None
     retention_blocks: dict[str, Blocks] = field(default_factory=dict)
+    instruction_following: float | None = None
+    instruction_prompts_followed: float | None = None
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""

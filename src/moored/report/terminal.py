@@ -17,7 +17,8 @@ from moored.report import words
 from moored.report.headline import headline
 from moored.report.results import ArmResult, Report, badness
 
-# More corpora than this do not fit beside each other: the worst one stands for all.
+# More corpora than this (instructions count as one) do not fit beside each other: the worst one
+# stands for all.
 MOST_COLUMNS = 2
 
 
@@ -28,8 +29,9 @@ def table(report: Report) -> Table:
     the worst one stands for all.
     """
     corpora = report.corpora
-    each = len(corpora) <= MOST_COLUMNS
     matched = any(arm.adaptation_exact_match is not None for arm in report.arms.values())
+    followed = any(arm.instruction_following is not None for arm in report.arms.values())
+    each = len(corpora) <= MOST_COLUMNS - followed
     what = "Corpora: perplexity" if each else "Worst: the greatest rise of a corpus's perplexity"
     over = " and its rise over the base's" if each else " over the base's"
     result = Table(
@@ -45,6 +47,8 @@ def table(report: Report) -> Table:
     result.add_column("adaptation\nperplexity", justify="right")
     if matched:
         result.add_column("exact\nmatch", justify="right")
+    if followed:
+        result.add_column("instruc-\ntions", justify="right")
     for corpus in corpora if each else []:
         result.add_column(Text(words.clean(corpus, 16)), justify="right", overflow="fold")
     if not each:
@@ -54,11 +58,13 @@ def table(report: Report) -> Table:
     base = report.base
     row = [Text("base"), Text(words.ppl(base.adaptation_ppl))]
     row += [Text(_narrow(words.fraction(base.adaptation_exact_match)))] if matched else []
+    row += [Text(_narrow(words.fraction(base.instruction_following)))] if followed else []
     row += [Text(words.ppl(base.retention_ppl[corpus])) for corpus in corpora] if each else []
     result.add_row(*row)
     for name, arm in report.arms.items():
         row = [Text(words.clean(name, 48), style="bold"), Text(words.ppl(arm.adaptation_ppl))]
         row += [Text(_narrow(words.fraction(arm.adaptation_exact_match)))] if matched else []
+        row += [Text(_narrow(words.fraction(arm.instruction_following)))] if followed else []
         row += [_retention(arm, corpus) for corpus in corpora] if each else [_worst(arm)]
         drift = [value for value in arm.drift_nats_per_token.values() if value is not None]
         row.append(Text(words.nats(max(drift, key=badness, default=None))))

@@ -132,6 +132,13 @@ def caveats(report: Report) -> list[str]:
         held = f"Adaptation: {count(report.base.num_adaptation_tokens)} held-out target tokens"
         asked = report.base.num_adaptation_prompts
         result.append(held + (f", {count(asked)} prompts for the exact match." if asked else "."))
+    if report.base.num_instructions is not None:
+        prompts, full = report.base.num_instruction_prompts, report.base.num_instructions
+        result.append(
+            f"Instructions followed: {count(full)} constraints in {count(prompts)} prompts, so one "
+            f"constraint is {100 / max(1, full):.1f} points; form only, not whether answers are "
+            "right."
+        )
     if len({arm.num_steps for arm in report.arms.values()}) > 1:
         result.append("The arms did not train for the same number of steps.")
     for name, arm in report.arms.items():
