@@ -5,7 +5,7 @@ Perplexities and divergences, which need no generation, are `evaluate.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,30 +144,57 @@ def _generated(
     max_new_tokens: int,
     base: bool,
 ) -> list[str]:
-    batch = left_padded([q.input_ids for q in questions], pad_token_id(tokenizer), mesh)
-    tokens = engine.generate(
-        base=base,
-        **batch,
+    new = continuations(
+        engine,
+        mesh,
+        [q.input_ids for q in questions],
+        pad=pad_token_id(tokenizer),
+        stop_token_ids={i for q in questions for i in q.stop_token_ids},
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad_token_id(tokenizer),
-        eos_token_id=sorted({i for q in questions for i in q.stop_token_ids}),
+        base=base,
     )
-    new = tokens[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new.cpu(), skip_special_tokens=True)
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
 
 
-def left_padded(rows: Sequence[Sequence[int]], pad: int, mesh: Mesh) -> dict[str, Any]:
-    """Rows of tokens that all end at the same place, as `generate` wants them: ids and mask."""
+def continuations(
+    engine: Engine,
+    mesh: Mesh,
+    rows: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    stop_token_ids: Collection[int],
+    max_new_tokens: int,
+    base: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """What follows each row of tokens, [rows, most new tokens] on the CPU. Collective.
+
+    Args:
+        engine: policy and base.
+        mesh: the processes.
+        rows: one at least, none empty.
+        pad: fills the places before a shorter row, and after an end.
+        stop_token_ids: that end a row.
+        max_new_tokens: per row.
+        base: generate with adapters off.
+        **options: of Hugging Face's `generate`; by default greedy.
+    """
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, longest - len(row) :] = torch.tensor(row)
         mask[index, longest - len(row) :] = 1
-    return {"input_ids": ids.to(mesh.device), "attention_mask": mask.to(mesh.device)}
+    # Said in full: a model's generation_config.json may say otherwise.
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    tokens = engine.generate(
+        base=base,
+        input_ids=ids.to(mesh.device),
+        attention_mask=mask.to(mesh.device),
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(stop_token_ids),
+        **(greedy | options),
+    )
+    return tokens[:, longest:].cpu()

@@ -211,16 +211,9 @@ def measure(
     engine: Engine, text: Text, mesh: Mesh, poll: Callable[[], None] = _go_on
 ) -> TextFigures:
     """Policy and base on one text, of which each rank has its batches. Collective."""
-    mine: dict[str, list[float]] = {}
-    for host_batch in text.batches:
-        poll()
-        batch = host_batch.to(mesh.device)
-        rows = engine.drift(batch)
-        sums = _by_sample(rows, batch).tolist()
-        mine |= dict(zip(batch.sample_ids, sums, strict=True))
-    found = {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
+    found = sample_sums(engine, text.batches, mesh, poll)
     ordered = [found[name] for name in text.sample_ids]
-    sums = {name: [row[i] for row in ordered] for i, name in enumerate(_SUMS)}
+    sums = {name: [row[i] for row in ordered] for i, name in enumerate(SUMS)}
     total = {name: math.fsum(values) for name, values in sums.items()}
     count = max(1.0, total["num_tokens"])
     return TextFigures(
@@ -237,14 +230,28 @@ def measure(
     )
 
 
+def sample_sums(
+    engine: Engine, batches: Sequence[Batch], mesh: Mesh, poll: Callable[[], None] = _go_on
+) -> dict[str, list[float]]:
+    """`SUMS` over the targets of each sample, of all ranks' batches. Collective."""
+    mine: dict[str, list[float]] = {}
+    for host_batch in batches:
+        poll()
+        batch = host_batch.to(mesh.device)
+        rows = engine.drift(batch)
+        sums = _by_sample(rows, batch).tolist()
+        mine |= dict(zip(batch.sample_ids, sums, strict=True))
+    return {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
+
+
 # What is summed over each sample.
-_SUMS = (
+SUMS = (
     "num_tokens", "ce", "ce_base", "kl", "tmkl", "alternatives", "agree", "hits", "base_hits",
 )  # fmt: skip
 
 
 def _by_sample(rows: DriftSums, batch: Batch) -> torch.Tensor:
-    """The sums over each sample of a batch [samples, `_SUMS`], in fp64."""
+    """The sums over each sample of a batch [samples, `SUMS`], in fp64."""
     # KL = KL of the target's mass + (1 - q_y) * masked KL: the chain rule, q_y the base's.
     alternatives = -torch.expm1(-rows.ce_reference) * rows.tmkl
     columns = (

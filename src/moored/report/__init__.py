@@ -8,7 +8,7 @@ from moored.report.bootstrap import increase_intervals
 from moored.report.files import labels_of, run_command, write
 from moored.report.headline import Headline, headline
 from moored.report.merging import merge
-from moored.report.results import ArmResult, BaseResult, Report, increase_pct
+from moored.report.results import ArmResult, BaseResult, Figures, Report, increase_pct
 from moored.report.settings import settings_of
 from moored.report.terminal import show, table
 
@@ -16,6 +16,7 @@ __all__ = [
     "ArmResult",
     "BaseResult",
     "Blocks",
+    "Figures",
     "Headline",
     "Report",
     "headline",

@@ -70,6 +70,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
         y_title=Y_TITLE,
         bars=_bars(report),
         panels=_panels(report, curves or {}),
+        harness=_harness(report),
         has_drift=any(arm.drift_nats_per_token for arm in report.arms.values()),
         same_ppl=f"{SAME_PPL_PCT:g}",
         same_increase=f"{SAME_INCREASE_POINTS:g}",
@@ -130,6 +131,25 @@ def _row(report: Report, name: str, arm: ArmResult) -> dict[str, Any]:
         "worst": worst,
         "forgot": None if worst is None else _change(worst[1], words.percent),
     }
+
+
+def _harness(report: Report) -> list[dict[str, Any]]:
+    """The evaluation harness's figures: a row per task and metric, base and arms beside each other.
+
+    Its metrics have no common unit, and whether more is better is the task's matter: so differences
+    are given as they are, with the standard errors of both sides.
+    """
+    rows: list[dict[str, Any]] = []
+    for task, figures in report.base.lm_eval.items():
+        for metric in figures:
+            if "_stderr" in metric:
+                continue
+            before = words.with_error(figures, metric)
+            after = [
+                words.with_error(a.lm_eval.get(task, {}), metric) for a in report.arms.values()
+            ]
+            rows.append({"task": task, "metric": metric, "base": before, "arms": after})
+    return rows
 
 
 def _points(value: float) -> str:

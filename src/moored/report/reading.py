@@ -77,6 +77,9 @@ class Reader:
             "float": number,
             "dict[str, int]": lambda v, p: self.values(v, p, integer),
             "Figures": lambda v, p: self.values(v, p, number, optional=True),
+            "dict[str, Figures]": lambda v, p: self.values(
+                v, p, lambda figures, at: self.values(figures, at, number, optional=True)
+            ),
             "list[int]": lambda v, p: self._items(v, p, integer),
             "list[float]": lambda v, p: self._items(v, p, number),
             "dict[str, list[float]]": lambda v, p: self.values(

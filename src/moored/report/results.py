@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class BaseResult:
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
         num_instructions: constraints behind that.
         num_instruction_prompts: prompts behind that.
+        lm_eval: figures of the evaluation harness (lm_eval): task -> metric -> value, with
+            `METRIC_stderr` beside it where the harness gives a standard error.
     """
 
     model: str
@@ -55,6 +57,7 @@ class BaseResult:
     instruction_prompts_followed: float | None = None
     num_instructions: int | None = None
     num_instruction_prompts: int | None = None
+    lm_eval: dict[str, Figures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +93,7 @@ class ArmResult:
         retention_blocks: sums over blocks of each corpus.
         instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
+        lm_eval: figures of the evaluation harness, as of the base.
     """
 
     kind: str
@@ -119,6 +123,7 @@ class ArmResult:
     retention_blocks: dict[str, Blocks] = field(default_factory=dict)
     instruction_following: float | None = None
     instruction_prompts_followed: float | None = None
+    lm_eval: dict[str, Figures] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -151,6 +156,18 @@ class Report:
     def corpora(self) -> list[str]:
         """Names of the retention corpora, in the order of the base."""
         return list(self.base.retention_ppl)
+
+    def with_lm_eval(
+        self, base: dict[str, Figures], arm: dict[str, Figures], settings: Mapping[str, str]
+    ) -> Report:
+        """The same with the evaluation harness's figures, of a report on one arm."""
+        arms = {name: replace(result, lm_eval=arm) for name, result in self.arms.items()}
+        return replace(
+            self,
+            base=replace(self.base, lm_eval=base),
+            arms=arms,
+            settings={**self.settings, **settings},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json; NaN and infinities become the strings that `float` reads."""

@@ -72,6 +72,27 @@ def table(report: Report) -> Table:
     return result
 
 
+def harness_table(report: Report) -> Table:
+    """What the evaluation harness measured, before and after; one row per task, metric and arm."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric", "arm"):
+        result.add_column(name, overflow="fold")
+    for name in ("base", "after"):
+        result.add_column(name, justify="right")
+    for task, figures in report.base.lm_eval.items():
+        for metric in figures:
+            if "_stderr" in metric:
+                continue
+            for name, arm in report.arms.items():
+                after = words.with_error(arm.lm_eval.get(task, {}), metric)
+                cells = [words.clean(text, 28) for text in (task, metric, name)]
+                shown = [
+                    " ".join(pair).rstrip() for pair in (words.with_error(figures, metric), after)
+                ]
+                result.add_row(*map(Text, [*cells, *shown]))
+    return result
+
+
 def _narrow(text: str) -> str:
     return text.replace(words.NBSP, "")
 
@@ -98,7 +119,10 @@ def _worst(arm: ArmResult) -> Text:
 def show(report: Report, stream: TextIO) -> None:
     """Print the table: styled on a terminal, else plain text."""
     if stream.isatty():
-        Console(file=stream).print(table(report))
+        console = Console(file=stream)
+        console.print(table(report))
+        if report.base.lm_eval:
+            console.print(harness_table(report))
     else:
         # A log in another encoding than UTF-8 must not end the run.
         encoding = stream.encoding or "utf-8"
@@ -108,9 +132,9 @@ def show(report: Report, stream: TextIO) -> None:
 def plain(report: Report, width: int = 100) -> str:
     """The table without colours and box characters, whatever the terminal."""
     buffer = io.StringIO()
-    drawn = table(report)
-    drawn.box = box.ASCII2
     # Colours off whatever FORCE_COLOR says.
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
-    console.print(drawn)
+    for drawn in [table(report), *([harness_table(report)] if report.base.lm_eval else [])]:
+        drawn.box = box.ASCII2
+        console.print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
