@@ -1,7 +1,7 @@
 """PEFT's adapters on the frozen base: fresh ones by the recipe, and saved ones.
 
 What they may not touch, the head and the embedding, is refused here; what spreads them over ranks
-is `tensor_parallel`'s.
+is `tensor_parallel`'s. SineLoRA, which PEFT lacks, is `sinelora.py`'s.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import contextlib
 import difflib
 import json
 import math
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +22,24 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    RandLoraConfig,
+    RandLoraModel,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.randlora import RandLoraLayer
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from moored.config import AdapterConfig
 from moored.errors import UserError
+from moored.sinelora import SineLayer, SineLoraConfig
 from moored.tensor_parallel import Sharding, whole_adapters
 
-DRAWN = ("default", "gaussian", "orthogonal")  # initial values that depend on sizes alone
+BASES = ("randlora_A", "randlora_B")  # random and frozen; one pair for all layers
 
 
 def add_adapters(
@@ -49,35 +56,15 @@ def add_adapters(
     Raises:
         UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
     """
-    if config.init in ("eva", "lora_ga"):
-        raise UserError(
-            f"adapter.init: {config.init} is computed from data beforehand, which is not done "
-            "here: use default or gaussian"
-        )
-    if sharding is not None and config.init not in DRAWN:
-        raise UserError(
-            f"adapter.init: {config.init} is computed from whole weights of the base, which are "
-            f"spread over ranks: use {' or '.join(DRAWN)}"
-        )
-    init: Any = True if config.init == "default" else config.init
     targets: Any = config.target_modules
     if not isinstance(targets, str):
         targets = list(targets)
         _require_known(causal_lm, targets)
         _refuse_head(causal_lm, targets)
     try:
-        lora = LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            init_lora_weights=init,
-            task_type="CAUSAL_LM",
-        )
+        settings = _settings(config, targets, seed)
         torch.manual_seed(seed)
-        model = get_peft_model(causal_lm, lora, autocast_adapter_dtype=True)
+        model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
@@ -88,13 +75,39 @@ def add_adapters(
     assert isinstance(model, PeftModel)
     if sharding is not None:
         sharding.adopt(causal_lm)
-        _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, lora, seed))
+        assert isinstance(settings, LoraConfig)  # the recipe refuses the others on such a mesh
+        _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, settings, seed))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             if "lora" not in name:
                 raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
+    _keep_dtype(model)
     return model
+
+
+def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
+    """The recipe's adapter in PEFT's words."""
+    shared: dict[str, Any] = {"r": config.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    if config.method == "randlora":
+        # The bases are kept with the adapter: drawn again from the key they may differ, since PEFT
+        # draws and normalises them in what half precision the machine has.
+        return RandLoraConfig(
+            randlora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+            randlora_dropout=config.dropout,
+            projection_prng_key=seed,
+            save_projection=True,
+            **shared,
+        )
+    shared |= {
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": True if config.init == "default" else config.init,
+    }
+    if config.method == "sinelora":
+        return SineLoraConfig(omega=config.omega, **shared)
+    return LoraConfig(use_dora=config.family == "dora", **shared)
 
 
 def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None) -> PeftModel:
@@ -107,15 +120,18 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
         tensors = load_peft_weights(str(folder), device="cpu")
         written = set(tensors)
         if sharding is None:
-            model = PeftModel.from_pretrained(
-                causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
-            )
+            with warnings.catch_warnings():  # what is missing is looked for below
+                warnings.filterwarnings("ignore", "Found missing adapter keys")
+                model = PeftModel.from_pretrained(
+                    causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
+                )
         else:
             model = _open_parts(causal_lm, folder, sharding, tensors)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    written, expected = _without_references(written), _without_references(expected)
     if own := sorted(name for name in written - expected if "lora" not in name):
         raise UserError(
             f"{folder}: carries weights of the base itself ({own[0]}), which the reference shares: "
@@ -130,7 +146,71 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    _keep_dtype(model)
     return model
+
+
+def frozen_buffers(model: PeftModel) -> dict[str, Tensor]:
+    """RandLoRA's bases in the model itself, by their names in an adapter's file."""
+    tuner: Any = model.base_model
+    if not isinstance(tuner, RandLoraModel):
+        return {}
+    return {f"base_model.{name}": getattr(tuner, name)["default"] for name in BASES}
+
+
+def frozen_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter needs beside what is trained, on the CPU, by its names in the file.
+
+    RandLoRA's bases, once: PEFT itself would write them again for every layer that refers to them.
+    """
+    found = {name: tensor.cpu() for name, tensor in frozen_buffers(model).items()}
+    for name, tensor in found.items():
+        half = tensor.bfloat16()  # as PEFT draws them, before it casts the adapter to fp32
+        if torch.equal(half.to(tensor.dtype), tensor):
+            found[name] = half
+    return found
+
+
+def load_frozen(model: PeftModel, folder: Path) -> None:
+    """Put what `frozen_tensors` gave, and a saved adapter holds, back in its place.
+
+    Raises:
+        UserError: the adapter is of another recipe.
+    """
+    own = frozen_buffers(model)
+    saved = load_peft_weights(str(folder), device="cpu") if own else {}
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise UserError(f"{folder}: no fitting {name}: resume with the recipe that wrote it")
+        tensor.copy_(saved[name])
+
+
+def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Layers with what they read of modules below them without calling these.
+
+    ZeRO-3 gathers a parameter when the module that holds it is called, and must be told of others.
+    """
+    for module in model.modules():
+        if isinstance(module, (RandLoraLayer, SineLayer)):
+            assert isinstance(module, nn.Module)
+            yield from ((module, p) for p in module.parameters() if p.requires_grad)
+
+
+def _without_references(names: Iterable[str]) -> set[str]:
+    """The names in a RandLoRA adapter without those by which each layer refers to the bases."""
+    return {name for name in names if not re.search(r"\.model\..*\.randlora_[AB]$", name)}
+
+
+def _keep_dtype(model: PeftModel) -> None:
+    """On a CPU, PEFT's RandLoRA on 4-bit layers returns fp32 for an input in bf16."""
+
+    def as_input(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(args[0].dtype)
+
+    for module in model.modules():
+        if isinstance(module, RandLoraLayer):
+            assert isinstance(module, nn.Module)
+            module.register_forward_hook(as_input)
 
 
 def require_scale(factor: float) -> None:
@@ -143,13 +223,13 @@ def require_scale(factor: float) -> None:
 def scaled(model: PeftModel, factor: float) -> Iterator[None]:
     """All that the adapters add, times `factor`: 0 is the base, 1 what was trained.
 
-    W + factor * BA interpolates base and adapted weights (WiSE-FT, arXiv 2109.01903).
+    W + factor * dW interpolates base and adapted weights (WiSE-FT, arXiv 2109.01903).
 
     Raises:
         UserError: the adapters' effect is not linear in such a factor.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(any(layer.use_dora.values()) for layer in layers):
+    layers = [m for m in model.modules() if isinstance(m, (LoraLayer, RandLoraLayer))]
+    if any(isinstance(layer, LoraLayer) and any(layer.use_dora.values()) for layer in layers):
         raise UserError(_NO_SCALE)
     before = [dict(layer.scaling) for layer in layers]
     try:
@@ -162,29 +242,34 @@ def scaled(model: PeftModel, factor: float) -> Iterator[None]:
 
 
 def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
-    """Copy a saved LoRA adapter with its alpha times `factor`; its matrices stay as they are.
+    """Copy a saved adapter with its alpha times `factor`; its matrices stay as they are.
 
     Raises:
         UserError: as `scaled`.
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+    alpha = _ALPHA.get(config.get("peft_type"))
+    if alpha is None or config.get("use_dora"):
         raise UserError(_NO_SCALE)
-    config["lora_alpha"] *= factor
-    config["alpha_pattern"] = {
-        k: factor * v for k, v in (config.get("alpha_pattern") or {}).items()
-    }
+    config[alpha] *= factor
+    if "alpha_pattern" in config:
+        pattern = config["alpha_pattern"] or {}
+        config["alpha_pattern"] = {k: factor * v for k, v in pattern.items()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     name = "adapter_model.safetensors"
     shutil.copyfile(adapter / name, folder / name)
 
 
-_NO_SCALE = "--scale: only LoRA without DoRA is linear in a scale of the adapter: leave it out"
+_ALPHA = {"LORA": "lora_alpha", "SINELORA": "lora_alpha", "RANDLORA": "randlora_alpha"}
+_NO_SCALE = (
+    "--scale: only LoRA without DoRA, RandLoRA and SineLoRA are linear in a scale of the adapter: "
+    "leave it out"
+)
 
 
 def _open_parts(
-    causal_lm: Any, folder: Path, sharding: Sharding, tensors: dict[str, torch.Tensor]
+    causal_lm: Any, folder: Path, sharding: Sharding, tensors: dict[str, Tensor]
 ) -> PeftModel:
     """As `PeftModel.from_pretrained`, of a base whose layers have this rank's sizes."""
     config = PeftConfig.from_pretrained(str(folder))
@@ -198,7 +283,7 @@ def _open_parts(
     return model
 
 
-def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, torch.Tensor]) -> None:
+def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, Tensor]) -> None:
     """Give this rank's parts of whole matrices to the adapters; DoRA's magnitudes stay."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -230,3 +315,18 @@ def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
                     f"adapter.target_modules: {target} is the {frozen[id(module)]}, which the "
                     "reference shares and the loss keeps frozen: remove it from the list"
                 )
+
+
+def product_norm(causal_lm: Any) -> torch.Tensor:
+    """Squared Frobenius norm of what LoRA adds, sum over layers of ||s B A||^2, differentiable.
+
+    ||B A||^2 = tr((B^T B) (A A^T)), of r x r matrices: the product is never formed.
+    """
+    norms: list[torch.Tensor] = []
+    for layer in causal_lm.modules():
+        if isinstance(layer, LoraLayer):
+            for name in (name for name in layer.active_adapters if name in layer.lora_A):
+                a: Any = layer.lora_A[name].weight  # [r, D_in]
+                b: Any = layer.lora_B[name].weight  # [D_out, r]
+                norms.append(layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+    return torch.stack(norms).sum()

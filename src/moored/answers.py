@@ -18,6 +18,7 @@ from moored.data import Prompt, pad_token_id
 from moored.engine import Engine
 from moored.instructions import TASKS, Task
 from moored.mesh import Mesh
+from moored.report import BaseResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,20 @@ class Answered:
 
     exact_match: float | None = None
     followed: Followed | None = None
+
+
+def answered_in(base: BaseResult) -> Answered | None:
+    """What the base's answers amounted to, as a report has it; None where it was not asked."""
+    followed = None
+    if base.instruction_following is not None and base.instruction_prompts_followed is not None:
+        followed = Followed(
+            constraints=base.instruction_following,
+            prompts=base.instruction_prompts_followed,
+            num_constraints=base.num_instructions or 0,
+            num_prompts=base.num_instruction_prompts or 0,
+        )
+    answered = Answered(exact_match=base.adaptation_exact_match, followed=followed)
+    return None if answered == Answered() else answered
 
 
 def answer_all(

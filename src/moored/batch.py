@@ -158,6 +158,18 @@ def collate(
     )
 
 
+def answer_offsets(target_index: Tensor) -> Tensor:
+    """Of each target [N], how many targets stand before it in the same run without a gap.
+
+    A run is an answer, or a sample of plain text: between two runs stands at least one token that
+    is no target.
+    """
+    starts = torch.ones_like(target_index, dtype=torch.bool)
+    starts[1:] = target_index[1:] != target_index[:-1] + 1
+    here = torch.arange(len(target_index), device=target_index.device)
+    return here - torch.where(starts, here, 0).cummax(0).values if len(here) else here
+
+
 def empty_batch(pad_token_id: int) -> Batch:
     """One padding token without targets: keeps a rank's number of forwards equal to the others'."""
     return collate([], pad_token_id)

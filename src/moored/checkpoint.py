@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moored import sealed
+from moored.adapters import frozen_tensors, load_frozen
 from moored.config import Config
 from moored.errors import UserError
 from moored.model import PolicyModel
@@ -64,8 +65,7 @@ def save_adapter(
         base_name: what the adapter's card names as its base.
     """
     folder.mkdir(parents=True)
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    state = _adapter_state(tensors, model)
     if not state or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter to save has no or empty tensors")
     _save_tensors(
@@ -79,6 +79,13 @@ def save_adapter(
         config.save_pretrained(str(folder))
     finally:
         config.inference_mode, config.base_model_name_or_path = before
+
+
+def _adapter_state(tensors: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
+    """An adapter as its file holds it: what was trained, and what it needs beside."""
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    state = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    return state | frozen_tensors(model)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -112,8 +119,7 @@ def replace_adapter(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapter(temporary, tensors, model, base_name)
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    expected = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    expected = _adapter_state(tensors, model)
     written = load_file(temporary / "adapter_model.safetensors")
     if written.keys() != expected.keys() or any(
         not torch.equal(written[name], expected[name]) for name in written
@@ -123,6 +129,16 @@ def replace_adapter(
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
     sealed.fsync_directory(folder.parent)
+
+
+def load_adapter(folder: Path, policy: PolicyModel) -> None:
+    """Put a checkpoint's adapter into the policy, before an engine is built around it.
+
+    Raises:
+        UserError: it does not fit the recipe's adapter.
+    """
+    load_masters(read_optimizer(folder), policy)
+    load_frozen(policy.causal_lm, folder / "adapter")
 
 
 def load_masters(optimizer: dict[str, torch.Tensor], policy: PolicyModel) -> None:

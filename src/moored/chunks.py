@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moored.divergence import Objective, chunk_loss_
+from moored.divergence import ChunkLoss, Objective, chunk_loss_
 from moored.logits import Logits
 from moored.tmkl import RowPlan, compute_dtype, default_chunk_tokens
 
@@ -31,8 +32,9 @@ def run_chunks(
     chunk_tokens: int | None,
     *,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per-row cross-entropy and KL, and the gradient of their sum.
+    kl_weights_N: Tensor | None = None,
+) -> Chunked:
+    """Per-row cross-entropy and KL, and the gradient of their weighted sum.
 
     Args:
         logits: the head.
@@ -44,12 +46,11 @@ def run_chunks(
         scales: factors of the sums of cross-entropies and of KLs, as numbers or on the device.
         chunk_tokens: rows at a time; None: `default_chunk_tokens`.
         with_gradient: whether it is wanted.
-
-    Returns:
-        fp64 [N] twice, and [N, D] in at least fp32, summed over ranks, or None.
+        kl_weights_N: weight of each row's KL; None: 1.
     """
     dtype = compute_dtype(h_ND, h0_ND, logits.weight_vD)
     ce_N, kl_N = plan.new_values(h_ND.device)
+    weighted_N = torch.zeros_like(ce_N)
     grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
     # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
     # would underflow.
@@ -58,28 +59,45 @@ def run_chunks(
     kl_acts = isinstance(scales[1], Tensor) or scales[1] != 0
     size = chunk_size(chunk_tokens, plan.num_targets, logits)
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
-        how = _by_kernels if kernels_run(logits, dtype) else _by_torch
+        by_kernels = kernels_run(logits, dtype) and not goal.is_weighted
+        how = _by_kernels if by_kernels else _by_torch
         half = logits.native(h_ND.dtype) and with_gradient
         chunk = how(logits, goal, dtype, min(size, plan.num_targets), half)
         for rows, with_kl in plan.chunks(size):
             h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
             unit = units[with_kl]
-            weights = ce_scale / unit, kl_scale / unit if kl_acts else 0.0
-            ce_N[rows], kl_C, dh_CD = chunk(h_ND[rows], h0_CD, targets_N[rows], *weights)
-            if kl_C is not None:
-                kl_N[rows] = kl_C
+            ce_weight, kl_weight = ce_scale / unit, kl_scale / unit if kl_acts else 0.0
+            if kl_weights_N is not None:
+                kl_weight = kl_weight * kl_weights_N[rows].to(dtype)
+            found, dh_CD = chunk(h_ND[rows], h0_CD, targets_N[rows], ce_weight, kl_weight)
+            ce_N[rows] = found.ce_C
+            weighted_N[rows] = scales[0] * found.ce_factor_C * found.ce_C
+            if found.kl_C is not None:
+                kl_N[rows] = found.kl_C
+                if kl_acts:
+                    by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows].to(kl_N)
+                    weighted_N[rows] += scales[1] * by_row * found.kl_factor_C * found.kl_C
             if grad_ND is not None:
                 grad_ND[rows] = dh_CD().mul_(unit)
         if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
             dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
-    return ce_N, kl_N, grad_ND
+    return Chunked(ce_N, kl_N, weighted_N, grad_ND)
 
 
-# (h [C, D], h0 or None, targets [C], weights of both parts) -> cross-entropies, KLs, and the
-# gradient of h, computed when it is called for.
+class Chunked(NamedTuple):
+    """Rows of losses, fp64 [N], and their gradient."""
+
+    ce_N: Tensor
+    kl_N: Tensor
+    weighted_N: Tensor  # the scaled and weighted sum of both, whose gradient it is
+    grad_ND: Tensor | None  # in at least fp32, summed over ranks; None if it was not wanted
+
+
+# (h [C, D], h0 or None, targets [C], weights of both parts: numbers, or the KL's per row) -> the
+# losses, and the gradient of h, computed when it is called for.
 _Chunk = Callable[
     [Tensor, Tensor | None, Tensor, Tensor, Tensor | float],
-    tuple[Tensor, Tensor | None, Callable[[], Tensor]],
+    tuple[ChunkLoss, Callable[[], Tensor]],
 ]
 
 
@@ -92,10 +110,10 @@ def _by_torch(
 
     def chunk(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
-    ) -> tuple[Tensor, Tensor | None, Callable[[], Tensor]]:
+    ) -> tuple[ChunkLoss, Callable[[], Tensor]]:
         s_Cv, e_Cv, slope_Cv = logits.project(h_CD, h0_CD, dtype, buffer)
-        ce_C, kl_C = chunk_loss_(s_Cv, e_Cv, y_C, goal, logits.shard, ce, kl)
-        return ce_C, kl_C, lambda: logits.pull_back(s_Cv, slope_Cv, weight_vD)
+        found = chunk_loss_(s_Cv, e_Cv, y_C, goal, logits.shard, ce, kl)
+        return found, lambda: logits.pull_back(s_Cv, slope_Cv, weight_vD)
 
     return chunk
 
@@ -114,15 +132,16 @@ def _by_kernels(
 
     def chunk(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
-    ) -> tuple[Tensor, Tensor | None, Callable[[], Tensor]]:
+    ) -> tuple[ChunkLoss, Callable[[], Tensor]]:
         both_v, is_difference = logits.products(h_CD, h0_CD, dtype, buffer)
         s_Cv, t_Cv = both_v[: len(h_CD)], both_v[len(h_CD) :] if h0_CD is not None else None
         g_Cv = s_Cv if gradient is None else gradient[: len(h_CD)]
-        weights_2 = torch.stack([ce, _scalar(kl, dtype, h_CD.device)])
+        parts = ce.expand(len(h_CD)), _scalar(kl, dtype, h_CD.device).expand(len(h_CD))
         ce_C, kl_C, unscale_C = fused.chunk_loss_(
-            s_Cv, t_Cv, y_C, goal, logits, weights_2, g_Cv, t_is_difference=is_difference
+            s_Cv, t_Cv, y_C, goal, logits, torch.stack(parts), g_Cv, t_is_difference=is_difference
         )
-        return ce_C, kl_C, lambda: logits.pull_back(g_Cv, None, weight_vD).mul_(unscale_C[:, None])
+        found = ChunkLoss(ce_C, kl_C)
+        return found, lambda: logits.pull_back(g_Cv, None, weight_vD).mul_(unscale_C[:, None])
 
     return chunk
 

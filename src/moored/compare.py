@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from moored import train
+from moored.answers import answered_in
 from moored.config import Config, arm_names
 from moored.engine import leave
 from moored.errors import PreemptedError
-from moored.evaluate import answered_in
 from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen, start_tracking
 from moored.log import setup
 from moored.mesh import start_mesh

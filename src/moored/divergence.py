@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moored.contrast import NEG_INF, Contrast, contrast_, exact_dtype, jsd_terms, softmax_
+from moored.weighting import CEWeighting, KLWeighting, ce_factors, kl_factors, tops
 
 Direction = Literal["forward", "reverse", "jsd"]
 
@@ -78,11 +79,21 @@ class VocabShard:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which divergence; its value carries temperature**2, so its gradient carries temperature."""
+    """Which divergence; its value carries temperature**2, so its gradient carries temperature.
+
+    How tokens weigh in both parts is weighting.py's.
+    """
 
     direction: Direction = "forward"
     mask_target: bool = True
     temperature: float = 1.0
+    ce_weighting: CEWeighting = "uniform"
+    kl_weighting: KLWeighting = "uniform"
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether tokens weigh differently by what the models say."""
+        return (self.ce_weighting, self.kl_weighting) != ("uniform", "uniform")
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse", "jsd"):
@@ -199,6 +210,15 @@ def combine(stats_PKC: Tensor, goal: Objective) -> Whole:
     return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP, kl_reverse_CP)
 
 
+class ChunkLoss(NamedTuple):
+    """Per token, fp64 [C]: cross-entropy and KL, unweighted; the objective's weights of both."""
+
+    ce_C: Tensor
+    kl_C: Tensor | None
+    ce_factor_C: Tensor | float = 1.0
+    kl_factor_C: Tensor | float = 1.0
+
+
 def chunk_loss_(
     s_Cv: Tensor,
     e_Cv: Tensor | None,
@@ -207,8 +227,8 @@ def chunk_loss_(
     shard: VocabShard,
     ce_weight: float | Tensor,
     kl_weight: float | Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Per-token cross-entropy and KL (fp64 [C]) of one chunk; s is overwritten with the gradient.
+) -> ChunkLoss:
+    """Per-token cross-entropy and KL of one chunk; s is overwritten with the gradient.
 
     Args:
         s_Cv: this rank's policy logits without padding, fp32 or fp64.
@@ -216,11 +236,17 @@ def chunk_loss_(
         targets_C: global ids, all valid.
         goal: the divergence.
         shard: whose columns these are.
-        ce_weight: weight of the cross-entropy in the gradient.
-        kl_weight: weight of the KL in the gradient.
+        ce_weight: weight of the cross-entropy in the gradient; a number, or one per token.
+        kl_weight: weight of the KL in the gradient; a number, or one per token.
     """
+    tops_KC = tops(s_Cv, e_Cv, goal.ce_weighting, goal.kl_weighting)
     stats_KC, more = summarise_(s_Cv, e_Cv, targets_C, goal, shard)
-    whole = combine(all_gather(stats_KC, shard), goal)
+    num_stats = len(stats_KC)
+    stats_PKC = all_gather(torch.cat([stats_KC, *tops_KC]) if tops_KC else stats_KC, shard)
+    whole = combine(stats_PKC[:, :num_stats], goal)
+    ce_factor_C = ce_factors(goal.ce_weighting, whole.ce_C, stats_PKC[:, num_stats:])
+    kl_factor_C = kl_factors(goal.kl_weighting, stats_PKC[:, num_stats:])
+    ce_weight, kl_weight = ce_factor_C * ce_weight, kl_factor_C * kl_weight
     kl_weight_acts = isinstance(kl_weight, Tensor) or kl_weight != 0
     r, p_CP, k_CP, d_CP = shard.rank, whole.p_CP, whole.k_CP, whole.d_CP
     # Gradient = a p1 + b k + c p, with p1 the shard's own p at temperature 1: coefficients a, b, c
@@ -231,17 +257,18 @@ def chunk_loss_(
     if e_Cv is not None and whole.kl is not None:
         t = goal.temperature
         w = kl_weight * t
+        w_C1 = w.unsqueeze(1) if isinstance(w, Tensor) and w.dim() else w
         sum_CP = None  # forward: b k + c p loses nothing, k being a difference to full accuracy
         if goal.direction == "forward":
             kl_C = whole.kl.kl_forward.squeeze(1)
-            b_C, c_CP = -w * (p_CP + k_CP)[:, r], -w * k_CP
+            b_C, c_CP = -w * (p_CP + k_CP)[:, r], -w_C1 * k_CP
         elif goal.direction == "reverse":
             kl_C = whole.kl.kl_reverse.squeeze(1)
-            b_C, c_CP = -w * p_CP[:, r], -w * p_CP * (d_CP + kl_C.unsqueeze(1))
-            sum_CP = _closed(c_CP + w * p_CP * whole.kl_reverse_CP, p_CP)
+            b_C, c_CP = -w * p_CP[:, r], -w_C1 * p_CP * (d_CP + kl_C.unsqueeze(1))
+            sum_CP = _closed(c_CP + w_C1 * p_CP * whole.kl_reverse_CP, p_CP)
         else:
             kl_C, b_C, c_CP, sum_CP = _jsd_(s_Cv, e_Cv, more[-1], whole, goal, shard)
-            b_C, c_CP, sum_CP = w * b_C, w * c_CP, w * _closed(sum_CP, p_CP)
+            b_C, c_CP, sum_CP = w * b_C, w_C1 * c_CP, w_C1 * _closed(sum_CP, p_CP)
         if not goal.mask_target and kl_weight_acts:
             y_C = y_C + (c_CP if sum_CP is None else sum_CP)[:, -1]
         kl_C = kl_C * t**2
@@ -267,7 +294,7 @@ def chunk_loss_(
     if s_Cv.shape[1]:
         rest_C1 = s_Cv.gather(1, column_C1)
         s_Cv.scatter_(1, column_C1, torch.where(own_C1, _column(y_C, s_Cv), rest_C1))
-    return whole.ce_C, kl_C
+    return ChunkLoss(whole.ce_C, kl_C, ce_factor_C, kl_factor_C)
 
 
 def _closed(sum_CP: Tensor, p_CP: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def _whole_size(policy: PolicyModel, name: str) -> int:
 def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
     """What this rank holds, and what a micro-batch of full length sends."""
     length, rows = config.data.max_length, config.train.micro_batch_size
-    num_kl = 0 if config.regularizer.kind == "none" else rows * length
+    num_kl = rows * length if config.regularizer.is_divergent else 0
     batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
     sent = micro_batch_traffic(spread_of(policy, config, mesh), batch)
     packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)

@@ -19,6 +19,7 @@ import torch
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
+from moored.adapters import read_outside
 from moored.batch import Batch
 from moored.config import Config
 from moored.errors import TrainingRefusedError, UserError
@@ -73,6 +74,9 @@ class Engine:
             dist_init_required=False,
             mpu=unit,
         )[0]
+        if self.stage == 3:
+            for module, parameter in read_outside(policy):
+                deepspeed.zero.register_external_parameter(module, parameter)
 
     # -- forward and backward ---------------------------------------------------------------
 
@@ -141,9 +145,15 @@ class Engine:
 
     # -- evaluation -------------------------------------------------------------------------
 
-    def drift(self, batch: Batch) -> DriftSums:
-        """Policy against base on a batch, row by row: no grad, no dropout."""
-        reference_hidden = self.reference(batch)
+    def drift(self, batch: Batch, reference_hidden: torch.Tensor | None = None) -> DriftSums:
+        """Policy against base on a batch, row by row: no grad, no dropout.
+
+        Args:
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, [N, D], if they are known.
+        """
+        if reference_hidden is None:
+            reference_hidden = self.reference(batch)
         with torch.no_grad(), dropout_off(self.policy):
             return self._engine.module(batch, reference_hidden=reference_hidden, drift=True)
 

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from moored.answers import Answered, Followed, answer_all
+from moored.answers import Answered, answer_all
 from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
-from moored.config import Config, EvaluationConfig
+from moored.config import PROBE, Config, EvaluationConfig
 from moored.data import (
     Prompt,
     eval_batches,
@@ -100,12 +100,14 @@ class Suite:
         retention: the corpora by name.
         prompts: all prompts of the exact-match task, empty without one.
         instructions: all prompts of the instructions, empty without them.
+        probe: the text of the forgetting budget; None without one.
     """
 
     adaptation: Text | None
     retention: Mapping[str, Text]
     prompts: Sequence[Prompt]
     instructions: Sequence[Prompt]
+    probe: Text | None = None
 
     @property
     def asks(self) -> bool:
@@ -137,7 +139,7 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         UserError: a file is missing, broken or too short, by name.
     """
     tokenizer, vocab_size = located.tokenizer, located.vocab_size
-    windows = {f"retention.{n}.window_tokens": c.window_tokens for n, c in config.retention.items()}
+    windows = {f"{place}.window_tokens": c.window_tokens for place, c in config.corpora().items()}
     require_positions(located, {"data.max_length": config.data.max_length, **windows})
     deal = {
         "micro_batch_size": config.evaluation.micro_batch_size,
@@ -161,12 +163,17 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         )
         for name, corpus in config.retention.items()
     }
+    probe = None
+    if config.regularizer.budget is not None:
+        corpus = config.regularizer.budget.probe
+        probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE))
     asked = config.evaluation
     return Suite(
         adaptation=adaptation,
         retention=retention,
         prompts=prompts(config, tokenizer) if asked.exact_match else [],
         instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
+        probe=probe,
     )
 
 
@@ -208,10 +215,23 @@ def evaluate(
 
 
 def measure(
-    engine: Engine, text: Text, mesh: Mesh, poll: Callable[[], None] = _go_on
+    engine: Engine,
+    text: Text,
+    mesh: Mesh,
+    poll: Callable[[], None] = _go_on,
+    references: list[torch.Tensor] | None = None,
 ) -> TextFigures:
-    """Policy and base on one text, of which each rank has its batches. Collective."""
-    found = sample_sums(engine, text.batches, mesh, poll)
+    """Policy and base on one text, of which each rank has its batches. Collective.
+
+    Args:
+        engine: policy and base.
+        text: what to measure.
+        mesh: the processes.
+        poll: called before every batch, on all ranks; may raise to stop.
+        references: for a text that is measured again and again: a list, empty at first, that keeps
+            the base's hidden states ([N, D] per batch), which never change.
+    """
+    found = sample_sums(engine, text.batches, mesh, poll, references)
     ordered = [found[name] for name in text.sample_ids]
     sums = {name: [row[i] for row in ordered] for i, name in enumerate(SUMS)}
     total = {name: math.fsum(values) for name, values in sums.items()}
@@ -231,14 +251,20 @@ def measure(
 
 
 def sample_sums(
-    engine: Engine, batches: Sequence[Batch], mesh: Mesh, poll: Callable[[], None] = _go_on
+    engine: Engine,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    poll: Callable[[], None] = _go_on,
+    references: list[torch.Tensor] | None = None,
 ) -> dict[str, list[float]]:
-    """`SUMS` over the targets of each sample, of all ranks' batches. Collective."""
+    """`SUMS` over the targets of each sample, of all ranks' batches (see `measure`). Collective."""
     mine: dict[str, list[float]] = {}
-    for host_batch in batches:
+    for index, host_batch in enumerate(batches):
         poll()
         batch = host_batch.to(mesh.device)
-        rows = engine.drift(batch)
+        if references is not None and index == len(references):
+            references.append(engine.reference(batch))
+        rows = engine.drift(batch, None if references is None else references[index])
         sums = _by_sample(rows, batch).tolist()
         mine |= dict(zip(batch.sample_ids, sums, strict=True))
     return {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
@@ -329,14 +355,14 @@ def to_report(
     )
     blocks = {name: text.blocks for name, text in texts.items()}
     regularizer = config.regularizer
-    divergent = regularizer.kind != "none" and not foreign
+    divergent = regularizer.is_divergent and not foreign
     arm = ArmResult(
         kind="adapter" if foreign else regularizer.kind,
         weight=None if foreign else regularizer.kl_weight,
         direction=regularizer.direction if divergent else None,
         temperature=regularizer.temperature if divergent else None,
         seed=None if foreign else config.train.seed,
-        adapter=None if foreign else config.adapter.method,
+        adapter=None if foreign else config.adapter.family,
         adaptation_ppl=task.policy_ppl if task else None,
         adaptation_exact_match=after.answered.exact_match,
         retention_ppl=policy_ppl,
@@ -361,20 +387,6 @@ def to_report(
         instruction_prompts_followed=followed.prompts if followed else None,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
-
-
-def answered_in(base: BaseResult) -> Answered | None:
-    """What the base's answers amounted to, as a report has it; None where it was not asked."""
-    followed = None
-    if base.instruction_following is not None and base.instruction_prompts_followed is not None:
-        followed = Followed(
-            constraints=base.instruction_following,
-            prompts=base.instruction_prompts_followed,
-            num_constraints=base.num_instructions or 0,
-            num_prompts=base.num_instruction_prompts or 0,
-        )
-    answered = Answered(exact_match=base.adaptation_exact_match, followed=followed)
-    return None if answered == Answered() else answered
 
 
 def _exp(nats: float) -> float:

@@ -33,7 +33,7 @@ def chunk_loss_(
     targets_C: Tensor,
     goal: Objective,
     logits: Logits,
-    weights_2: Tensor,
+    weights_2C: Tensor,
     out_Cv: Tensor,
     *,
     t_is_difference: bool = False,
@@ -46,7 +46,8 @@ def chunk_loss_(
         targets_C: global ids, all valid.
         goal: the divergence.
         logits: whose products these are.
-        weights_2: weights of the cross-entropy and of the KL in the gradient, fp32, about 1.
+        weights_2C: weights of the cross-entropy and of the KL in the gradient per row, fp32,
+            about 1.
         out_Cv: receives the gradient of h W^T over the scale, in its own dtype; may be `s_Cv`.
         t_is_difference: `t_Cv` holds (h0 - h) W^T instead.
 
@@ -77,14 +78,14 @@ def chunk_loss_(
     stats_PKC = all_gather(stats_KC if with_kl else stats_KC[:2], shard)
     rows_RC = s_Cv.new_empty((kernels.NUM_ROWS, num_rows))
     kernels.join[at](
-        stats_PKC, weights_2, rows_RC, goal.temperature, P=len(stats_PKC), WITH_KL=with_kl,
+        stats_PKC, weights_2C, rows_RC, goal.temperature, P=len(stats_PKC), WITH_KL=with_kl,
         MASKED=goal.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
         num_warps=1,
     )  # fmt: skip
     if with_kl and is_jsd:
         sums_2C = s_Cv.new_empty((2, num_rows))
         kernels.halfway[at](*chunk, rows_RC, sums_2C, **blocks)
-        _finish_jsd(rows_RC, all_gather(sums_2C, shard).double().sum(0), weights_2, goal)
+        _finish_jsd(rows_RC, all_gather(sums_2C, shard).double().sum(0), weights_2C, goal)
     if num_columns:
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
@@ -105,13 +106,13 @@ def to_half(weight_vD: Tensor) -> Tensor:
     return out_vD
 
 
-def _finish_jsd(rows_RC: Tensor, sums_2C: Tensor, weights_2: Tensor, goal: Objective) -> None:
+def _finish_jsd(rows_RC: Tensor, sums_2C: Tensor, weights_2C: Tensor, goal: Objective) -> None:
     """What of a row is known only after the second collective of JSD."""
     if not goal.mask_target:
         p_C, k_C, d_C = (rows_RC[i].double() for i in (P_Y, K_Y, D_Y))
         to_p, to_q, log_m_C = jsd_terms(p_C, p_C + k_C, d_C)
         sums_2C = sums_2C + torch.stack([to_p, to_q])
         at_y_C = -0.5 * (log_m_C + p_C * sums_2C[0])
-        rows_RC[GRAD_Y] += rows_RC[SCALE] * weights_2[1] * goal.temperature * at_y_C
+        rows_RC[GRAD_Y] += rows_RC[SCALE] * weights_2C[1] * goal.temperature * at_y_C
     rows_RC[KL] = 0.5 * sums_2C.sum(0) * goal.temperature**2
     rows_RC[MEAN] = sums_2C[0]

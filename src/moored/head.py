@@ -38,6 +38,7 @@ from moored.tmkl import (
     precomputed,
     wants_gradient,
 )
+from moored.weighting import CEWeighting, KLWeighting
 
 __all__ = ["DriftSums", "Head", "attach_gradient", "linear_tmkl_loss"]
 
@@ -110,7 +111,7 @@ def linear_tmkl_loss(
         logits.shard.vocab_size,
         with_kl=reference_hidden is not None,
     )
-    ce_T, kl_T, grad_TD = run_chunks(
+    ce_T, kl_T, _, grad_TD = run_chunks(
         logits,
         policy_hidden.detach(),
         None if reference_hidden is None else reference_hidden.detach(),
@@ -191,6 +192,9 @@ class Head(nn.Module):
         direction: Direction = "forward",
         mask_target: bool = True,
         temperature: float = 1.0,
+        ce_weighting: CEWeighting = "uniform",
+        kl_weighting: KLWeighting = "uniform",
+        kl_weights: Tensor | None = None,
         drift: bool = False,
     ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
         """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
@@ -207,6 +211,9 @@ class Head(nn.Module):
             direction: "forward", "reverse" or "jsd".
             mask_target: remove the target from both distributions.
             temperature: divides the logits in the KL.
+            ce_weighting: how targets weigh in the cross-entropy, see `Objective`.
+            kl_weighting: how rows weigh in the KL, see `Objective`.
+            kl_weights: [N], a further weight of each row's KL.
             drift: compare policy and reference instead.
 
         Returns:
@@ -231,21 +238,20 @@ class Head(nn.Module):
                 both, ce_only = kl_mask.nonzero().squeeze(1), (~kl_mask).nonzero().squeeze(1)
                 groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
                 groups = [group for group in groups if group[1]]
-        ce_N, kl_N, grad_ND = run_chunks(
+        ce_N, kl_N, weighted_N, grad_ND = run_chunks(
             self._logits(),
             hidden,
             None if reference_hidden is None else reference_hidden.detach(),
             targets,
             RowPlan(num_rows, num_rows, num_kl, tuple(groups)),
-            Objective(direction, mask_target, temperature),
+            Objective(direction, mask_target, temperature, ce_weighting, kl_weighting),
             (ce_scale, kl_scale),
             self.chunk_tokens,
             with_gradient=True,
+            kl_weights_N=kl_weights,
         )
         assert grad_ND is not None
-        ce_sum, kl_sum = ce_N.sum(), kl_N.sum()
-        loss = (ce_scale * ce_sum + kl_scale * kl_sum).detach()
-        return grad_ND, LossSums(loss, ce_sum, kl_sum, num_rows, num_kl)
+        return grad_ND, LossSums(weighted_N.sum(), ce_N.sum(), kl_N.sum(), num_rows, num_kl)
 
     @torch.no_grad()
     def drift(self, hidden: Tensor, reference_hidden: Tensor, targets: Tensor) -> DriftSums:

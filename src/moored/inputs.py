@@ -20,8 +20,8 @@ END_BYTES = 1 << 20
 
 def input_files(config: Config) -> list[Path]:
     """Every local file of a recipe: data, corpora, the chat template, a model folder's files."""
-    named = [source.path for source in (*config.data.train, *config.data.eval)]
-    named += [corpus.path for corpus in config.retention.values()]
+    named = [source.path for sources in config.sources().values() for source in sources]
+    named += [corpus.path for corpus in config.corpora().values()]
     named += [config.data.chat_template, config.model.name_or_path]
     found: dict[Path, None] = {}
     for name in filter(None, named):

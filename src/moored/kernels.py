@@ -236,13 +236,13 @@ def join(
             )  # fmt: skip
     gap = rest - s_y
     miss = _sigmoid(gap)
-    ce_weight = tl.load(weights)
+    ce_weight = tl.load(weights + row)
     a = ce_weight * miss
     grad_y, size = -a, tl.abs(a)
     tl.store(rows + CE * num_rows + row, tl.maximum(gap, 0.0) + _log1p(tl.exp(-tl.abs(gap))))
     tl.store(rows + REST * num_rows + row, rest)
     if WITH_KL:
-        w = tl.load(weights + 1) * temperature
+        w = tl.load(weights + num_rows + row) * temperature
         if not MASKED:
             mass, ratio, kl, p, q, d = _chain(
                 mass, ratio, kl, s_y / temperature, e_y, 0.0, DIRECTION

@@ -5,6 +5,7 @@ Nothing is measured or written here.
 
 from __future__ import annotations
 
+from moored.budget import Controller
 from moored.evaluate import Evaluation
 from moored.step import StepStats
 
@@ -25,7 +26,23 @@ def of_step(
     }
     if stats.kl is not None:
         values[f"train/{kind}_nats_per_token"] = stats.kl
+    if stats.penalty is not None:
+        unit = "squared_norm" if kind == "l2" else "nats_per_token"
+        values[f"train/{kind}_{unit}"] = stats.penalty
+    if stats.kl is not None or stats.penalty is not None:
+        values["train/regularizer_weight"] = stats.weight
     return values
+
+
+def of_budget(controller: Controller, *, by_drift: bool) -> dict[str, float]:
+    """The metrics of one measurement of the budget's probe, and the weight that follows from it."""
+    unit = "drift_nats_per_token" if by_drift else "retention_increase_pct"
+    assert controller.measured is not None
+    return {
+        f"budget/{unit}": controller.measured,
+        f"budget/limit_{unit}": controller.budget.limit,
+        "budget/weight": controller.weight,
+    }
 
 
 def of_evaluation(evaluation: Evaluation) -> dict[str, float]:

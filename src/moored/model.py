@@ -16,10 +16,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from moored.adapters import add_adapters, open_adapter
+from moored.adapters import add_adapters, open_adapter, product_norm
 from moored.base import resolve_dtype
-from moored.batch import Batch
+from moored.batch import Batch, answer_offsets
 from moored.config import Config
+from moored.divergence import Direction
 from moored.errors import UserError
 from moored.forward import final_hidden, probe_batch
 from moored.head import Head, attach_gradient
@@ -28,6 +29,7 @@ from moored.mesh import Mesh
 from moored.partition import Partition
 from moored.reference import adapters_off, dropout_off, require_identity
 from moored.tensor_parallel import Sharding
+from moored.weighting import CEWeighting, KLWeighting
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,23 @@ class LossArguments:
         direction: `forward`, `reverse` or `jsd`.
         mask_target: whether the target is removed from both distributions (TMKL).
         temperature: divides the logits of the KL.
+        ce_weighting: how targets weigh in the cross-entropy, see `divergence.Objective`.
+        kl_weighting: how positions weigh in the KL.
+        first_tokens: targets at the start of each answer whose KL has a factor of its own.
+        first_tokens_factor: that factor.
+        l2_scale: factor of the squared norm of the adapter's product.
     """
 
     ce_scale: float
     kl_scale: float = 0.0
-    direction: str = "forward"
+    direction: Direction = "forward"
     mask_target: bool = True
     temperature: float = 1.0
+    ce_weighting: CEWeighting = "uniform"
+    kl_weighting: KLWeighting = "uniform"
+    first_tokens: int = 0
+    first_tokens_factor: float = 1.0
+    l2_scale: float = 0.0
 
 
 class PolicyModel(nn.Module):
@@ -129,12 +141,31 @@ class PolicyModel(nn.Module):
             direction=loss.direction,
             mask_target=loss.mask_target,
             temperature=loss.temperature,
+            ce_weighting=loss.ce_weighting,
+            kl_weighting=loss.kl_weighting,
+            kl_weights=_kl_weights(batch, loss),
         )
-        return attach_gradient(hidden, grad_hidden, sums), sums
+        total = attach_gradient(hidden, grad_hidden, sums)
+        if loss.l2_scale:
+            total = total + loss.l2_scale * product_norm(self.causal_lm)
+        return total, sums
+
+    @torch.no_grad()
+    def product_norm(self) -> float:
+        """Squared Frobenius norm of what the adapters add, over all layers."""
+        return product_norm(self.causal_lm).item()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, in the model's order."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+
+def _kl_weights(batch: Batch, loss: LossArguments) -> torch.Tensor | None:
+    """[N] weights of the KL by the place of a target in its answer."""
+    if not loss.first_tokens:
+        return None
+    is_first = answer_offsets(batch.target_index) < loss.first_tokens
+    return torch.where(is_first, loss.first_tokens_factor, 1.0)
 
 
 def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = None) -> PolicyModel:
@@ -159,7 +190,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     if config.data.packing:
         _require_isolation(causal_lm, batch, pristine, dtype, vocab_size)
     if adapter is None:
-        label = f"{config.adapter.method} with init {config.adapter.init}"
+        label = f"{config.adapter.family} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
     else:
         label = str(adapter)
@@ -177,7 +208,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     with adapters_off(policy):
         off = policy(batch)
     require_identity(pristine, off, adapter=label, where="before training")
-    if adapter is None and not config.adapter.use_dora:
+    if adapter is None and config.adapter.family != "dora":
         with torch.no_grad(), dropout_off(policy):
             _require_neutral(policy(batch), off, label)
     _set_checkpointing(policy.causal_lm, config.train.gradient_checkpointing)
@@ -188,7 +219,7 @@ def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | 
     """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
     if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
         return None
-    use_dora = config.adapter.use_dora
+    use_dora = config.adapter.family == "dora"
     if adapter is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
             use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)

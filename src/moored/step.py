@@ -17,6 +17,10 @@ from moored.config import OptimConfig, Regularizer
 from moored.engine import Engine
 from moored.mesh import Mesh
 from moored.model import LossArguments
+from moored.weighting import CEWeighting
+
+# How kinds that weigh targets by what the policy says of them do it.
+CE_WEIGHTINGS: dict[str, CEWeighting] = {"asft": "probability", "eaft": "entropy"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +28,12 @@ class StepStats:
     """What one update saw and did; means are over the global batch.
 
     Attributes:
-        loss: ce + weight * kl, nats per token.
+        loss: what was descended, nats per token: weighted ce + weight * (kl or penalty).
         ce: cross-entropy, nats per target token.
         kl: the regulariser's divergence, nats per KL position; None when the step needs none.
+        penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
+            the replayed text, nats per token (replay); None without one.
+        weight: of the divergence or penalty in this update.
         num_targets: target tokens of the global batch.
         num_tokens: real (unpadded) tokens of the global batch.
         grad_norm: global gradient norm before clipping; not finite if the update was refused.
@@ -37,6 +44,8 @@ class StepStats:
     loss: float
     ce: float
     kl: float | None
+    penalty: float | None
+    weight: float
     num_targets: int
     num_tokens: int
     grad_norm: float
@@ -49,18 +58,29 @@ def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     if step < optim.warmup_steps:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-    if optim.schedule == "constant":
-        factor = 1.0
-    elif optim.schedule == "linear":
-        factor = 1.0 - progress
-    else:
-        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    factor = _falling(optim.schedule, progress)
     return optim.learning_rate * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * factor)
 
 
 def needs_kl(step: int, regularizer: Regularizer) -> bool:
     """Whether update `step` (from 0) computes the regulariser; the same on every rank."""
-    return regularizer.kind != "none" and step % regularizer.every == 0
+    return regularizer.is_divergent and step % regularizer.every == 0
+
+
+def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
+    """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
+    if step < regularizer.warmup_steps:
+        return regularizer.weight * (step + 1) / regularizer.warmup_steps
+    progress = (step - regularizer.warmup_steps) / max(1, num_steps - regularizer.warmup_steps)
+    factor = _falling(regularizer.schedule, progress)
+    return regularizer.weight * (regularizer.end_ratio + (1.0 - regularizer.end_ratio) * factor)
+
+
+def _falling(schedule: str, progress: float) -> float:
+    """From 1 at progress 0 to 0 at 1, unless constant."""
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def dropout_seed(seed: int, step: int, batch: Batch) -> int:
@@ -78,6 +98,8 @@ def train_step(
     regularizer: Regularizer,
     learning_rate: float,
     seed: int,
+    weight: float | None = None,
+    replayed: Sequence[Batch] = (),
 ) -> StepStats:
     """Forward, backward and update over this rank's micro-batches of one global batch.
 
@@ -86,9 +108,11 @@ def train_step(
         batches: this rank's micro-batches; every rank has the same number of them.
         mesh: the processes.
         step: the update's number, from 0.
-        regularizer: kind, weight, direction and temperature of the KL.
+        regularizer: what is added to the cross-entropy.
         learning_rate: of this update.
         seed: of the adapter's dropout.
+        weight: of the regulariser in this update; None: the recipe's.
+        replayed: this rank's micro-batches of replayed text, of which the same holds.
     """
     # 1. Denominators over the whole global batch, before any forward.
     counts = torch.tensor(
@@ -96,40 +120,57 @@ def train_step(
             sum(batch.num_targets for batch in batches),
             sum(batch.num_kl for batch in batches),
             sum(batch.num_tokens for batch in batches),
+            sum(batch.num_targets for batch in replayed),
         ],
         dtype=torch.float64,
         device=mesh.device,
     )
-    num_targets, num_kl, num_tokens = (int(n) for n in mesh.dp.sum(counts).tolist())
-    with_kl = needs_kl(step, regularizer)
+    num_targets, num_kl, num_tokens, num_replayed = (int(n) for n in mesh.dp.sum(counts).tolist())
+    weight = regularizer.weight if weight is None else weight
+    with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     # A KL on every k-th step with k times the weight has the same expectation.
-    kl_weight = regularizer.weight * regularizer.every if with_kl else 0.0
-    loss_arguments = LossArguments(
+    kl_weight = weight * regularizer.every if with_kl else 0.0
+    of_task = LossArguments(
         ce_scale=1.0 / max(1, num_targets),
         kl_scale=kl_weight / max(1, num_kl),
         direction=regularizer.direction,
         mask_target=regularizer.kind == "tmkl",
         temperature=regularizer.temperature,
+        ce_weighting=CE_WEIGHTINGS.get(regularizer.kind, "uniform"),
+        kl_weighting=regularizer.token_weighting,
+        first_tokens=regularizer.first_tokens or 0,
+        first_tokens_factor=regularizer.first_tokens_factor,
+        l2_scale=weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0,
     )
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for i, host_batch in enumerate(batches):
-        batch = host_batch.to(mesh.device)
+    of_replay = LossArguments(ce_scale=weight / max(1, num_replayed))
+    work = [(batch, of_task) for batch in batches] + [(batch, of_replay) for batch in replayed]
+    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    for i, (host_batch, loss_arguments) in enumerate(work):
+        batch, is_task = host_batch.to(mesh.device), loss_arguments is of_task
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
-        reference_hidden = engine.reference(batch) if with_kl else None
+        reference_hidden = engine.reference(batch) if with_kl and is_task else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
         loss, sums = engine.forward(batch, reference_hidden, loss_arguments)
-        engine.backward(loss, last=i == len(batches) - 1)
-        totals += torch.stack([sums.ce_sum, sums.kl_sum]).to(totals)
+        engine.backward(loss, last=i == len(work) - 1)
+        found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum]).to(totals)
+        if is_task:
+            totals[:3] += found
+        else:
+            totals[0] += found[0]
+            totals[3] += found[1]
+    penalty = engine.policy.product_norm() if is_l2 else None
     # 4. A poisoned update is refused on every rank alike.
-    ce_sum, kl_sum = mesh.dp.sum(totals).tolist()
+    loss_sum, ce_sum, kl_sum, replay_sum = mesh.dp.sum(totals).tolist()
     grad_norm = engine.step(learning_rate)
-    ce = ce_sum / max(1, num_targets)
-    kl = kl_sum / max(1, num_kl) if with_kl else None
+    if replayed:
+        penalty = replay_sum / max(1, num_replayed)
     return StepStats(
-        loss=ce + kl_weight * (kl or 0.0),
-        ce=ce,
-        kl=kl,
+        loss=loss_sum + (weight * penalty if is_l2 and penalty is not None else 0.0),
+        ce=ce_sum / max(1, num_targets),
+        kl=kl_sum / max(1, num_kl) if with_kl else None,
+        penalty=penalty,
+        weight=kl_weight if regularizer.is_divergent else weight,
         num_targets=num_targets,
         num_tokens=num_tokens,
         grad_norm=grad_norm,

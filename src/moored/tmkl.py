@@ -46,7 +46,7 @@ class TMKLOutput(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Detached sums over rows, in nats; `loss` = ce_scale * ce_sum + kl_scale * kl_sum."""
+    """Detached sums over rows, in nats; `loss` is the scaled and weighted sum of both."""
 
     loss: Tensor
     ce_sum: Tensor
@@ -128,12 +128,12 @@ def tmkl_loss(
             e_Cv = _difference(t_Cv, s_Cv, _LOWEST[direction])
         unit = max(ce_scale, kl_scale) if with_kl else ce_scale
         unit_T[rows] = unit
-        ce_C, kl_C = chunk_loss_(
+        found = chunk_loss_(
             s_Cv, e_Cv, targets[rows], goal, shard, ce_scale / unit, kl_scale / unit
         )
-        ce_T[rows] = ce_C
-        if kl_C is not None:
-            kl_T[rows] = kl_C
+        ce_T[rows] = found.ce_C
+        if found.kl_C is not None:
+            kl_T[rows] = found.kl_C
         if grad_TV is not None:
             grad_TV[rows, : shard.num_valid] = s_Cv.to(grad_TV.dtype)
     out = plan.output(ce_T, kl_T, kl_weight, reduction, dtype)

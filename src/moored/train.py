@@ -12,17 +12,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from moored import checkpoint, measures
 from moored.answers import Answered
-from moored.base import Located, locate
+from moored.assembly import Run, assemble
 from moored.batch import Batch
 from moored.config import Config
-from moored.data import TrainStream, check_data, load_samples
-from moored.engine import Engine, leave
+from moored.engine import leave
 from moored.errors import (
     EvaluationFailedError,
     PeerLostError,
@@ -30,52 +29,24 @@ from moored.errors import (
     TrainingRefusedError,
     UserError,
 )
-from moored.evaluate import Evaluation, Suite, Training, build_suite, evaluate, to_report
+from moored.evaluate import Evaluation, Suite, Training, evaluate, measure, to_report
 from moored.lifecycle import (
     asked_to_stop,
     ending,
     failures_named,
     open_together,
-    require_same,
     signals_seen,
     start_tracking,
 )
 from moored.log import setup
-from moored.mesh import Mesh, peak_memory_bytes, start_mesh
-from moored.model import PolicyModel, load_policy
+from moored.mesh import peak_memory_bytes, start_mesh
 from moored.progress import Progress
 from moored.report import show, write
-from moored.rundir import RunDirectory, heartbeat, path_of
-from moored.step import StepStats, learning_rate_at, train_step
-from moored.track import Tracker
+from moored.rundir import heartbeat, path_of
+from moored.step import StepStats, learning_rate_at, train_step, weight_at
 from moored.track.journal import metrics
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """Everything the loop needs, built once before the first step."""
-
-    config: Config
-    mesh: Mesh
-    directory: RunDirectory
-    tracker: Tracker
-    located: Located
-    policy: PolicyModel
-    engine: Engine
-    stream: TrainStream
-    suite: Suite
-    num_steps: int
-    step: int = 0
-    train_seconds: float = 0.0
-    train_tokens: int = 0
-    refused_in_a_row: int = 0
-    last_loss: float = float("nan")
-    saved_step: int = 0  # of the newest checkpoint
-    signals: list[int] = field(default_factory=list)
-    base_answered: Answered | None = None  # by the base, once known
-    alone: bool = True  # not an arm of a comparison, which prints one table for all
 
 
 def run(
@@ -119,57 +90,14 @@ def run(
         tracker = start_tracking(config, path, attempt, mesh, parent)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
-        one = _prepare(config, mesh, directory, tracker)
+        one = assemble(config, mesh, directory, tracker)
         one.alone, one.base_answered, one.signals = parent is None, base_answered, signals
         stack.callback(one.engine.close)
         _train(one)
         _export(one)
         _evaluate_and_report(one, arm or config.regularizer.kind)
+        _require_budget(one)
     return path
-
-
-def _prepare(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
-    """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
-    check_data(config)
-    located = locate(config.model, mesh)
-    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
-    stream = TrainStream(config, located.tokenizer, samples)
-    suite = build_suite(config, located, mesh)
-    num_steps = stream.total_steps()
-    if config.optim.warmup_steps >= num_steps:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps}, but the run has {num_steps} steps, "
-            "so the learning rate would never reach its peak: lower it, or train longer"
-        )
-    require_same(mesh, config=config.fingerprint(), data=stream.fingerprint())
-    tracker.dataset(
-        name=samples.name,
-        digest=stream.fingerprint(),
-        num_samples=samples.num_samples,
-        num_tokens=samples.num_tokens,
-    )
-
-    policy = load_policy(located.source.path, config, mesh)
-    newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
-    newest = mesh.world.broadcast(newest)
-    if newest is not None:
-        checkpoint.load_masters(checkpoint.read_optimizer(newest), policy)
-    engine = Engine(policy, config, mesh)
-    one = Run(
-        config=config,
-        mesh=mesh,
-        directory=directory,
-        tracker=tracker,
-        located=located,
-        policy=policy,
-        engine=engine,
-        stream=stream,
-        suite=suite,
-        num_steps=num_steps,
-    )
-    if newest is not None:
-        _resume(one, newest)
-    return one
 
 
 def _train(run: Run) -> None:
@@ -181,9 +109,10 @@ def _train(run: Run) -> None:
         before = _measure(run, run.suite, base=True)
         run.base_answered = before.answered
         run.tracker.metrics(run.step, measures.of_evaluation(before))
+    share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
         while run.step < run.num_steps:
-            batches = run.stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+            batches = run.stream.next_step(**share)
             started = time.perf_counter()
             stats = train_step(
                 engine,
@@ -193,6 +122,8 @@ def _train(run: Run) -> None:
                 regularizer=config.regularizer,
                 learning_rate=learning_rate_at(run.step, run.num_steps, config.optim),
                 seed=config.train.seed,
+                weight=_weight(run),
+                replayed=run.replay.next_step(**share) if run.replay else (),
             )
             seconds = time.perf_counter() - started
             run.step += 1
@@ -204,6 +135,7 @@ def _train(run: Run) -> None:
             _require_finite(run, stats, batches)
             if run.step % config.parallel.replica_check_every == 0:
                 engine.require_equal_replicas()
+            _steer(run)
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
                 _save(run)
             _stop_if_asked(run)
@@ -229,6 +161,31 @@ def _stop_if_asked(run: Run) -> None:
         f"stopped by a signal after step {run.step} of {run.num_steps}; {saved} "
         f"{run.directory.path}: start the same command again to go on"
     )
+
+
+def _weight(run: Run) -> float:
+    """The regulariser's, in the next update."""
+    if run.controller is not None:
+        return run.controller.weight
+    return weight_at(run.step, run.num_steps, run.config.regularizer)
+
+
+def _steer(run: Run) -> None:
+    """Measure what the budget's probe has lost, every so many steps, and move the weight."""
+    controller = run.controller
+    if controller is None or run.suite.probe is None:
+        return
+    if run.step % controller.budget.every and run.step != run.num_steps:
+        return
+    # Not to be stopped in between: a run that goes on must not go on without this measurement.
+    found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
+    by_drift = controller.budget.drift_nats_per_token is not None
+    measured = found.kl if by_drift else 100 * (found.policy_ppl / found.base_ppl - 1)
+    controller.update(measured)
+    run.tracker.metrics(run.step, measures.of_budget(controller, by_drift=by_drift))
+    if controller.is_lost and controller.budget.when_broken == "stop":
+        _save(run)
+        raise TrainingRefusedError(f"{controller.verdict(run.step)}; the last step is saved")
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
@@ -262,6 +219,20 @@ def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> Non
         )
 
 
+def _require_budget(run: Run) -> None:
+    """Say whether the budget was held; where the recipe says so, end as refused if it was not."""
+    controller = run.controller
+    if controller is None:
+        return
+    verdict = controller.verdict(run.step)
+    if controller.is_held:
+        log.info(verdict)
+    elif controller.budget.when_broken == "continue":
+        log.warning(verdict)
+    else:
+        raise TrainingRefusedError(f"{verdict}; the adapter is in {run.directory.adapter}")
+
+
 def _save(run: Run) -> None:
     started = time.perf_counter()
     saved = checkpoint.Checkpoint(
@@ -269,6 +240,8 @@ def _save(run: Run) -> None:
         optimizer=run.engine.optimizer_tensors(),
         state={
             "cursor": run.stream.state_dict(),
+            "replay_cursor": run.replay.state_dict() if run.replay else None,
+            "controller": run.controller.state_dict() if run.controller else None,
             "train_seconds": run.train_seconds,
             "train_tokens": run.train_tokens,
             "refused_in_a_row": run.refused_in_a_row,
@@ -294,20 +267,6 @@ def _save(run: Run) -> None:
             is_saved = False
     if run.mesh.world.broadcast(is_saved):
         run.saved_step = run.step
-
-
-def _resume(run: Run, folder: Path) -> None:
-    state = checkpoint.read_state(folder)
-    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
-    checkpoint.require_same_base(folder, state, scales)
-    run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
-    run.stream.load_state_dict(state["cursor"])
-    run.step = run.saved_step = state["step"]
-    run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
-    run.refused_in_a_row = state["refused_in_a_row"]
-    run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
-    run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
-    log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)
 
 
 def _export(run: Run) -> None:

@@ -97,7 +97,17 @@ def cut_and_resume(
     return results
 
 
+# Beside the plain run: replayed text, and a budget whose controller measures between saves.
+MORE = {
+    "replay": ("regularizer.kind=replay", "regularizer.replay=[{path: fox.txt}]"),
+    "budget": (
+        "regularizer.budget={retention_increase_pct: 0.5, every: 1, probe: {path: fox.txt, "
+        "window_tokens: 64}, when_broken: continue}",
+    ),
+    "fraction": ("regularizer.token_fraction=0.5", "regularizer.schedule=linear"),
+}
 CASES = [
+    *(("float32", 0, name) for name in MORE),
     ("float32", 0, "none"),
     ("float32", 1, "none"),
     ("float32", 2, "none"),
@@ -123,7 +133,11 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
             folder,
             f"model.dtype={case[0]}",
             f"parallel.zero_stage={case[1]}",
-            f"parallel.offload={case[2]}",
+            *(
+                (text.replace("fox.txt", str(folder / "fox.txt")) for text in MORE[case[2]])
+                if case[2] in MORE
+                else (f"parallel.offload={case[2]}",)
+            ),
         )
         for case in CASES
     }

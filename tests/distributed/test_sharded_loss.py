@@ -327,7 +327,19 @@ def sharded_head(rank: int, world_size: int) -> list[Tensor]:
     attach_gradient(local, grad, sums).backward()
     assert local.grad is not None
     assert torch.equal(local.grad, grad)
-    return [grad, sums.loss, rows.kl, rows.tmkl, rows.ce_policy, rows.ce_reference]
+    weighted: dict[str, Any] = {
+        "ce_weighting": "entropy",
+        "kl_weighting": "entropy",
+        "kl_weights": torch.arange(40.0) / 20,
+    }
+    scales = {"ce_scale": 1 / 40, "kl_scale": 1 / 40}
+    by_token, by_token_sums = head(h, h0, y, **scales, **weighted)
+    want_grad, want_sums = whole(h, h0, y, **scales, **weighted)
+    assert rel(by_token, want_grad) <= bound(h, h0, weight[:29]) * U32
+    assert rel(by_token_sums.loss, want_sums.loss) <= 132 * U32
+    assert rel(by_token, grad) > 0.1
+    both = [grad, sums.loss, by_token, by_token_sums.loss]
+    return [*both, rows.kl, rows.tmkl, rows.ce_policy, rows.ce_reference]
 
 
 def test_the_sharded_head(two_ranks: Any) -> None:

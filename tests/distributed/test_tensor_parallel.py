@@ -48,6 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "thirds": THIRDS | {"intermediate_size": 192},
 }
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+SINE = "adapter.method=sinelora"
 Case = tuple[Any, ...]
 
 
@@ -114,6 +115,7 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
         ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
+        ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", SINE, "adapter.dropout=0.2"),
         *(
             ("llama", "nf4", "forward", 1, 2, stage, "none", "optim.max_grad_norm=0.02")
             for stage in (0, 2, 3)
@@ -284,6 +286,8 @@ GRADIENTS: dict[int, list[Case]] = {
             ("mistral", "nf4", "forward", "none", ()),
             ("gemma2", "nf4", "forward", "non_reentrant", ()),
             ("thirds", "nf4", "forward", "none", ()),
+            ("llama", "nf4", "forward", "none", (SINE,)),
+            ("qwen2", "none", "reverse", "reentrant", (SINE, "parallel.sequence_parallel=true")),
         ]
     ],
     4: [

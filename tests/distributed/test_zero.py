@@ -23,8 +23,10 @@ import torch
 
 from distributed.runner import run_distributed
 from moored import loading
+from moored.base import locate
 from moored.batch import Batch, Sample, batches_of
 from moored.config import Config, load_config
+from moored.data import TrainStream
 from moored.engine import Engine
 from moored.mesh import Mesh, start_mesh
 from moored.model import LossArguments, load_policy
@@ -58,8 +60,10 @@ def train(config: Config) -> dict:
     stats = [step_once(engine, mesh, config, step) for step in range(STEPS)]
     result = {
         "loss": [s.loss for s in stats],
-        "kl": [s.kl for s in stats],
+        "kl": [s.kl or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
+        "penalty": [s.penalty or 0.0 for s in stats],
+        "weight": [s.weight for s in stats],
         "adapter": engine.adapter_tensors(),
         "optimizer": engine.optimizer_tensors(),
     }
@@ -76,7 +80,18 @@ def step_once(engine: Engine, mesh: Mesh, config: Config, step: int) -> StepStat
         regularizer=config.regularizer,
         learning_rate=5e-3,
         seed=config.train.seed,
+        replayed=replayed_batches(config, mesh, step),
     )
+
+
+def replayed_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
+    if config.regularizer.kind != "replay":
+        return []
+    located = locate(config.model, mesh)
+    stream = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, STEPS)
+    for _ in range(step):
+        stream.next_step(dp_rank=0, dp_size=1)
+    return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
 
 
 def local_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
@@ -112,6 +127,18 @@ def assert_same(run: dict, expected: dict) -> None:
 
 
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+# Rows of unequal length in every micro-batch, and weights that depend on the policy.
+BASELINES = {
+    "l2": ("regularizer.kind=l2", "regularizer.weight=3"),
+    "eaft": ("regularizer.kind=eaft",),
+    "asft": ("regularizer.kind=asft", "regularizer.weight=0.5"),
+    "replay": (
+        "regularizer.kind=replay",
+        "regularizer.replay=[{path: FOLDER/fox.txt}]",
+        "regularizer.replay_fraction=0.5",
+    ),
+    "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
+}
 SPLITS = [(1, 1, 0), (1, 6, 0), (1, 4, 2), (2, 3, 3), (4, 1, 2)]  # world, micro-batch, stage
 
 
@@ -126,6 +153,10 @@ def one_process(tmp_path_factory) -> dict:
         for split in SPLITS
         if split[0] == 1
     }
+    for name, overrides in BASELINES.items():
+        configs[name] = recipe_config(
+            folder, *(text.replace("FOLDER", str(folder)) for text in overrides)
+        )
     return by_case(run_distributed(train_each, 1, configs, timeout=300))
 
 
@@ -147,6 +178,9 @@ def two_processes(tmp_path_factory) -> dict:
         for stage in range(4)
         for checkpointing in CHECKPOINTING
     }
+    for name, overrides in BASELINES.items():
+        extra = (text.replace("FOLDER", str(folder)) for text in overrides)
+        configs[name] = recipe_config(folder, "parallel.zero_stage=2", *extra)
     for stage in (1, 2, 3):
         configs[stage, "offload"] = recipe_config(
             folder, f"parallel.zero_stage={stage}", "parallel.offload=optimizer"
@@ -192,6 +226,15 @@ def test_the_split_of_a_global_batch_does_not_matter(
     """Unequal token counts per micro-batch included: 4 ranks have 2 batches of 1 or 0 samples."""
     by_world = {1: one_process, 2: two_processes, 4: four_processes}
     assert_same(by_world[split[0]][split][0], expected)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
+    found = two_processes[name][0]
+    assert_same(found, one_process[name][0])
+    for key in ("penalty", "weight"):
+        np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
+    assert found["loss"][-1] != pytest.approx(expected["loss"][-1], rel=5e-5)
 
 
 def gradients(rank: int, world_size: int, configs: dict[int, Config]) -> dict[int, dict]:

@@ -39,7 +39,12 @@ FULL: dict[str, Any] = {
         "train": [{"path": "a.jsonl"}, {"hub": "some/data", "fields": {"prompt": "question"}}],
         "eval": [{"hub": "some/data", "split": "test"}],
     },
-    "regularizer": {"kind": "kl", "weight": 0.5},
+    "regularizer": {
+        "kind": "replay",
+        "weight": 0.5,
+        "replay": [{"path": "old.txt"}],
+        "budget": {"drift_nats_per_token": 0.1, "probe": {"path": "probe.txt"}},
+    },
     "retention": {"reference": {"builtin": "python-reference"}, "wiki": {"hub": "wikitext"}},
     "optim": {"learning_rate": 1e-3, "betas": [0.9, 0.95]},
     "parallel": {"zero_stage": 3, "offload": "optimizer"},

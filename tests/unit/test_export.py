@@ -241,10 +241,12 @@ def finished_run(folder: Path, *, dtype=torch.float32, **adapter) -> Path:
     run.config.write_text(config.dump_yaml())
     policy = load_policy(Path(config.model.name_or_path), config, ALONE)
     torch.manual_seed(2)
-    tensors = {
-        name: p.detach() * 1.5 if "magnitude" in name else 0.2 * torch.randn_like(p)
-        for name, p in policy.trainable().items()
-    }
+    # RandLoRA's gamma and DoRA's magnitudes stay near where they are, lambda is small beside B.
+    sizes = {"lora_A": 0.2, "lora_B": 0.2, "randlora_lambda": 0.02}
+    tensors = {}
+    for name, p in policy.trainable().items():
+        size = next((size for part, size in sizes.items() if part in name), None)
+        tensors[name] = 1.5 * p.detach() if size is None else size * torch.randn_like(p)
     for target in (run.adapter, checkpoint.folder_of(run.checkpoints, 4) / "adapter"):
         checkpoint.save_adapter(target, tensors, policy.causal_lm, config.model.name_or_path)
     sealed.seal(checkpoint.folder_of(run.checkpoints, 4))
@@ -317,6 +319,13 @@ def test_what_was_trained_is_merged_in_bf16_with_dora(tmp_path, capsys):
     model = transformers.AutoModelForCausalLM.from_pretrained(to)
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    card = json.loads((to / "forgetting-card.json").read_text())
+    assert card["kind"] == "merged"
+    assert card["merged"]["kl_trained_merged_nats_per_token"] == kl
+    assert card["deltas"]["of"] == "merged"
+    assert card["deltas"]["total"]["count"] == 14
+    assert 0 < card["deltas"]["rounding"] < card["deltas"]["total"]["relative"] < 10
+    assert "`moored evaluate RUN` measures it" in (to / "README.md").read_text()
 
 
 def test_an_adapter_that_is_not_exact_leaves_nothing(run, tmp_path, monkeypatch):
@@ -376,7 +385,7 @@ def refused(match: str, *arguments, **options) -> None:
 def test_what_is_no_finished_run_is_refused(run, tmp_path):
     to = tmp_path / "to"
     refused("is not a run directory: name a folder", tmp_path / "none", to)
-    refused("is a PEFT adapter, as other tools read it", run / "adapter", to)
+    refused("is an adapter without a recipe: add --recipe", run / "adapter", to)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     RunDirectory(copy).update_state(status="preempted", step=2, reason="a signal\nof some kind")

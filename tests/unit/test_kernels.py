@@ -13,7 +13,8 @@ import moored.chunks
 import moored.logits
 from moored import fused
 from moored.head import Head, linear_tmkl_loss
-from reference import dense_logits, dense_loss
+from moored.tmkl import LossSums
+from reference import dense_logits, dense_loss, per_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py has the interpreter on there
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -132,3 +133,21 @@ def test_equal_models_a_weight_of_zero_and_what_is_not_finite(direction: Any) ->
     assert rel(grad, alone) < 1e-6
     grad, _ = head(h, h0, y, ce_scale=0.2, kl_scale=1.0, direction=direction)
     assert grad.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_of_different_weight(direction: Any) -> None:
+    h, h0, weight, y = (x.to(DEVICE) for x in make(6, 24, 203))
+    y = y.clamp_min(0)
+    by_row = torch.tensor([0.0, 1.0, 5.0, 0.3, 2.0, 1.0], device=DEVICE)
+    head = Head(torch.nn.Parameter(weight, requires_grad=False), chunk_tokens=4)
+    found = head(h, h0, y, ce_scale=0.5, kl_scale=0.7, direction=direction, kl_weights=by_row)
+    exact = h.double().requires_grad_()
+    s, t = (dense_logits(x, weight) for x in (exact, h0))
+    ce, kl = per_row(s, t, y, direction=direction)
+    loss = 0.5 * ce.sum() + 0.7 * (by_row * kl).sum()
+    (want,) = torch.autograd.grad(loss, exact)
+    assert isinstance(found, tuple)
+    assert isinstance(found[1], LossSums)
+    assert rel(found[0], want) < 1e-5
+    assert rel(found[1].loss, loss) < 1e-6

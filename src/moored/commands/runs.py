@@ -147,7 +147,7 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN|ADAPTER")
 @click.option(
     "--to",
     required=True,
@@ -164,16 +164,35 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option(
     "--scale", type=float, help="Factor of what the adapter adds, as `moored evaluate` recommends."
 )
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Of an adapter from elsewhere: its base, and data to verify it on.",
+)
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    help="Of an adapter from elsewhere: what `moored evaluate` wrote, for its card.",
+)
 @launcher_argument
-def export(run: Path, to: Path, merge: bool, base: str | None, scale: float | None) -> None:
-    """Write a finished run's adapter for others.
+def export(
+    run: Path,
+    to: Path,
+    merge: bool,
+    base: str | None,
+    scale: float | None,
+    recipe: Path | None,
+    report: Path | None,
+) -> None:
+    """Write a finished run's adapter for others, with a forgetting card.
 
     Or its base with the adapter merged into it. Stock PEFT and transformers load it in a fresh
-    process and must compute what was trained; else nothing is written.
+    process and must compute what was trained; else nothing is written. An adapter from elsewhere
+    needs the recipe of its base.
     """
     from moored import export as room
 
-    room.run_command(run, to, merged=merge, base=base, scale=scale)
+    room.run_command(run, to, merged=merge, base=base, scale=scale, recipe=recipe, report=report)
 
 
 @click.command()

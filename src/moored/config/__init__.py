@@ -1,17 +1,20 @@
 """Recipes: strict YAML to a frozen Config, with all problems reported at once. No torch.
 
-`inputs`, `method` and `running` have every key with its unit and bounds, `config` the relations
-between sections, `recipe` the reading of files and overrides, `validation` the collecting and
-`wording` the text of problems.
+`inputs`, `method`, `regularizer` and `running` have every key with its unit and bounds, `config`
+the relations between sections, `recipe` the reading of files and overrides, `validation` the
+collecting and `wording` the text of problems.
 """
 
-from moored.config.config import Config, arm_names, load_config
+from moored.config.config import PROBE, Config, arm_names, load_config
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
-from moored.config.method import AdapterConfig, OptimConfig, Regularizer
+from moored.config.method import AdapterConfig, OptimConfig
+from moored.config.regularizer import Budget, Regularizer
 from moored.config.running import EvaluationConfig, ParallelConfig
 
 __all__ = [
+    "PROBE",
     "AdapterConfig",
+    "Budget",
     "Config",
     "Corpus",
     "DataConfig",

@@ -1,14 +1,13 @@
 """`load_config`: recipe file and overrides -> one frozen, checked `Config`.
 
-The keys themselves are in `inputs.py`, `method.py` and `running.py`, the YAML reading in
-`recipe.py`; nothing here loads torch or opens the data and the model that a recipe names.
+The keys themselves are in `inputs.py`, `method.py`, `regularizer.py` and `running.py`, the YAML
+reading in `recipe.py`; nothing here loads torch or opens the data and the model of a recipe.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from moored.config import recipe as recipes
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
-from moored.config.method import AdapterConfig, OptimConfig, Regularizer
-from moored.config.recipe import Key, Recipe, dotted_key
+from moored.config.method import AdapterConfig, OptimConfig
+from moored.config.paths import resolve_paths
+from moored.config.recipe import Key, dotted_key
+from moored.config.regularizer import Regularizer
 from moored.config.running import (
     EvaluationConfig,
     OutputConfig,
@@ -51,6 +52,8 @@ __all__ = [
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 CORPUS_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"  # no dot: overrides address corpora by dotted keys
+PROBE = "regularizer.budget.probe"
+
 # What changes no number of a run: its name, where it writes, and how often.
 _COSMETIC: tuple[Key, ...] = (
     ("name",),
@@ -104,8 +107,9 @@ class Config(Section):
         for arm in arms:
             own: dict[str, Any] = {name: getattr(arm, name) for name in arm.model_fields_set}
             own["kind"] = own.get("kind", base.kind)
-            values = own if own["kind"] == "none" else inherited | own
-            full.append(Regularizer.model_validate(values))
+            idle = {i.field for i in Regularizer.model_validate(inherited | own).ignored()}
+            kept = {name: value for name, value in inherited.items() if name not in idle}
+            full.append(Regularizer.model_validate(kept | own))
         return full
 
     @model_validator(mode="after")
@@ -124,14 +128,16 @@ class Config(Section):
                 for part in ("train", "eval"):
                     for index, source in enumerate(getattr(value, part)):
                         yield (name, part, index), source
-            if isinstance(value, Section):
+            if isinstance(value, Regularizer):
+                yield from (((name, *inner), part) for inner, part in value.sections())
+            elif isinstance(value, Section):
                 yield (name,), value
             elif isinstance(value, dict):
                 for label, corpus in cast("dict[str, Corpus]", value).items():
                     yield (name, label), corpus
             elif isinstance(value, list):
                 for index, arm in enumerate(cast("list[Regularizer]", value)):
-                    yield (name, index), arm
+                    yield from (((name, index, *inner), part) for inner, part in arm.sections())
 
     def _without_effect(self) -> Iterator[Relation]:
         """Options that do nothing, whether somebody set them or not."""
@@ -161,7 +167,9 @@ class Config(Section):
                 involves = (where, *((*key, name) for name in names)) if field else ()
                 # An arm's inherited option is reported where it was given.
                 inherited = key[0] == "compare" and any(
-                    field == name for name, *_ in self.regularizer.problems()
+                    (key[2:], field) == (inner, name)
+                    for inner, part in self.regularizer.sections()
+                    for name, *_ in part.problems()
                 )
                 if not inherited:
                     yield Relation(where, message, involves or tuple((*key, n) for n in names))
@@ -209,14 +217,16 @@ class Config(Section):
                 "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
                 (("data", "eval"),),
             )
-        sharded_nf4 = self.model.quantization == "nf4" and self.parallel.zero_stage == 3
-        if self.adapter.use_dora and sharded_nf4:
-            yield Relation(
-                ("adapter", "use_dora"),
-                "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
-                "parts: set parallel.zero_stage to 2",
-                (("parallel", "zero_stage"), ("model", "quantization")),
-            )
+        if self.regularizer.kind == "l2":
+            yield from self._l2_relations()
+        parallel, nf4 = self.parallel, self.model.quantization == "nf4"
+        for field, message, names in self.adapter.spread(
+            nf4=nf4,
+            zero_stage=parallel.zero_stage,
+            tensor_parallel_degree=parallel.tensor_parallel_degree,
+        ):
+            involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
+            yield Relation(("adapter", field), message, tuple(involves))
         for index, arm in enumerate(self.compare):
             first = self.compare.index(arm)
             if first < index:
@@ -225,6 +235,46 @@ class Config(Section):
                     f"is the same regularizer as compare.{first}: change or remove one",
                     (("compare",), ("regularizer",)),
                 )
+
+    def _l2_relations(self) -> Iterator[Relation]:
+        """The norm of B A is read beside the layers, from whole matrices."""
+        parallel, kind = self.parallel, ("regularizer", "kind")
+        refused = [
+            (
+                self.adapter.family == "lora",
+                ("adapter", "method"),
+                "set adapter.method to lora",
+            ),
+            (parallel.zero_stage != 3, ("parallel", "zero_stage"), "set zero_stage to 2 or less"),
+            (
+                parallel.tensor_parallel_degree == 1,
+                ("parallel", "tensor_parallel_degree"),
+                "set tensor_parallel_degree to 1",
+            ),
+            (
+                self.train.gradient_checkpointing != "reentrant",
+                ("train", "gradient_checkpointing"),
+                "set gradient_checkpointing to non_reentrant",
+            ),
+        ]
+        for fits, key, fix in refused:
+            if not fits:
+                yield Relation(
+                    kind, f"l2 is not done with {'.'.join(key)} as it is: {fix}", (kind, key)
+                )
+
+    def sources(self) -> dict[str, list[Source]]:
+        """Every list of data sources that is not empty, by its place in the recipe."""
+        found = {"data.train": self.data.train, "data.eval": self.data.eval}
+        found["regularizer.replay"] = self.regularizer.replay
+        return {place: sources for place, sources in found.items() if sources}
+
+    def corpora(self) -> dict[str, Corpus]:
+        """Every text that is measured, by its place in the recipe."""
+        found = {f"retention.{name}": corpus for name, corpus in self.retention.items()}
+        if self.regularizer.budget is not None:
+            found[PROBE] = self.regularizer.budget.probe
+        return found
 
     def resolved(self) -> dict[str, Any]:
         """Everything that has an effect, defaults included, as plain JSON values."""
@@ -306,7 +356,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     recipe = recipes.read(path, overrides)
     if recipe.data.get("name") is None:
         recipe.data["name"] = _default_name(Path(path))
-    _resolve_paths(recipe)
+    resolve_paths(recipe)
     return validate(Config, recipe, _PLACEHOLDERS, extra=_secrets)
 
 
@@ -345,51 +395,3 @@ def _without_null(values: dict[str, Any]) -> dict[str, Any]:
 
 def _default_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
-
-
-_PATHS: tuple[Key, ...] = (
-    ("model", "name_or_path"),
-    ("data", "chat_template"),
-    ("data", "train", "*", "path"),
-    ("data", "eval", "*", "path"),
-    ("retention", "*", "path"),
-    ("output", "dir"),
-)
-
-
-def _resolve_paths(recipe: Recipe) -> None:
-    data = recipe.data
-    output = data.setdefault("output", {})
-    if isinstance(output, dict) and "dir" not in output:
-        output["dir"] = os.path.abspath("runs")
-    for pattern in _PATHS:
-        for holder, last, key in _matches(data, pattern, ()):
-            value = holder[last]
-            if not isinstance(value, str) or not value:
-                continue
-            folder = Path.cwd() if recipe.is_overridden(key) else recipe.folder
-            full = os.path.abspath(folder / os.path.expanduser(value))
-            if key != ("model", "name_or_path") or _is_local(value, full):
-                holder[last] = full
-
-
-def _is_local(name: str, full: str) -> bool:
-    """Whether a model is a path rather than a hub name."""
-    marked = name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    return marked or os.path.exists(full)
-
-
-def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:
-    part, rest = pattern[0], pattern[1:]
-    if part == "*":
-        if isinstance(at, list):
-            names: list[Any] = list(range(len(at)))  # pyright: ignore[reportUnknownArgumentType]
-        else:
-            names = list(at) if isinstance(at, dict) else []  # pyright: ignore[reportUnknownArgumentType]
-    else:
-        names = [part] if isinstance(at, dict) and part in at else []
-    for name in names:
-        if rest:
-            yield from _matches(at[name], rest, (*key, name))
-        else:
-            yield at, name, (*key, name)

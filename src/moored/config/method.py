@@ -1,4 +1,4 @@
-"""The sections of a recipe that say how it is learned: adapter, regulariser, optimizer.
+"""The sections of a recipe that say how it is learned: adapter and optimizer.
 
 Every key with its type, bounds, unit and default.
 """
@@ -6,9 +6,9 @@ Every key with its type, bounds, unit and default.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from moored.config.section import (
     Fraction,
@@ -31,56 +31,89 @@ def _target_modules(value: object) -> object:
     raise invalid('expected "all-linear" or a list of module names such as [q_proj, v_proj]')
 
 
-class AdapterConfig(Section):
-    """The trained part. What would change the reference is refused by `model.py`."""
+# Initial values that leave the base alone and add nothing to it, so that a run starts at the base
+# and the reference is the base. A list of what is allowed: what PEFT adds is refused until then.
+NEUTRAL_INITS = ("default", "gaussian")
+_REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-    method: Annotated[Literal["lora"], about("adapter family")] = "lora"
-    r: Annotated[Positive, about("rank")] = 16
-    alpha: Annotated[float, Field(gt=0, description="scale is alpha / r")] = 32.0
+
+class AdapterConfig(Section):
+    """The trained part: one of the four adapters of the paper, see docs/adapters.md."""
+
+    method: Annotated[Literal["lora", "dora", "randlora", "sinelora"], about("adapter family")] = (
+        "lora"
+    )
+    r: Annotated[Positive, about("rank; of each random basis with randlora, whose size falls")] = 16
+    alpha: Annotated[
+        float, Field(gt=0, description="scale is alpha / r; left out with randlora: 20 r")
+    ] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1, description="probability")] = 0.0
     target_modules: Annotated[
         list[str] | Literal["all-linear"],
         BeforeValidator(_target_modules),
         about("module names that get an adapter"),
     ] = "all-linear"
-    use_rslora: Annotated[bool, about("scale by alpha / sqrt(r)")] = False
-    use_dora: Annotated[bool, about("learn the magnitude of each output apart")] = False
-    init: Annotated[Text, about("default, gaussian, ... (peft init_lora_weights)")] = "default"
+    use_rslora: Annotated[bool, about("scale by alpha / sqrt(r); not randlora")] = False
+    use_dora: Annotated[bool, about("method lora: the same as method dora")] = False
+    init: Annotated[Text, about("of A, beside B = 0: default, gaussian; not randlora")] = "default"
+    omega: Annotated[
+        float, Field(gt=0, description="frequency of sinelora's sine, in radians per unit of B A")
+    ] = 200.0
 
-
-class Regularizer(Section):
-    """The pull towards the base: none, plain KL, or target-masked KL."""
-
-    kind: Annotated[Literal["none", "kl", "tmkl"], about("which divergence")] = "tmkl"
-    weight: Annotated[float, Field(ge=0, description="factor of the divergence")] = 1.0
-    direction: Annotated[
-        Literal["forward", "reverse", "jsd"], about("forward: KL(reference || policy)")
-    ] = "forward"
-    temperature: Annotated[
-        float,
-        Field(
-            gt=0,
-            description="divides the logits of the divergence, which is multiplied by its square",
-        ),
-    ] = 1.0
-    every: Annotated[Positive, about("steps; the divergence acts on every k-th")] = 1
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_alpha(cls, values: Any) -> Any:
+        """RandLoRA's own scale, as PEFT advises: its bases are small."""
+        given = cast("dict[str, object]", values) if isinstance(values, dict) else {}
+        r = given.get("r", cls.model_fields["r"].default)
+        if given.get("method") == "randlora" and "alpha" not in given and isinstance(r, int):
+            return given | {"alpha": 20.0 * min(max(r, 1), 2**31)}  # r is checked by itself
+        return cast(object, values)
 
     @property
-    def kl_weight(self) -> float:
-        """The weight that acts: 0 with kind none."""
-        return 0.0 if self.kind == "none" else self.weight
+    def family(self) -> str:
+        """The method by its own name, also where `use_dora` says it."""
+        return "dora" if self.use_dora else self.method
 
     def ignored(self) -> Iterator[Ignored]:
-        """Without a divergence there is nothing to weigh."""
-        if self.kind == "none":
-            for name in ("weight", "direction", "temperature", "every"):
-                yield Ignored(name, ("kind",), "kind is none")
+        """What another method knows."""
+        others = {
+            "lora": ("omega",),
+            "dora": ("use_dora", "omega"),
+            "randlora": ("use_rslora", "use_dora", "init", "omega"),
+            "sinelora": ("use_dora",),
+        }
+        for name in others[self.method]:
+            yield Ignored(name, ("method",), f"method is {self.method}")
 
     def problems(self) -> Iterator[Problem]:
-        """Weight 0 is spelt kind none."""
-        if self.kind != "none" and self.weight == 0:
+        """The reference must be the base, and training must start there."""
+        if self.init not in NEUTRAL_INITS:
+            if self.init.startswith(_REWRITES):
+                why = "rewrites the base's weights, so that the reference would be another model"
+            elif self.init == "eva":
+                why = "is computed from data beforehand, which is not done here"
+            else:
+                why = "is not one of those that start at the base and leave it alone"
+            yield Problem("init", f"{self.init} {why}: use {' or '.join(NEUTRAL_INITS)}")
+
+    def spread(
+        self, *, nf4: bool, zero_stage: int, tensor_parallel_degree: int
+    ) -> Iterator[Problem]:
+        """Why it cannot be trained on such a mesh; `names` are the dotted keys of the others."""
+        if self.family == "dora" and nf4 and zero_stage == 3:
             yield Problem(
-                "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
+                "use_dora" if self.use_dora else "method",
+                "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
+                "parts: set parallel.zero_stage to 2",
+                ("parallel.zero_stage", "model.quantization"),
+            )
+        if self.method == "randlora" and tensor_parallel_degree > 1:
+            yield Problem(
+                "method",
+                "randlora's bases are shared by layers of all sizes and not spread over ranks: set "
+                "parallel.tensor_parallel_degree to 1, or take lora, dora or sinelora",
+                ("parallel.tensor_parallel_degree",),
             )
 
 

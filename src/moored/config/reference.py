@@ -48,6 +48,10 @@ def reference(root: type[Section] = Config, head: str = _HEAD) -> str:
             if below is not None and inner == "train":  # data.train and data.eval are alike
                 lines += [f"### `{name}.{inner}[]` and `{name}.eval[]`", ""]
                 lines += [*_table(below, definitions[below], definitions), ""]
+            elif below == "Budget":
+                about = definitions[below].get("description", "").strip()
+                lines += [f"### `{name}.{inner}`", "", about, ""]
+                lines += [*_table(below, definitions[below], definitions), ""]
     return "\n".join(lines)
 
 
@@ -77,6 +81,14 @@ def _values(value: Any) -> Iterator[Any]:
             yield from _values(inner)
 
 
+# Where the options of a section inside another are listed.
+_SECTIONS: dict[str | None, str] = {
+    "Source": "sections as `data.train[]`",
+    "Corpus": "a section as `retention.NAME`",
+    "Budget": "a section, see below",
+}
+
+
 def _table(name: str, definition: dict[str, Any], definitions: dict[str, Any]) -> Iterator[str]:
     yield "| option | value | default | what it is |"
     yield "|---|---|---|---|"
@@ -84,7 +96,9 @@ def _table(name: str, definition: dict[str, Any], definitions: dict[str, Any]) -
     for option, field in definition["properties"].items():
         default = field.get("default", PydanticUndefined)
         shown = "required" if option in required else _shown(default)
-        kind = "sections, see below" if _section_of(field, definitions) else _kind(field)
+        kind = _SECTIONS.get(_section_of(field, definitions), _kind(field))
+        if name == "DataConfig" and "sections" in kind:
+            kind = "sections, see below"
         yield f"| `{option}` | {kind} | {shown} | {_text(field)} |"
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from moored.config.recipe import Key, dotted_key, shorten, suggest
 from moored.config.section import Section
@@ -147,17 +148,27 @@ def section_at(root: type[Section], key: Key) -> type[Section] | None:
     for part in key:
         if isinstance(at, type) and issubclass(at, Section):
             field = at.model_fields.get(str(part))
-            at = field.annotation if field else None
+            at = _required(field.annotation) if field else None
         else:
             at = (get_args(at) or (None,))[-1]
     return at if isinstance(at, type) and issubclass(at, Section) else None
+
+
+def _required(annotation: Any) -> Any:
+    """What an option is where it is not null."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        given = [choice for choice in get_args(annotation) if choice is not NoneType]
+        return given[0] if len(given) == 1 else annotation
+    return annotation
 
 
 def _leaves(section: type[Section], key: Key) -> Iterator[tuple[str, str]]:
     for name, field in section.model_fields.items():
         here = (*key, name)
         yield dotted_key(here), name
-        inner: Any = field.annotation
+        inner: Any = _required(field.annotation)
         origin = get_origin(inner)
         if origin in (list, dict):
             inner = get_args(inner)[-1]

@@ -171,7 +171,7 @@ def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -
 
 
 def retention_samples(
-    name: str, corpus: Corpus, tokenizer: Any, *, keep: bool = False
+    name: str, corpus: Corpus, tokenizer: Any, *, keep: bool = False, place: str | None = None
 ) -> list[Sample]:
     """A retention corpus as samples.
 
@@ -180,10 +180,17 @@ def retention_samples(
     which only the tokens of its last word are targets. Both stop at `max_tokens`. What was kept (by
     a call with `keep`) is read instead.
 
+    Args:
+        name: of the corpus and its samples.
+        corpus: where the text is, and how much of it.
+        tokenizer: of the model.
+        keep: keep the tokens in the cache.
+        place: in the recipe, for messages; by default `retention.NAME`.
+
     Raises:
         UserError: it cannot be read, or is too short.
     """
-    label = f"retention.{name}"
+    label = place or f"retention.{name}"
     documents = resolve_text(corpus, label)
     chat = ChatEncoder(tokenizer)
     make = _windows if corpus.target == "all" else _last_words

@@ -327,7 +327,7 @@ def check_data(config: Config) -> dict[str, int]:
     counts: dict[str, int] = {}
     problems += streaming_problems(config)
     read_template(config.data.chat_template, problems)
-    for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+    for section, sources in config.sources().items():
         for reader in open_sources(sources, section, problems):
             source = sources[int(reader.label.rsplit(".", 1)[1])]
             records = read_records(reader, source, problems)
@@ -343,9 +343,9 @@ def check_data(config: Config) -> dict[str, int]:
                     f"{reader.label}: exact match needs prompts, but this source is plain text: "
                     "set evaluation.exact_match=false"
                 )
-    for name, corpus in config.retention.items():
+    for place, corpus in config.corpora().items():
         try:
-            counts[f"retention.{name}"] = len(resolve_text(corpus, f"retention.{name}"))
+            counts[place] = len(resolve_text(corpus, place))
         except UserErrors as errors:
             problems += errors.problems
         except UserError as error:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from moored.batch import Batch, Row, Sample, batches_of, pack, row_tokens
 from moored.data.encode import HeldSource
-from moored.data.samples import SampleSet, StreamedSource, pad_token_id
+from moored.data.samples import SampleSet, StreamedSource, load_samples, pad_token_id
 from moored.errors import UserError
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class TrainStream:
     def __init__(self, config: Config, tokenizer: Any, samples: SampleSet):
         self._train = config.train
         self._data = config.data
+        self._kl_fraction = config.regularizer.token_fraction
         self._flatten = config.model.attention == "flash_attention_2"
         self._pad = pad_token_id(tokenizer)
         self.samples = samples
@@ -159,6 +161,25 @@ class TrainStream:
         self._row = 0
         self.step = 0
         self._total_steps: int | None = None
+
+    @staticmethod
+    def of_replay(config: Config, tokenizer: Any, vocab_size: int, num_steps: int) -> TrainStream:
+        """The stream of `regularizer.replay`: its share of rows (or tokens) beside each batch."""
+        regularizer, train = config.regularizer, config.train
+        sizes = {
+            name: max(1, round(regularizer.replay_fraction * size))
+            for name in ("global_batch_sequences", "global_batch_tokens")
+            if (size := getattr(train, name)) is not None
+        }
+        data = config.data.model_copy(update={"train": regularizer.replay})
+        length = {"steps": num_steps, "epochs": None}
+        beside = config.model_copy(
+            update={"data": data, "train": train.model_copy(update=sizes | length)}
+        )
+        samples = load_samples(
+            regularizer.replay, tokenizer, config.data, vocab_size, section="regularizer.replay"
+        )
+        return TrainStream(beside, tokenizer, samples)
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenised data; equal on all ranks, or they read different files."""
@@ -231,6 +252,8 @@ class TrainStream:
         if not rows:
             raise ValueError(f"no step after the last one ({self.step})")
         self.step += 1
+        if self._kl_fraction < 1:
+            rows = [[self._thinned(sample) for sample in row] for row in rows]
         return batches_of(
             rows,
             micro_batch_size=self._train.micro_batch_size,
@@ -240,6 +263,13 @@ class TrainStream:
             vocab_size=self.samples.vocab_size,
             flatten=self._flatten,
         )
+
+    def _thinned(self, sample: Sample) -> Sample:
+        """The sample with the divergence on a part of its targets, drawn for this step."""
+        text = f"{self._train.seed}:{self.step}:{sample.sample_id}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        drawn = np.random.default_rng(int.from_bytes(digest, "big")).random(len(sample))
+        return replace(sample, kl_mask=sample.label_mask & (drawn < self._kl_fraction))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, as JSON values: `load_state_dict` on a fresh stream goes on from here."""

@@ -1,6 +1,7 @@
 """`moored export`: a finished run as a folder for others, whole and verified, or not there at all.
 
-What is merged and what is compared stands beside; nothing of the run is changed.
+What is opened, merged, compared and measured of the weights stands beside; nothing of the run is
+changed.
 """
 
 from __future__ import annotations
@@ -8,20 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
 import torch
 
-from moored import checkpoint, sealed
+from moored import card
 from moored.adapters import require_scale, write_scaled
 from moored.base import Located, locate, resolve_dtype
-from moored.config import Config, load_config
+from moored.config import Config
 from moored.errors import UserError
-from moored.export import merge
-from moored.export.folder import publishing, require_disk, require_free_name, write_facts
+from moored.export import deltas, merge
+from moored.export.folder import (
+    EXPORT_VERSIONS,
+    publishing,
+    require_disk,
+    require_free_name,
+    write_facts,
+)
 from moored.export.fresh import (
     Agreement,
     Outputs,
@@ -29,18 +39,16 @@ from moored.export.fresh import (
     compare,
     kl_per_token,
     make_probe,
+    needed_import,
     stock_outputs,
     tolerance_of,
     trained_outputs,
 )
+from moored.export.opening import ADAPTER, Given, base_of, open_given, warn_of_another_base
 from moored.launched import launched
 from moored.mesh import Mesh, leave_mesh, start_mesh
-from moored.rundir import RunDirectory
 
 log = logging.getLogger(__name__)
-
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-FINISHED = ("done", "evaluation_failed")  # the latter has its adapter, and lacks figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,17 +56,19 @@ class Export:
     """What is to be exported.
 
     Attributes:
-        run: the run directory.
+        given: the run or the adapter, as it is.
         config: its recipe.
         located: its base on this machine.
         mesh: this process.
         adapter: the run's, or a copy at another scale.
+        scale: factor of what was trained, 1 as trained.
         probe: what is compared.
         trained: the logits of the policy that was trained, with that adapter.
     """
 
-    run: RunDirectory
+    given: Given
     adapter: Path
+    scale: float
     config: Config
     located: Located
     mesh: Mesh
@@ -80,16 +90,20 @@ def run_command(
     merged: bool = False,
     base: str | None = None,
     scale: float | None = None,
+    recipe: Path | None = None,
+    report: Path | None = None,
 ) -> None:
     """Export the adapter of a finished run, or its base with the adapter merged into it.
 
     Args:
-        path: the run directory.
+        path: the run directory, or an adapter from elsewhere.
         to: the folder to make; it must not exist, or be empty.
         merged: a whole model instead of a PEFT adapter.
         base: `w16` (the default) merges into the base's own weights, `nf4` into the dequantised
             4-bit weights that were trained on.
         scale: factor of what the adapter adds; None: as trained.
+        recipe: of an adapter from elsewhere: its base, and data to verify it on.
+        report: of an adapter from elsewhere: what `moored evaluate` wrote.
 
     Raises:
         UserError: the run is none or not finished, `to` is in use, the disk or the memory is too
@@ -100,58 +114,64 @@ def run_command(
             f"moored export works in one process, not in {launched().world_size}: start it "
             "without torchrun, deepspeed or srun"
         )
-    run, to = RunDirectory(path), to.absolute()
-    config = _open(run)
-    base = _base_of(config, base, merged=merged)
+    to, given = to.absolute(), open_given(path, recipe, report)
+    base = base_of(given.config, base, merged=merged)
     if scale is not None:
         require_scale(scale)
-    require_free_name(to, run.path)
+    require_free_name(to, path)
     mesh = start_mesh()
     try:
         with publishing(to) as (folder, work):
-            _make(run, config, mesh, folder, work, base, scale)
+            _make(given, mesh, folder, work, base, scale)
     finally:
         leave_mesh()
     print(f"{'merged model' if merged else 'adapter'} in {to}")
 
 
 def _make(
-    run: RunDirectory,
-    config: Config,
+    given: Given,
     mesh: Mesh,
     folder: Path,
     work: Path,
     base: str | None,
     scale: float | None,
 ) -> None:
+    config, adapter = given.config, given.adapter
     located = locate(config.model, mesh)
-    _warn_of_another_base(run, config, located)
+    warn_of_another_base(given.run, config, located)
     source = located.source.path
     plan = None
     if base is None:
-        require_disk(folder.parent.parent, sum((run.adapter / n).stat().st_size for n in ADAPTER))
+        require_disk(folder.parent.parent, sum((adapter / n).stat().st_size for n in ADAPTER))
     else:
         plan = _plan(source, config, mesh, work, base)
         require_disk(folder.parent.parent, plan.num_bytes)
         merge.require_memory(plan, merge.device_for(plan, mesh.device))
-    adapter = run.adapter
     if scale is not None:
         adapter = work / "scaled"
-        write_scaled(run.adapter, adapter, scale)
+        write_scaled(given.adapter, adapter, scale)
     probe = make_probe(config, located)
     log.info("the trained policy computes %d tokens of %s", probe.num_tokens, probe.origin)
     trained = trained_outputs(config, located, mesh, adapter, probe)
     export = Export(
-        run=run,
+        given=given,
         config=config,
         located=located,
         mesh=mesh,
         adapter=adapter,
+        scale=1.0 if scale is None else scale,
         probe=probe,
         trained=trained,
     )
     _tokenizer(config, located).save_pretrained(folder)
-    made = _adapter(export, folder, work) if plan is None else _merge(export, plan, folder, work)
+    if plan is None:
+        made = _adapter(export, folder, work)
+        weights = _product(export)
+    else:
+        made, moved = _merge(export, plan, folder, work)
+        weights = deltas.summary("merged", moved)
+    readme = card.readme_of(given.adapter)
+    card.write(_card(export, made, weights), folder, readme)
     write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
 
 
@@ -197,14 +217,25 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         ),
     )
     found.require("its logits in stock PEFT and in Moored")
-    _say(export, found, "stock PEFT and the trained policy")
-    return {"kind": "adapter", "verified": _verified(export, found, against="trained policy")}
+    facts = {"kind": "adapter", "verified": _verified(export, found, against="trained policy")}
+    module = needed_import(folder)
+    if module is None:
+        _say(export, found, "stock PEFT and the trained policy")
+        return facts
+    _say(export, found, f"PEFT with {module} and the trained policy")
+    print(
+        f"PEFT alone does not know {export.config.adapter.family}: `import {module}` before it "
+        "loads this adapter, or export with --merge, which needs nothing"
+    )
+    return facts | {"import_first": module}
 
 
-def _merge(export: Export, plan: merge.Plan, folder: Path, work: Path) -> dict[str, Any]:
+def _merge(
+    export: Export, plan: merge.Plan, folder: Path, work: Path
+) -> tuple[dict[str, Any], Sequence[deltas.Moved]]:
     source, config = export.located.source.path, export.config
     log.info("merging into the %s weights: %.2f GB", plan.base, plan.num_bytes / 1e9)
-    merge.write(plan, export.adapter, folder, export.mesh.device)
+    moved = merge.write(plan, export.adapter, folder, export.mesh.device)
     device = merge.device_for(plan, export.mesh.device)
     log.info("stock transformers and PEFT load it, and what it must equal, in fresh processes")
     merged = stock_outputs(
@@ -231,103 +262,28 @@ def _merge(export: Export, plan: merge.Plan, folder: Path, work: Path) -> dict[s
     found.require("the logits of the merged model and of base and adapter apart")
     _say(export, found, "the merged model and its base with the adapter beside it")
     kl = kl_per_token(export.trained.on, merged.on)
-    moved = kl_per_token(export.trained.on, _off(export.trained))
+    effect = kl_per_token(export.trained.on, _off(export.trained))
     print(
         f"KL(trained || merged) = {kl:.3g} nats per token with --base {plan.base}; the adapter "
-        f"itself makes {moved:.3g} (trained || base)"
+        f"itself makes {effect:.3g} (trained || base)"
     )
     if plan.base == "w16" and config.model.quantization == "nf4":
         print("what was trained had 4-bit weights: --base nf4 writes these, dequantised")
     against = f"stock PEFT, {plan.base} base with the adapter beside it"
-    return {
+    made = {
         "kind": "merged",
         "merged_into": plan.base,
         "dtype": str(plan.coarsest).removeprefix("torch."),
         "kl_trained_merged_nats_per_token": kl,
-        "kl_trained_base_nats_per_token": moved,
+        "kl_trained_base_nats_per_token": effect,
         "verified": _verified(export, found, against=against),
     }
+    return made, moved
 
 
 def _off(outputs: Outputs) -> torch.Tensor:
     assert outputs.off is not None
     return outputs.off
-
-
-# ---------------------------------------------------------------- what must be so
-
-
-def _open(run: RunDirectory) -> Config:
-    path = run.path
-    if not run.config.is_file():
-        hint = "name a folder that holds config.yaml and state.json, such as runs/NAME"
-        if (path / ADAPTER[0]).is_file():
-            hint = "it is a PEFT adapter, as other tools read it already: name the run above it"
-        raise UserError(f"{path} is not a run directory: {hint}")
-    if (path / "arms").is_dir():
-        raise UserError(f"{path} is a comparison: name one of its arms, {path / 'arms'}/*")
-    config = load_config(run.config)
-    state = run.state()
-    status = state.get("status", "not started")
-    if status not in FINISHED:
-        step = (
-            f" after step {state['step']} of {state['num_steps']}" if "num_steps" in state else ""
-        )
-        why = f" ({' '.join(str(state['reason']).split())[:160]})" if state.get("reason") else ""
-        go_on = "wait for it, or start" if status == "running" else "start"
-        raise UserError(
-            f"{path} is not finished, its status is {status}{step}{why}: {go_on} its `moored "
-            "train` command again, which goes on from the newest checkpoint"
-        )
-    _require_whole(run, state)
-    return config
-
-
-def _require_whole(run: RunDirectory, state: dict[str, Any]) -> None:
-    """The adapter is there, and is that of the last checkpoint, whose hash is known."""
-    for name in ADAPTER:
-        if not (run.adapter / name).is_file():
-            raise UserError(
-                f"{run.adapter / name} is missing: copy it from the newest checkpoint, "
-                f"{run.checkpoints}/*/adapter"
-            )
-    last = checkpoint.folder_of(run.checkpoints, state.get("step", 0))
-    with contextlib.suppress(OSError, ValueError, KeyError):  # checkpoints may have been removed
-        expected = sealed.read_manifest(last)["files"][f"adapter/{ADAPTER[1]}"]["sha256"]
-        if expected != sealed.sha256(run.adapter / ADAPTER[1]):
-            raise UserError(
-                f"{run.adapter / ADAPTER[1]} is not as it was written: copy it again from "
-                f"{last / 'adapter'}"
-            )
-
-
-def _base_of(config: Config, base: str | None, *, merged: bool) -> str | None:
-    if not merged:
-        if base is not None:
-            raise UserError(f"--base {base} says what is merged into: add --merge, or leave it out")
-        return None
-    if base == "nf4" and config.model.quantization == "none":
-        raise UserError("--base nf4: the run's base is not quantised: leave --base out")
-    return base or "w16"
-
-
-def _warn_of_another_base(run: RunDirectory, config: Config, located: Located) -> None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        trained = json.loads((run.report / "report.json").read_text())["base"]["revision"]
-        if trained != located.source.revision:
-            log.warning(
-                "%s was %s when the run was evaluated, and is %s now",
-                config.model.name_or_path,
-                trained,
-                located.source.revision,
-            )
-    p = config.parallel
-    if p.quantization_statistics == "slice" and p.tensor_parallel_degree > 1:
-        log.warning(
-            "the run's 4-bit scales were those of %d slices, which stock transformers does not "
-            "make: the exported adapter meets a base that differs a little",
-            p.tensor_parallel_degree,
-        )
 
 
 # ---------------------------------------------------------------- what is written
@@ -370,15 +326,22 @@ def _verified(export: Export, found: Agreement, *, against: str) -> dict[str, An
 
 
 def _facts(export: Export) -> dict[str, Any]:
-    state, model = export.run.state(), export.config.model
-    return {
-        "run": {
-            "name": export.config.name,
-            "folder": export.run.path.resolve().name,
-            "status": state.get("status"),
-            "steps": state.get("step"),
-            "recipe": export.config.fingerprint(),
-        },
+    model, run = export.config.model, export.given.run
+    state = {} if run is None else run.state()
+    of_run = (
+        {}
+        if run is None
+        else {
+            "run": {
+                "name": export.config.name,
+                "folder": run.path.resolve().name,
+                "status": state.get("status"),
+                "steps": state.get("step"),
+                "recipe": export.config.fingerprint(),
+            }
+        }
+    )
+    return of_run | {
         "base": {
             "name": model.name_or_path,
             "revision": export.located.source.revision,
@@ -386,3 +349,47 @@ def _facts(export: Export) -> dict[str, Any]:
             "double_quantization": model.double_quantization,
         },
     }
+
+
+# ---------------------------------------------------------------- the forgetting card
+
+
+def _product(export: Export) -> card.Deltas:
+    source = export.located.source.path
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    return deltas.of_adapter(export.adapter, source, read_base=size <= card.HASHED_BYTES)
+
+
+def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Card:
+    given, config = export.given, export.config
+    training, data, provenance = None, None, card.Provenance()
+    if given.run is not None:
+        training, data, provenance = card.of_run(given.run, config)
+    named = "RUN" if given.run is not None else "ADAPTER --recipe RECIPE.yaml"
+    is_merged = made["kind"] == "merged"
+    return card.Card(
+        kind=made["kind"],
+        name=card.public(given.name),
+        created=card.utc(time.time()),
+        scale=export.scale,
+        figures=card.figures_for(
+            named, given.report_file(export.scale), export.scale, config.retention, given.name
+        ),
+        base=card.base_of(config.model, export.located.source, hash_all=is_merged),
+        adapter=card.adapter_of(export.adapter),
+        training=training,
+        data=data,
+        deltas=weights,
+        merged=card.Merged(
+            into=made["merged_into"],
+            dtype=made["dtype"],
+            kl_trained_merged_nats_per_token=made["kl_trained_merged_nats_per_token"],
+            kl_trained_base_nats_per_token=made["kl_trained_base_nats_per_token"],
+        )
+        if is_merged
+        else None,
+        verified=made["verified"],
+        provenance=replace(
+            provenance, export_versions={name: version(name) for name in EXPORT_VERSIONS}
+        ),
+    )

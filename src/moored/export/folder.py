@@ -20,6 +20,7 @@ from moored import sealed
 from moored.errors import UserError
 
 FACTS = "export.json"
+EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")
 SPARE_BYTES = 64 * 2**20  # tokenizer, probe, small files
 
 
@@ -60,7 +61,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     whole = {
         "format": 1,
         **facts,
-        "versions": {n: version(n) for n in ("moored", "torch", "transformers", "peft")},
+        "versions": {n: version(n) for n in EXPORT_VERSIONS},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": {
             p.relative_to(folder).as_posix(): {

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from moored import sinelora
 from moored.base import Located, resolve_dtype
 from moored.config import Config
 from moored.data import eval_samples, load_samples, retention_samples
@@ -117,6 +118,12 @@ def trained_outputs(
     return Outputs(on=on, off=off)
 
 
+def needed_import(adapter: Path) -> str | None:
+    """The module without which PEFT does not know a saved adapter; None where it knows it."""
+    kind = json.loads((adapter / "adapter_config.json").read_text())["peft_type"]
+    return sinelora.__name__ if kind == sinelora.PEFT_TYPE else None
+
+
 def _logits(causal_lm: Any, probe: Probe, device: torch.device) -> torch.Tensor:
     rows = (torch.tensor([row], device=device) for row in probe.rows)
     outs = (causal_lm(input_ids=row, use_cache=False).logits[0] for row in rows)
@@ -163,6 +170,7 @@ def stock_outputs(
         "attention": None if config.model.attention == "auto" else config.model.attention,
         "double": double,
         "trust_remote_code": config.model.trust_remote_code,
+        "imports": None if adapter is None else needed_import(adapter),
         "out": str(out),
     }
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -1,7 +1,7 @@
 """The base with the adapter merged into it, from safetensors to safetensors, a shard at a time.
 
-PEFT merges each layer (LoRA, rsLoRA, DoRA), so that nothing of its arithmetic is repeated; what
-the result is worth is measured elsewhere.
+PEFT's layers merge themselves (LoRA, rsLoRA, DoRA, RandLoRA, and `sinelora.py`'s), so that nothing
+of their arithmetic is repeated; what the result is worth is measured elsewhere.
 """
 
 # transformers, accelerate, PEFT and bitsandbytes are typed in part only.
@@ -26,6 +26,7 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.randlora import RandLoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
@@ -33,15 +34,18 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
 
 from moored import nf4
+from moored.adapters import frozen_buffers
 from moored.base import resolve_dtype
 from moored.config import ModelConfig
 from moored.errors import UserError
+from moored.export.deltas import Moved, squares
 from moored.weights import INDEX, SINGLE, Files
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9  # held in memory while a file is written
 BESIDE = ("*.py", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+Adapted = LoraLayer | RandLoraLayer
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -159,7 +163,7 @@ def renamed(source: Path, config: ModelConfig, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None:
+def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> list[Moved]:
     """Write the merged model's weights and configuration into an existing folder.
 
     Args:
@@ -167,6 +171,9 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
         adapter: a PEFT folder.
         folder: gets config.json, safetensors in files of 5 GB and what lay beside the base.
         device: where 4-bit weights are made.
+
+    Returns:
+        How far each adapted matrix was moved, as written.
 
     Raises:
         UserError: an adapter's layer is not in the files, or the result is not finite.
@@ -179,8 +186,9 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
         filename_pattern=SINGLE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=SHARD_BYTES,
     )
+    moved: list[Moved] = []
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: _merged(plan, files, name, adapted, device) for name in names}
+        tensors = {name: _merged(plan, files, name, adapted, device, moved) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -190,6 +198,7 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> None
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     for path in _beside(plan.source):
         shutil.copyfile(path, folder / path.name)
+    return moved
 
 
 def _beside(source: Path) -> Iterator[Path]:
@@ -198,16 +207,25 @@ def _beside(source: Path) -> Iterator[Path]:
 
 
 def _merged(
-    plan: Plan, files: Files, name: str, adapted: Mapping[str, LoraLayer], device: torch.device
+    plan: Plan,
+    files: Files,
+    name: str,
+    adapted: Mapping[str, Adapted],
+    device: torch.device,
+    moved: list[Moved],
 ) -> Tensor:
-    """One tensor of the merged model; the sum is in fp32 and is rounded once."""
+    """One tensor of the merged model; the sum is in fp32 and is rounded once.
+
+    An adapted one is added to `moved`.
+    """
     dtype, path = plan.tensors[name].dtype, name.rpartition(".")[0]
     is_packed = path in plan.packed and name.endswith(".weight")
     if not is_packed and name not in adapted:
         return files.whole(name).to(dtype)
     weight = _dequantised(plan, files, name, device) if is_packed else files.whole(name)
-    weight = weight.float()
+    weight = before = weight.float()
     if name in adapted:
+        before = weight.clone()  # PEFT adds in place
         layer: Any = adapted[name]
         base_layer = layer.get_base_layer()
         base_layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -215,8 +233,18 @@ def _merged(
         weight = base_layer.weight.data
         layer.merged_adapters.clear()
         base_layer.weight = nn.Parameter(plan.tensors[name], requires_grad=False)
-    if not bool(torch.isfinite(weight := weight.to(dtype)).all()):
+    exact, weight = weight, weight.to(dtype)
+    if not bool(torch.isfinite(weight).all()):
         raise UserError(f"{name} is not finite in {dtype} once the adapter is merged into it")
+    if name in adapted:
+        moved.append(
+            Moved(
+                name=path,
+                delta=squares(weight.float() - before),
+                weight=squares(before),
+                rounding=squares(weight.float() - exact),
+            )
+        )
     return weight.contiguous()
 
 
@@ -265,7 +293,7 @@ def _packed(source: Path, config: ModelConfig, device: torch.device) -> Iterator
             yield path
 
 
-def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
+def _adapted(plan: Plan, adapter: Path) -> dict[str, Adapted]:
     """The adapter's layers by the name of the weight they change; their bases are on `meta`."""
     model = _on_meta(plan.source, plan.config)
     peft = PeftModel.from_pretrained(
@@ -273,7 +301,8 @@ def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
     )
     # PEFT moves what it loads to where the base is, which is nowhere: once more, to stay.
     tensors = load_file(adapter / "adapter_model.safetensors")
-    names = {n: n.replace(".default", "") for n, _ in peft.named_parameters() if ".lora_" in n}
+    names = {n: n.replace(".default", "") for n, _ in peft.named_parameters() if "lora_" in n}
+    names |= {f"{key}.default": key for key in frozen_buffers(peft)}
     names = {n: k if k in tensors else k.removesuffix(".weight") for n, k in names.items()}
     if absent := sorted(key for key in names.values() if key not in tensors):
         raise UserError(f"{adapter}: lacks {absent[0]} ({len(absent)} such tensors)")
@@ -281,7 +310,7 @@ def _adapted(plan: Plan, adapter: Path) -> dict[str, LoraLayer]:
     return {
         path.removeprefix("base_model.model.") + ".weight": module
         for path, module in peft.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, (LoraLayer, RandLoraLayer))
     }
 
 

@@ -1,10 +1,13 @@
 """A model as its users load it, by stock transformers and PEFT, and its logits in a file.
 
-Run as a script by `fresh.py`; imports nothing of Moored, so that what it proves holds without it.
+Run as a script by `fresh.py`; imports nothing of Moored, so that what it proves holds without it,
+but for the one module that an adapter which PEFT lacks is named to need.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import sys
 from typing import Any
@@ -23,9 +26,12 @@ def main(task: dict[str, Any]) -> None:
         task: `model` (folder), `adapter` (folder or null), `tokenizer` (folder or null), `text`,
             `rows` (lists of token ids), `dtype`, `device`, `attention` (or null), `double` (null:
             not quantised here; else whether NF4 scales are quantised, too), `trust_remote_code`,
-            `out` (a file: logits fp32 [tokens, V] as `on`, with an adapter the base's as `off`;
-            the token ids of `text` and the chat template in its header).
+            `imports` (a module to import first, or null), `out` (a file: logits fp32 [tokens, V] as
+            `on`, with an adapter the base's as `off`; the token ids of `text` and the chat template
+            in its header).
     """
+    if task["imports"] is not None:
+        importlib.import_module(task["imports"])
     dtype = getattr(torch, task["dtype"])
     options: dict[str, Any] = {}
     if task["double"] is not None:
@@ -57,10 +63,11 @@ def main(task: dict[str, Any]) -> None:
         if isinstance(module, bnb.nn.Linear4bit):
             # Else some CPUs repack it, and round its products to bf16 whatever the dtype is.
             module.training = True
-    out = {"on": _logits(model, task)}
-    if task["adapter"] is not None:
-        with model.disable_adapter():
-            out["off"] = _logits(model, task)
+    with _autocast(model, task["device"], dtype):
+        out = {"on": _logits(model, task)}
+        if task["adapter"] is not None:
+            with model.disable_adapter():
+                out["off"] = _logits(model, task)
     facts = {}
     if task["tokenizer"] is not None:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
@@ -74,6 +81,8 @@ def main(task: dict[str, Any]) -> None:
 def require_exact(model: Any, adapter: str) -> None:
     """Every tensor of the file is in the model bit for bit, none is empty, and none is missing.
 
+    What the model has under several names (RandLoRA's bases) is in the file under one of them.
+
     Args:
         model: the PEFT model.
         adapter: the folder it was loaded from.
@@ -83,7 +92,9 @@ def require_exact(model: Any, adapter: str) -> None:
     """
     stored = load_file(f"{adapter}/adapter_model.safetensors")
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if odd := sorted(stored.keys() ^ own.keys()):
+    shared = {own[name].data_ptr() for name in stored.keys() & own.keys()}
+    missing = {n for n in own.keys() - stored.keys() if own[n].data_ptr() not in shared}
+    if odd := sorted(missing | (stored.keys() - own.keys())):
         side = "lacks" if odd[0] in own else "has no place in the model for"
         raise SystemExit(f"{len(odd)} keys are not exact: the adapter {side} {odd[0]}")
     for name, tensor in stored.items():
@@ -91,6 +102,17 @@ def require_exact(model: Any, adapter: str) -> None:
             raise SystemExit(f"{name} is empty")
         if not torch.equal(own[name].cpu().to(tensor.dtype), tensor):
             raise SystemExit(f"{name} has other values once loaded")
+
+
+def _autocast(
+    model: Any, device: str, dtype: torch.dtype
+) -> contextlib.AbstractContextManager[Any]:
+    """PEFT's RandLoRA on 4-bit layers hands on fp32, which a head in bf16 takes under it only."""
+    is_4bit = any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    needed = is_4bit and "RANDLORA" in kinds and dtype != torch.float32
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype) if needed else contextlib.nullcontext()
 
 
 @torch.no_grad()

@@ -129,9 +129,9 @@ def readable(num_bytes: int) -> str:
 
 def _require_local(config: Config) -> None:
     problems = [
-        f"data.{part}.{index}.streaming: reads {source.hub} from the hub while it trains, which "
+        f"{place}.{index}.streaming: reads {source.hub} from the hub while it trains, which "
         "needs a network: remove streaming, or give a local copy as path"
-        for part, sources in (("train", config.data.train), ("eval", config.data.eval))
+        for place, sources in config.sources().items()
         for index, source in enumerate(sources)
         if source.streaming and source.hub and not Path(source.hub).exists()
     ]
@@ -148,11 +148,10 @@ def _fetch(config: Config, console: Console) -> None:
     hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""
     console.print(f"{located.source.origin}: {found.num_files} weight files verified{hashed}")
     tokenizer, size = located.tokenizer, located.vocab_size
-    load_samples(config.data.train, tokenizer, config.data, size, keep=True)
-    if config.data.eval:
-        load_samples(config.data.eval, tokenizer, config.data, size, section="data.eval", keep=True)
-    for name, corpus in config.retention.items():
-        retention_samples(name, corpus, tokenizer, keep=True)
+    for place, sources in config.sources().items():
+        load_samples(sources, tokenizer, config.data, size, section=place, keep=True)
+    for place, corpus in config.corpora().items():
+        retention_samples(place.rpartition(".")[2], corpus, tokenizer, keep=True, place=place)
     total = sum(size_of(path) for path in tokens_folder().glob("[!.]*"))
     console.print(
         f"{tokens_folder()}: {readable(total)} of tokens, of all recipes (`moored prepare "

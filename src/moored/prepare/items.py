@@ -62,9 +62,7 @@ def find_everything(config: Config) -> list[Item]:
     ]
     if config.data.chat_template is not None:
         items.append(_template(Path(config.data.chat_template)))
-    for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if not sources:
-            continue
+    for section, sources in config.sources().items():
         samples = load_samples(
             sources, located.tokenizer, config.data, located.vocab_size, section=section
         )
@@ -72,7 +70,7 @@ def find_everything(config: Config) -> list[Item]:
         if section == "data.train":
             TrainStream(config, located.tokenizer, samples).total_steps()
     build_suite(config, located, mesh)
-    return items + [_corpus(name, corpus) for name, corpus in config.retention.items()]
+    return items + [_corpus(place, corpus) for place, corpus in config.corpora().items()]
 
 
 def alone() -> Mesh:
@@ -126,11 +124,11 @@ def _source(sources: Sequence[Source], index: int, samples: SampleSet) -> Item:
     )
 
 
-def _corpus(name: str, corpus: Corpus) -> Item:
-    documents = resolve_text(corpus, f"retention.{name}")
+def _corpus(place: str, corpus: Corpus) -> Item:
+    documents = resolve_text(corpus, place)
     found = content_of_texts(documents)
     return Item(
-        what=f"retention.{name}",
+        what=place,
         where=corpus.path or corpus.hub or f"builtin {corpus.builtin}",
         num_bytes=found.num_bytes,
         identity=f"sha256:{found.digest}",

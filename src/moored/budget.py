@@ -1,0 +1,91 @@
+"""A forgetting budget held by moving the regulariser's weight: the controller and its state.
+
+It knows numbers only; the probe is measured by `train.py`. The weight is the multiplier of the
+constrained problem "least cross-entropy with at most so much forgotten", raised while the budget is
+exceeded and lowered while it is not: dual ascent on its logarithm, with a look ahead, as in the PID
+Lagrangian methods of Stooke et al. (arXiv 2007.03964).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moored.config import Budget
+
+GAIN = 1.0  # change of the log weight per measurement that is off by the whole budget
+LOOK_AHEAD = 1.0  # measurements by which the last change is carried on
+MOST = 1.5  # change of the log weight per measurement
+PATIENCE = 3  # measurements above the budget at the greatest weight until it is given up
+
+
+class Controller:
+    """Moves a weight so that what is measured on the probe ends at the budget.
+
+    Args:
+        budget: the recipe's.
+        weight: at the start.
+    """
+
+    def __init__(self, budget: Budget, weight: float):
+        self.budget = budget
+        self.weight = min(max(weight, budget.min_weight), budget.max_weight)
+        self.measured: float | None = None
+        self._stuck = 0
+
+    def update(self, measured: float) -> float:
+        """Take a measurement, in the budget's unit, and return the weight from here on."""
+        before = 0.0 if self.measured is None else self.measured
+        before = before if math.isfinite(before) else measured
+        ahead = measured + LOOK_AHEAD * (measured - before)
+        error = ahead / self.budget.limit - 1
+        # A perplexity that is not finite is as bad as can be.
+        step = min(max(GAIN * error, -MOST), MOST) if math.isfinite(error) else MOST
+        moved = self.weight * math.exp(step)
+        self.weight = min(max(moved, self.budget.min_weight), self.budget.max_weight)
+        self.measured = measured
+        at_most = self.weight == self.budget.max_weight
+        self._stuck = self._stuck + 1 if at_most and not self.is_held else 0
+        return self.weight
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the last measurement is within the budget and its tolerance."""
+        most = self.budget.limit * (1 + self.budget.tolerance)
+        return self.measured is not None and self.measured <= most
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the greatest weight has not been enough for some time."""
+        return self._stuck >= PATIENCE
+
+    def verdict(self, step: int) -> str:
+        """What came of the budget, in one line that names a fix where it was broken."""
+        budget = self.budget
+        percent = budget.retention_increase_pct is not None
+        unit = "% of perplexity" if percent else "nats per token"
+        measured = math.nan if self.measured is None else self.measured
+        says = (
+            f"after step {step} the probe of regularizer.budget has lost {measured:.3g} {unit} of "
+            f"{budget.limit:g} that it may, at weight {self.weight:.3g}"
+        )
+        if self.is_held:
+            return f"the budget was held: {says}"
+        at_most = " (the greatest)" if self.weight == budget.max_weight else ""
+        return (
+            f"the budget was broken: {says}{at_most}: lower optim.learning_rate, raise "
+            "regularizer.weight or budget.max_weight, measure more often (budget.every), or allow "
+            "more"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        finite = self.measured is not None and math.isfinite(self.measured)
+        measured = self.measured if finite else None
+        return {"weight": self.weight, "measured": measured, "stuck": self._stuck}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.weight, self.measured = state["weight"], state["measured"]
+        self._stuck = state["stuck"]

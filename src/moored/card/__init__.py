@@ -1,0 +1,37 @@
+"""The forgetting card: what an adapter learned and forgot, and what it was made of.
+
+`facts.py` is the card as data and JSON, `markdown.py` the same as a page with the hub's front
+`matter.py` (`cells.py` makes names harmless), `gather.py` reads a run and a base for it, `files.py`
+writes both. Nothing is measured and no weights are loaded here.
+"""
+
+from moored.card.facts import Adapter, Card, Delta, Deltas, Figures, Merged, Provenance
+from moored.card.files import readme_of, write
+from moored.card.gather import (
+    HASHED_BYTES,
+    adapter_of,
+    base_of,
+    figures_for,
+    of_run,
+    public,
+    utc,
+)
+
+__all__ = [
+    "HASHED_BYTES",
+    "Adapter",
+    "Card",
+    "Delta",
+    "Deltas",
+    "Figures",
+    "Merged",
+    "Provenance",
+    "adapter_of",
+    "base_of",
+    "figures_for",
+    "of_run",
+    "public",
+    "readme_of",
+    "utc",
+    "write",
+]

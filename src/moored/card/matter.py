@@ -1,0 +1,34 @@
+"""The front matter of a card's page: the YAML by which the Hugging Face hub files a model.
+
+What the page says is in `markdown.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from moored.card.facts import Card
+from moored.report.words import clean
+
+
+def front_matter(card: Card) -> str:
+    """The YAML that the hub reads, between its dashes."""
+    is_adapter, hub = card.kind == "adapter", card.base.hub
+    relation = "adapter" if is_adapter else "finetune"
+    method = card.adapter.method
+    tags = ["moored", method] + (["lora"] if method == "dora" else [])
+    tags += [f"base_model:{relation}:{hub}"] if hub else []
+    values: dict[str, Any] = {
+        "base_model": hub,
+        "base_model_relation": relation if hub else None,
+        "datasets": [s.hub for s in (card.data.sources if card.data else ()) if s.hub],
+        "library_name": "peft" if is_adapter else "transformers",
+        "license": card.base.license,
+        "pipeline_tag": "text-generation",
+        "tags": sorted(clean(tag) for tag in tags),
+    }
+    values = {key: value for key, value in values.items() if value}
+    # One line per value: a line that is nothing but dashes would end the front matter.
+    return f"---\n{yaml.safe_dump(values, width=10**6, allow_unicode=True)}---\n"

@@ -1,0 +1,65 @@
+"""Where the relative paths of a recipe lead: from its own folder, or from the current one.
+
+Which keys are paths is listed here; what they hold is not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moored.config.recipe import Key, Recipe
+
+_PATHS: tuple[Key, ...] = (
+    ("model", "name_or_path"),
+    ("data", "chat_template"),
+    ("data", "train", "*", "path"),
+    ("data", "eval", "*", "path"),
+    ("retention", "*", "path"),
+    ("regularizer", "replay", "*", "path"),
+    ("regularizer", "budget", "probe", "path"),
+    ("compare", "*", "replay", "*", "path"),
+    ("compare", "*", "budget", "probe", "path"),
+    ("output", "dir"),
+)
+
+
+def resolve_paths(recipe: Recipe) -> None:
+    """Make the paths of a recipe, and of its overrides, absolute; in place."""
+    data = recipe.data
+    output = data.setdefault("output", {})
+    if isinstance(output, dict) and "dir" not in output:
+        output["dir"] = os.path.abspath("runs")
+    for pattern in _PATHS:
+        for holder, last, key in _matches(data, pattern, ()):
+            value = holder[last]
+            if not isinstance(value, str) or not value:
+                continue
+            folder = Path.cwd() if recipe.is_overridden(key) else recipe.folder
+            full = os.path.abspath(folder / os.path.expanduser(value))
+            if key != ("model", "name_or_path") or _is_local(value, full):
+                holder[last] = full
+
+
+def _is_local(name: str, full: str) -> bool:
+    """Whether a model is a path rather than a hub name."""
+    marked = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    return marked or os.path.exists(full)
+
+
+def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:
+    part, rest = pattern[0], pattern[1:]
+    if part == "*":
+        if isinstance(at, list):
+            names: list[Any] = list(range(len(at)))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            names = list(at) if isinstance(at, dict) else []  # pyright: ignore[reportUnknownArgumentType]
+    else:
+        names = [part] if isinstance(at, dict) and part in at else []
+    for name in names:
+        if rest:
+            yield from _matches(at[name], rest, (*key, name))
+        else:
+            yield at, name, (*key, name)

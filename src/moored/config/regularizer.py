@@ -1,0 +1,164 @@
+"""The section of a recipe that says what holds the policy near its base, and how much of it.
+
+Every key with its type, bounds, unit and default; the mathematics are in `divergence.py` and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moored.config.inputs import Corpus, Source
+from moored.config.section import Ignored, Key, Positive, Problem, Section, about, one_of
+
+DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base
+WEIGHTED = (*DIVERGENT, "l2", "replay")  # kinds whose weight means something
+
+
+class Budget(Section):
+    """How much may be forgotten of a probe text; a controller then moves the weight to hold it."""
+
+    retention_increase_pct: Annotated[
+        Annotated[float, Field(gt=0)] | None, about("rise of the probe's perplexity, percent")
+    ] = None
+    drift_nats_per_token: Annotated[
+        Annotated[float, Field(gt=0)] | None, about("mean KL(base || policy) on the probe")
+    ] = None
+    probe: Corpus = Field(
+        default_factory=lambda: Corpus(builtin="python-reference", max_tokens=2048),
+        description="held-out text on which the budget is measured",
+    )
+    every: Annotated[Positive, about("steps between measurements")] = 10
+    tolerance: Annotated[
+        float, Field(gt=0, description="share of the budget by which its end may exceed it")
+    ] = 0.25
+    when_broken: Annotated[
+        Literal["stop", "continue"], about("stop: the run ends with exit code 3; continue: warn")
+    ] = "stop"
+    min_weight: Annotated[float, Field(gt=0, description="least weight")] = 1e-3
+    max_weight: Annotated[float, Field(gt=0, description="greatest weight")] = 30.0
+
+    @property
+    def limit(self) -> float:
+        """The budget in its unit."""
+        limit = self.retention_increase_pct or self.drift_nats_per_token
+        assert limit is not None
+        return limit
+
+    def problems(self) -> Iterator[Problem]:
+        """One budget, and weights in order."""
+        kinds = ("retention_increase_pct", "drift_nats_per_token")
+        yield from one_of(self, kinds, what="what is limited")
+        if self.min_weight >= self.max_weight:
+            yield Problem(
+                "min_weight",
+                f"{self.min_weight:g} is not less than max_weight {self.max_weight:g}: lower it",
+                ("max_weight",),
+            )
+
+
+class Regularizer(Section):
+    """What holds the policy near its base: a divergence, or a baseline to compare it with."""
+
+    kind: Annotated[
+        Literal["none", "kl", "tmkl", "asft", "eaft", "l2", "replay"],
+        about(
+            "tmkl: KL to the base without the target; kl: with it; asft: that, and targets weighed "
+            "by their probability; eaft: targets weighed by the policy's entropy; l2: squared norm "
+            "of the adapter's product; replay: cross-entropy on given text"
+        ),
+    ] = "tmkl"
+    weight: Annotated[
+        float, Field(ge=0, description="factor of the divergence, penalty or replayed text")
+    ] = 1.0
+    direction: Annotated[
+        Literal["forward", "reverse", "jsd"], about("forward: KL(reference || policy)")
+    ] = "forward"
+    temperature: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="divides the logits of the divergence, which is multiplied by its square",
+        ),
+    ] = 1.0
+    every: Annotated[Positive, about("steps; the divergence acts on every k-th")] = 1
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], about("of the weight, after its warm-up")
+    ] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0, description="steps of linear rise from 0")] = 0
+    end_ratio: Annotated[float, Field(ge=0, description="last weight / weight")] = 0.0
+    token_weighting: Annotated[
+        Literal["uniform", "entropy"],
+        about("of the divergence; entropy: of the base's 20 first choices, 0 to 1"),
+    ] = "uniform"
+    token_fraction: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of the targets, drawn anew each step, with a KL"),
+    ] = 1.0
+    first_tokens: Annotated[
+        Positive | None, about("tokens at the start of each answer that weigh differently")
+    ] = None
+    first_tokens_factor: Annotated[
+        float, Field(ge=0, description="factor of the divergence on these")
+    ] = 5.0
+    replay: list[Source] = Field(
+        default_factory=list[Source], description="text to replay, of kind replay"
+    )
+    replay_fraction: Annotated[
+        float, Field(gt=0, description="replayed rows per row of data.train")
+    ] = 0.25
+    budget: Annotated[
+        Budget | None, about("what may be forgotten; the weight is then only where it starts")
+    ] = None
+
+    @property
+    def is_divergent(self) -> bool:
+        """Whether there is a divergence, and so a reference."""
+        return self.kind in DIVERGENT
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight that acts, at the start; 0 where there is none."""
+        return self.weight if self.kind in WEIGHTED else 0.0
+
+    def sections(self) -> Iterator[tuple[Key, Section]]:
+        """This section and those inside it, by their keys below it."""
+        yield (), self
+        yield from ((("replay", index), source) for index, source in enumerate(self.replay))
+        if self.budget is not None:
+            yield ("budget",), self.budget
+            yield ("budget", "probe"), self.budget.probe
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Without a divergence there is nothing to weigh."""
+        why = f"kind is {self.kind}"
+        if self.kind not in DIVERGENT:
+            names = ("direction", "temperature", "every", "token_weighting", "token_fraction")
+            for name in (*names, "first_tokens"):
+                yield Ignored(name, ("kind",), why)
+        if self.kind not in WEIGHTED:
+            for name in ("weight", "schedule", "warmup_steps", "budget"):
+                yield Ignored(name, ("kind",), why)
+        if self.kind != "replay":
+            for name in ("replay", "replay_fraction"):
+                yield Ignored(name, ("kind",), why)
+        if self.schedule == "constant" or self.kind not in WEIGHTED:
+            yield Ignored("end_ratio", ("schedule", "kind"), "the weight has no schedule")
+        if self.first_tokens is None or self.kind not in DIVERGENT:
+            yield Ignored("first_tokens_factor", ("first_tokens", "kind"), "first_tokens is null")
+        if self.budget is not None and self.kind in WEIGHTED:
+            for name in ("schedule", "warmup_steps"):
+                yield Ignored(name, ("budget",), "budget moves the weight")
+
+    def problems(self) -> Iterator[Problem]:
+        """Weight 0 is spelt kind none; replay needs text."""
+        if self.kind in WEIGHTED and self.weight == 0:
+            yield Problem(
+                "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
+            )
+        if self.kind == "replay" and not self.replay:
+            yield Problem(
+                "replay", "kind is replay, but there is no text: add a source under it", ("kind",)
+            )

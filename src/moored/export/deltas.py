@@ -1,0 +1,151 @@
+"""How far an adapter moves the weights, by Frobenius norms: of its product, or as merged.
+
+Nothing of the size of dW is made for an adapter: ||B A||^2 = tr((A A^T) (B^T B)).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moored.card import Delta, Deltas
+from moored.weights import Files
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Of one matrix, squared Frobenius norms.
+
+    Attributes:
+        name: of the matrix's module.
+        delta: of dW.
+        weight: of W; None: it was not read.
+        rounding: of what rounding to the written dtype changed; None: nothing was written.
+    """
+
+    name: str
+    delta: float
+    weight: float | None = None
+    rounding: float | None = None
+
+
+def squares(tensor: Tensor) -> float:
+    """The squared Frobenius norm, summed row by row in fp64 without an fp64 copy."""
+    rows = torch.linalg.vector_norm(tensor.float().flatten(1), dim=1)
+    return rows.double().square().sum().item()
+
+
+def product_squares(a: Tensor, b: Tensor) -> float:
+    """||B A||_F^2 of a [r, in] and b [out, r], in fp64."""
+    a, b = a.double(), b.double()
+    return max(0.0, ((a @ a.t()) * (b.t() @ b).t()).sum().item())
+
+
+def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
+    """What a saved adapter adds to its base's weights.
+
+    Args:
+        folder: of the adapter.
+        source: of the base.
+        read_base: read the base's adapted weights, for norms relative to theirs.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    other = _not_a_plain_product(config, tensors)
+    if other is not None:
+        return Deltas(of="adapter", missing=other)
+    files = Files(source) if read_base else None
+    moved: list[Moved] = []
+    for key in sorted(tensors):
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removesuffix(".lora_A.weight")
+        a, b = tensors[key], tensors[f"{module}.lora_B.weight"]
+        name = module.removeprefix(PREFIX)
+        weight = None
+        if files is not None and f"{name}.weight" in files.names:
+            stored = files.whole(f"{name}.weight")
+            # Packed codes have another shape, and say nothing of the weights' size.
+            if stored.numel() == a.shape[1] * b.shape[0] and stored.is_floating_point():
+                weight = squares(stored)
+        scale = _scale(config, name)
+        moved.append(Moved(name=name, delta=scale**2 * product_squares(a, b), weight=weight))
+    return summary("adapter", moved)
+
+
+def _not_a_plain_product(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """Why dW is not scale * B A, as far as the files say; None where it is."""
+    if config.get("peft_type") != "LORA":
+        return "the adapter is not LoRA"
+    if config.get("use_dora"):
+        return "DoRA changes magnitudes, too, which only merging shows"
+    variants = [k for k, v in config.items() if k.startswith("use_") and v and k != "use_rslora"]
+    variants += [k for k in ("target_parameters", "alora_invocation_tokens") if config.get(k)]
+    if variants:
+        return f"the adapter is LoRA with {variants[0]}"
+    for key, tensor in tensors.items():
+        module, _, kind = key.rpartition(".lora_")
+        other = f"{module}.lora_{'B' if kind.startswith('A') else 'A'}.weight"
+        if kind not in ("A.weight", "B.weight") or other not in tensors or tensor.dim() != 2:
+            return f"the adapter has more than products of two matrices ({key})"
+        rank = tensor.shape[0 if kind == "A.weight" else 1]
+        if rank != _of(config, "rank_pattern", "r", module.removeprefix(PREFIX)):
+            return f"the rank of {key} is not that of its configuration"
+    return None
+
+
+def _of(config: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
+    pattern = config.get(patterns) or {}
+    return pattern.get(get_pattern_key(list(pattern), name), config[default])
+
+
+def _scale(config: Mapping[str, Any], name: str) -> float:
+    rank = _of(config, "rank_pattern", "r", name)
+    alpha = _of(config, "alpha_pattern", "lora_alpha", name)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def summary(of: str, moved: Sequence[Moved]) -> Deltas:
+    """Matrices, each for itself, as a card has them."""
+    if not moved:
+        return Deltas(of=of, missing="the adapter changes no matrix")
+    kinds: dict[str, list[Moved]] = {}
+    for one in moved:
+        kinds.setdefault(one.name.rpartition(".")[2], []).append(one)
+    each = [(one.name, _delta([one])) for one in moved]
+    largest, most = max(each, key=lambda item: _size(item[1]))
+    total, written = _delta(moved), [one.rounding for one in moved if one.rounding is not None]
+    rounding = None
+    if len(written) == len(moved) and total.norm > 0:
+        rounding = math.sqrt(sum(written)) / total.norm
+    return Deltas(
+        of=of,
+        total=total,
+        by_module={kind: _delta(kinds[kind]) for kind in sorted(kinds)},
+        largest=largest,
+        largest_delta=most,
+        rounding=rounding,
+    )
+
+
+def _delta(moved: Sequence[Moved]) -> Delta:
+    norm = math.sqrt(sum(one.delta for one in moved))
+    weights = [one.weight for one in moved if one.weight is not None]
+    known = len(weights) == len(moved) and sum(weights) > 0
+    relative = norm / math.sqrt(sum(weights)) if known else None
+    return Delta(count=len(moved), norm=norm, relative=relative)
+
+
+def _size(delta: Delta) -> float:
+    return delta.norm if delta.relative is None else delta.relative

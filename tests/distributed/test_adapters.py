@@ -1,0 +1,154 @@
+"""RandLoRA and SineLoRA over real processes and across a restart are those of one process.
+
+The tolerance is test_zero.py's. ZeRO-3 cuts every parameter here, where it would leave those below
+1e5 elements whole: what a layer reads of modules that it does not call must be gathered as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distributed.runner import run_distributed
+from distributed.test_zero import STEPS, assert_same, build, by_case, global_batch, step_once
+from moored import checkpoint, engine, partition
+from moored.adapters import frozen_buffers
+from moored.batch import batches_of
+from moored.config import Config, load_config
+from moored.engine import Engine
+from moored.mesh import start_mesh
+from moored.model import load_policy
+from tiny import tiny_recipe, write_recipe
+
+METHODS = ["randlora", "sinelora"]
+CASES = [(2, "none"), (3, "reentrant"), (3, "non_reentrant")]
+
+
+def config_of(folder: Path, method: str, *overrides: str) -> Config:
+    recipe = tiny_recipe(folder)
+    recipe["adapter"] = {"method": method, "r": 4, "alpha": 8.0}
+    return load_config(write_recipe(folder, recipe), list(overrides))
+
+
+def all_in_parts(config: Config) -> dict[str, Any]:
+    settings = partition.zero_config(config)
+    if config.parallel.zero_stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Three updates; what every rank must agree on, and whether it has parts of the adapter."""
+    mesh, one = build(config)
+    batch = batches_of(global_batch(9), micro_batch_size=6, dp_rank=0, dp_size=1, pad_token_id=0)[0]
+    fresh = one.drift(batch)  # outside of the engine's forward, and before its first
+    assert not fresh.kl.any()
+    stats = [step_once(one, mesh, config, step) for step in range(STEPS)]
+    result = {
+        "drift": one.drift(batch).kl.tolist(),
+        "loss": [s.loss for s in stats],
+        "kl": [s.kl for s in stats],
+        "grad_norm": [s.grad_norm for s in stats],
+        "adapter": one.adapter_tensors(),
+        "optimizer": one.optimizer_tensors(),
+        "is_cut": [p.numel() == 0 for p in one.policy.trainable().values()],
+    }
+    one.close()
+    return result
+
+
+def train_each(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
+    engine.zero_config = all_in_parts
+    return {case: train(config) for case, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[dict, dict]:
+    folder = tmp_path_factory.mktemp("adapters")
+    one = {method: config_of(folder / method, method) for method in METHODS}
+    two = {
+        (method, stage, kind): config_of(
+            folder / method,
+            method,
+            f"parallel.zero_stage={stage}",
+            f"train.gradient_checkpointing={kind}",
+        )
+        for method in METHODS
+        for stage, kind in CASES
+    }
+    return tuple(
+        by_case(run_distributed(train_each, world_size, configs, timeout=300))
+        for world_size, configs in ((1, one), (2, two))
+    )
+
+
+@pytest.mark.parametrize(("stage", "checkpointing"), CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(runs, method, stage, checkpointing):
+    one, two = runs
+    first, second = two[method, stage, checkpointing]
+    [expected] = one[method]
+    assert_same(first, expected)
+    np.testing.assert_allclose(first["drift"], expected["drift"], rtol=1e-4, atol=1e-7)
+    assert first["loss"] == second["loss"]
+    for name, tensor in first["adapter"].items():
+        assert torch.equal(tensor, second["adapter"][name]), f"{name} differs between the ranks"
+    assert set(first["is_cut"]) == {stage == 3}
+
+
+# ---------------------------------------------------------------- across a restart
+
+
+def continued(rank: int, world_size: int, folder: Path, configs: dict[str, Config]) -> dict:
+    """Two updates, a checkpoint, and two more in an engine of its own; and four in one go."""
+    results = {}
+    for method, config in configs.items():
+        mesh, whole = build(config)
+        losses = [step_once(whole, mesh, config, step).loss for step in range(4)]
+        expected = whole.optimizer_tensors() | {"loss": losses[2:]}
+        whole.close()
+
+        mesh, first = build(config)
+        for step in range(2):
+            step_once(first, mesh, config, step)
+        kept = checkpoint.Checkpoint(step=2, optimizer=first.optimizer_tensors(), state={})
+        bases = {n: t.clone() for n, t in frozen_buffers(first.policy.causal_lm).items()}
+        to = folder / f"{method}-2"
+        checkpoint.write(to, kept, first.policy.causal_lm, "base", require_owned=lambda: None)
+        first.close()
+
+        mesh = start_mesh(1)
+        policy = load_policy(Path(config.model.name_or_path), config, mesh)
+        for tensor in frozen_buffers(policy.causal_lm).values():
+            tensor.mul_(1.01)  # a machine that draws them otherwise
+        checkpoint.load_adapter(to, policy)
+        again = frozen_buffers(policy.causal_lm)
+        second = Engine(policy, config, mesh)
+        second.load_optimizer_tensors(checkpoint.read_optimizer(to))
+        losses = [step_once(second, mesh, config, step).loss for step in (2, 3)]
+        results[method] = {
+            "expected": expected,
+            "found": second.optimizer_tensors() | {"loss": losses},
+            "bases": {name: (tensor, again[name]) for name, tensor in bases.items()},
+        }
+        second.close()
+    return results
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    dropout = "adapter.dropout=0.1"
+    configs = {method: config_of(tmp_path / method, method, dropout) for method in METHODS}
+    [results] = run_distributed(continued, 1, tmp_path, configs, timeout=300)
+    for method, result in results.items():
+        expected, found = result["expected"], result["found"]
+        assert found.pop("loss") == expected.pop("loss"), method
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), (method, name)
+        assert len(result["bases"]) == (2 if method == "randlora" else 0)
+        for before, after in result["bases"].values():
+            assert torch.equal(before, after)
