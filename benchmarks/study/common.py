@@ -82,7 +82,7 @@ def _adapters(data: str, seed: int) -> Iterator[Spec]:
 
 def _baselines(data: str, seed: int) -> Iterator[Spec]:
     """What else is said to keep a model from forgetting."""
-    replay = [{"path": "TEXTS/wikitext2-probe.txt", "format": "text"}]
+    replay = [{"path": "TEXTS/wikitext2-probe.jsonl", "format": "text"}]
     found = {
         "tmkl-reverse-0.3": _kind("tmkl", 0.3, direction="reverse"),
         "tmkl-jsd-1": _kind("tmkl", 1.0, direction="jsd"),
@@ -157,8 +157,12 @@ def prepare(data: Path, work: Path) -> Path:
     _jsonl(texts / "gsm8k-eval.jsonl", pairs[6000:])
     for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
         (texts / name).write_bytes((data / name).read_bytes())
-    lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    (texts / "wikitext2-probe.txt").write_text("".join(lines[len(lines) // 2 :]), encoding="utf-8")
+    lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
+    # A budget's probe and what is measured in the end have the same articles, not the same text.
+    lines = [line.strip() for line in lines if len(line) > 100]
+    for part, name in enumerate(("probe", "unseen")):
+        rows = [{"text": line} for line in lines[part::2]]
+        _jsonl(texts / f"wikitext2-{name}.jsonl", rows)
     for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
         (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
     (texts / "done").touch()
@@ -241,14 +245,10 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
     }
     budget = spec.overrides.get("regularizer.budget")
     if budget is not None:
-        # The controller sees the second half of WikiText-2's validation split, the report the
-        # first 6,000 tokens of the first half.
-        retention["wikitext-2"]["max_tokens"] = 6144
-        budget["probe"] = {
-            "path": str(texts / "wikitext2-probe.txt"),
-            "max_tokens": 4096,
-            "window_tokens": 128,
-        }
+        # The controller sees every second paragraph, the report the others.
+        part = {"max_tokens": 6144, "window_tokens": 128}
+        retention["wikitext-2-unseen"] = {"path": str(texts / "wikitext2-unseen.jsonl"), **part}
+        budget["probe"] = {"path": str(texts / "wikitext2-probe.jsonl"), **part}
     for source in spec.overrides.get("regularizer.replay", []):
         source["path"] = source["path"].replace("TEXTS", str(texts))
     for key, value in spec.overrides.items():

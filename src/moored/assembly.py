@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from moored import checkpoint
+from moored.answers import Answered
 from moored.base import Located, locate
 from moored.budget import Controller
 from moored.config import Config
@@ -52,7 +53,7 @@ class Run:
     last_loss: float = float("nan")
     saved_step: int = 0  # of the newest checkpoint
     signals: list[int] = field(default_factory=list)
-    base_match: float | None = None  # exact match of the base, once known
+    base_answered: Answered | None = None  # by the base, once known
     alone: bool = True  # not an arm of a comparison, which prints one table for all
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moored import train
+from moored.answers import answered_in
 from moored.config import Config, arm_names
 from moored.engine import leave
 from moored.errors import PreemptedError
@@ -47,7 +48,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
         tracker = start_tracking(config, path, attempt, mesh)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())  # between arms; an arm has its own
-        base_match = None  # generated once, by the first arm
+        base_answered = None  # generated once, by the first arm
         for name, regularizer in zip(names, config.compare, strict=True):
             if asked_to_stop(mesh, signals):
                 raise PreemptedError(
@@ -57,9 +58,9 @@ def run(config: Config, *, restart: bool = False) -> Path:
                 Console(stderr=True).rule(f"arm {name}")
             arm = config.model_copy(update={"regularizer": regularizer})
             done = train.run(
-                arm, path=path / "arms" / name, arm=name, parent=path, base_match=base_match
+                arm, path=path / "arms" / name, arm=name, parent=path, base_answered=base_answered
             )
-            base_match = Report.read(done / "report/report.json").base.adaptation_exact_match
+            base_answered = answered_in(Report.read(done / "report/report.json").base)
         if mesh.is_main:
             _report(directory, names, tracker)
         mesh.world.barrier()

@@ -103,11 +103,11 @@ def drift(
                     ids_2C[1] == targets[rows],
                 )
             )
-    if not columns:
-        empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
-        return DriftSums(empty, empty, empty, empty, *(empty.bool(),) * 3)
-    found = DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
-    if not num_spots:
+    empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
+    parts = list(zip(*columns, strict=True)) or [(empty,)] * 4 + [(empty.bool(),)] * 3
+    a, b, c, d, e, f, g = (torch.cat(part) for part in parts)
+    found = DriftSums(a, b, c, d, e, f, g)
+    if not num_spots or not columns:
         return found
     most = found.kl.topk(min(num_spots, num_rows)).indices
     spots = _choices(logits, hidden[most], reference_hidden[most], most, dtype)

@@ -1,6 +1,7 @@
-"""What a policy learned, forgot and drifted: perplexities, KL to the base, exact match.
+"""What a policy learned, forgot and drifted: perplexities and KL to the base, text by text.
 
-Never trains, and draws nothing: figures go into the dataclasses of `moored.report`.
+Never trains, and draws nothing: figures go into the dataclasses of `moored.report`. What has to be
+generated for it is `answers.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moored.answers import Answered, answer_all
 from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
 from moored.config import PROBE, Config, EvaluationConfig
@@ -20,6 +22,7 @@ from moored.data import (
     Prompt,
     eval_batches,
     eval_samples,
+    instruction_prompts,
     pad_token_id,
     prompts,
     retention_samples,
@@ -29,16 +32,9 @@ from moored.engine import Engine
 from moored.mesh import Mesh
 from moored.pinpoint import SPOTS_PER_BATCH, Collector
 from moored.report import (
-    ArmResult,
-    BaseResult,
     Blocks,
-    Report,
     Where,
-    increase_intervals,
-    increase_pct,
-    settings_of,
 )
-from moored.sources import ResolvedModel
 
 
 def _go_on() -> None:
@@ -98,17 +94,24 @@ class Suite:
         adaptation: the new task's held-out data; None without data.eval.
         retention: the corpora by name.
         prompts: all prompts of the exact-match task, empty without one.
+        instructions: all prompts of the instructions, empty without them.
         probe: the text of the forgetting budget; None without one.
     """
 
     adaptation: Text | None
     retention: Mapping[str, Text]
     prompts: Sequence[Prompt]
+    instructions: Sequence[Prompt]
     probe: Text | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether answers are generated, which says nothing of the base by itself."""
+        return bool(self.prompts or self.instructions)
 
     def without_prompts(self) -> Suite:
         """The same without the generation of answers, which is slow."""
-        return replace(self, prompts=())
+        return replace(self, prompts=(), instructions=())
 
     def only_prompts(self) -> Suite:
         """Nothing but the generation of answers."""
@@ -122,7 +125,7 @@ class Evaluation:
     adaptation: TextFigures | None
     retention: Mapping[str, TextFigures]
     where: Mapping[str, Where]
-    exact_match: float | None
+    answered: Answered
 
 
 def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
@@ -160,8 +163,14 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
     if config.regularizer.budget is not None:
         corpus = config.regularizer.budget.probe
         probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE))
-    questions = prompts(config, tokenizer) if config.evaluation.exact_match else []
-    return Suite(adaptation=adaptation, retention=retention, prompts=questions, probe=probe)
+    asked = config.evaluation
+    return Suite(
+        adaptation=adaptation,
+        retention=retention,
+        prompts=prompts(config, tokenizer) if asked.exact_match else [],
+        instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
+        probe=probe,
+    )
 
 
 def evaluate(
@@ -193,11 +202,17 @@ def evaluate(
         collector = Collector(config.num_examples)
         retention[name] = of(text, collector=collector)
         where[name] = collector.where(mesh, tokenizer)
-    exact = None
-    if suite.prompts:
-        ask = partial(exact_match, engine, suite.prompts, mesh, tokenizer=tokenizer, poll=poll)
-        exact = ask(config=config, base=base)
-    return Evaluation(adaptation=adaptation, retention=retention, where=where, exact_match=exact)
+    answered = answer_all(
+        engine,
+        mesh,
+        prompts=suite.prompts,
+        instructions=suite.instructions,
+        tokenizer=tokenizer,
+        config=config,
+        base=base,
+        poll=poll,
+    )
+    return Evaluation(adaptation=adaptation, retention=retention, where=where, answered=answered)
 
 
 def measure(
@@ -219,21 +234,9 @@ def measure(
             the base's hidden states ([N, D] per batch), which never change.
         collector: learns where the policy drifts.
     """
-    mine: dict[str, list[float]] = {}
-    for index, host_batch in enumerate(text.batches):
-        poll()
-        batch = host_batch.to(mesh.device)
-        if references is not None and index == len(references):
-            references.append(engine.reference(batch))
-        known = None if references is None else references[index]
-        rows = engine.drift(batch, known, SPOTS_PER_BATCH if collector else 0)
-        if collector is not None:
-            collector.add(batch, rows)
-        sums = _by_sample(rows, batch).tolist()
-        mine |= dict(zip(batch.sample_ids, sums, strict=True))
-    found = {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
+    found = sample_sums(engine, text.batches, mesh, poll, references, collector)
     ordered = [found[name] for name in text.sample_ids]
-    sums = {name: [row[i] for row in ordered] for i, name in enumerate(_SUMS)}
+    sums = {name: [row[i] for row in ordered] for i, name in enumerate(SUMS)}
     total = {name: math.fsum(values) for name, values in sums.items()}
     count = max(1.0, total["num_tokens"])
     return TextFigures(
@@ -250,14 +253,38 @@ def measure(
     )
 
 
+def sample_sums(
+    engine: Engine,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    poll: Callable[[], None] = _go_on,
+    references: list[torch.Tensor] | None = None,
+    collector: Collector | None = None,
+) -> dict[str, list[float]]:
+    """`SUMS` over the targets of each sample, of all ranks' batches (see `measure`). Collective."""
+    mine: dict[str, list[float]] = {}
+    for index, host_batch in enumerate(batches):
+        poll()
+        batch = host_batch.to(mesh.device)
+        if references is not None and index == len(references):
+            references.append(engine.reference(batch))
+        known = None if references is None else references[index]
+        rows = engine.drift(batch, known, SPOTS_PER_BATCH if collector else 0)
+        if collector is not None:
+            collector.add(batch, rows)
+        sums = _by_sample(rows, batch).tolist()
+        mine |= dict(zip(batch.sample_ids, sums, strict=True))
+    return {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
+
+
 # What is summed over each sample.
-_SUMS = (
+SUMS = (
     "num_tokens", "ce", "ce_base", "kl", "tmkl", "alternatives", "agree", "hits", "base_hits",
 )  # fmt: skip
 
 
 def _by_sample(rows: DriftSums, batch: Batch) -> torch.Tensor:
-    """The sums over each sample of a batch [samples, `_SUMS`], in fp64."""
+    """The sums over each sample of a batch [samples, `SUMS`], in fp64."""
     # KL = KL of the target's mass + (1 - q_y) * masked KL: the chain rule, q_y the base's.
     alternatives = -torch.expm1(-rows.ce_reference) * rows.tmkl
     columns = (
@@ -272,152 +299,6 @@ def _by_sample(rows: DriftSums, batch: Batch) -> torch.Tensor:
 def _all_hit(hits: Sequence[float], num_tokens: Sequence[float]) -> float:
     pairs = list(zip(hits, num_tokens, strict=True))
     return sum(hit == count for hit, count in pairs) / max(1, len(pairs))
-
-
-def exact_match(
-    engine: Engine,
-    questions: Sequence[Prompt],
-    mesh: Mesh,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluationConfig,
-    base: bool = False,
-    poll: Callable[[], None] = _go_on,
-) -> float:
-    """Share of prompts whose greedy answer equals the reference, white space at its ends apart."""
-    # Prompts of like length share a batch; each rank gets as many batches as the others.
-    ordered = sorted(questions, key=lambda q: (len(q.input_ids), q.sample_id))
-    per_batch = config.micro_batch_size * mesh.dp.size
-    counts = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for start in range(0, len(ordered), per_batch):
-        poll()
-        mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
-        asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
-        answers = _answers(engine, asked, mesh, tokenizer, config.max_new_tokens, base)
-        hits = sum(a.strip() == q.completion.strip() for a, q in zip(answers, mine, strict=False))
-        counts += torch.tensor([hits, len(mine)], dtype=torch.float64, device=mesh.device)
-    hits, total = mesh.dp.sum(counts).tolist()
-    return hits / max(1.0, total)
-
-
-def _answers(
-    engine: Engine,
-    questions: Sequence[Prompt],
-    mesh: Mesh,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    base: bool,
-) -> list[str]:
-    longest = max(len(q.input_ids) for q in questions)
-    pad = pad_token_id(tokenizer)
-    ids = torch.full((len(questions), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, question in enumerate(questions):
-        ids[row, longest - len(question.input_ids) :] = torch.tensor(question.input_ids)
-        mask[row, longest - len(question.input_ids) :] = 1
-    tokens = engine.generate(
-        base=base,
-        input_ids=ids.to(mesh.device),
-        attention_mask=mask.to(mesh.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=sorted({i for q in questions for i in q.stop_token_ids}),
-    )
-    return tokenizer.batch_decode(tokens[:, longest:].cpu(), skip_special_tokens=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What training cost, for the report; zeros for an adapter that came from elsewhere."""
-
-    num_steps: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    final_loss: float | None = None
-    peak_memory_bytes: int | None = None
-
-
-def to_report(
-    config: Config,
-    source: ResolvedModel,
-    name: str,
-    after: Evaluation,
-    training: Training,
-    *,
-    base_match: float | None,
-    num_prompts: int,
-    foreign: bool = False,
-    scale: float | None = None,
-) -> Report:
-    """The figures of one adapter as a report with one arm.
-
-    Args:
-        config: the recipe.
-        source: the base's files.
-        name: the arm's.
-        after: measured with the adapter; it holds the base's figures beside the policy's.
-        training: what training cost.
-        base_match: exact match of the base.
-        num_prompts: prompts behind the exact match.
-        foreign: the adapter is not of this recipe, which says only how it is measured.
-        scale: factor of what the adapter adds; None: as trained.
-    """
-    texts, task = after.retention, after.adaptation
-    base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
-    policy_ppl: dict[str, float | None] = {name: text.policy_ppl for name, text in texts.items()}
-    base = BaseResult(
-        model=config.model.name_or_path,
-        revision=source.revision,
-        quantization=config.model.quantization,
-        adaptation_ppl=task.base_ppl if task else None,
-        adaptation_exact_match=base_match,
-        retention_ppl=base_ppl,
-        num_tokens={name: text.num_tokens for name, text in texts.items()},
-        num_adaptation_tokens=task.num_tokens if task else None,
-        num_adaptation_prompts=num_prompts or None,
-        last_word_accuracy={
-            name: text.base_last_word for name, text in texts.items() if text.last_word is not None
-        },
-    )
-    blocks = {name: text.blocks for name, text in texts.items()}
-    regularizer = config.regularizer
-    divergent = regularizer.is_divergent and not foreign
-    arm = ArmResult(
-        kind="adapter" if foreign else regularizer.kind,
-        weight=None if foreign else regularizer.kl_weight,
-        direction=regularizer.direction if divergent else None,
-        temperature=regularizer.temperature if divergent else None,
-        seed=None if foreign else config.train.seed,
-        adapter=None if foreign else config.adapter.family,
-        adaptation_ppl=task.policy_ppl if task else None,
-        adaptation_exact_match=after.exact_match,
-        retention_ppl=policy_ppl,
-        retention_increase_pct=increase_pct(base_ppl, policy_ppl),
-        drift_nats_per_token={name: text.kl for name, text in texts.items()},
-        drift_tmkl_nats_per_token={name: text.tmkl for name, text in texts.items()},
-        top1_agreement={name: text.top1_agreement for name, text in texts.items()},
-        num_steps=training.num_steps,
-        tokens_per_second=training.tokens / training.seconds if training.seconds else None,
-        train_seconds=training.seconds or None,
-        peak_memory_bytes=training.peak_memory_bytes,
-        final_loss=training.final_loss,
-        scale=scale,
-        last_word_accuracy={
-            name: text.last_word for name, text in texts.items() if text.last_word is not None
-        },
-        retention_increase_interval_pct=increase_intervals(blocks),
-        drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
-        adaptation_blocks=task.blocks if task else None,
-        retention_blocks=blocks,
-        where=dict(after.where),
-    )
-    return Report(base=base, arms={name: arm}, settings=settings_of(config))
 
 
 def _exp(nats: float) -> float:

@@ -50,8 +50,12 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
     values: dict[str, float] = {}
     if evaluation.adaptation is not None:
         values["eval/adaptation_perplexity"] = evaluation.adaptation.policy_ppl
-    if evaluation.exact_match is not None:
-        values["eval/exact_match_fraction"] = evaluation.exact_match
+    answered = evaluation.answered
+    if answered.exact_match is not None:
+        values["eval/exact_match_fraction"] = answered.exact_match
+    if answered.followed is not None:
+        values["eval/instruction_following_fraction"] = answered.followed.constraints
+        values["eval/instruction_prompts_followed_fraction"] = answered.followed.prompts
     for name, figures in evaluation.retention.items():
         values[f"retention/{name}/perplexity"] = figures.policy_ppl
         values[f"drift/{name}/kl_nats_per_token"] = figures.kl

@@ -6,6 +6,7 @@ Never trains; what is measured is `evaluate.py`'s.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from moored.base import locate
 from moored.config import Config, load_config
 from moored.engine import Engine, leave
 from moored.errors import UserError
-from moored.evaluate import Evaluation, Training, build_suite, evaluate, to_report
+from moored.evaluate import Evaluation, build_suite, evaluate
 from moored.mesh import Mesh, degree_for, start_mesh
 from moored.model import load_policy
-from moored.report import Report, labels_of, merge, show, write
+from moored.outcome import Training, to_report
+from moored.report import Figures, Report, labels_of, merge, show, write
 from moored.rundir import RunDirectory
 from moored.track.journal import metrics
 
@@ -55,24 +57,34 @@ def run_command(
     overrides: Sequence[str] = (),
     out: Path | None = None,
     scales: Sequence[float] = (),
+    lm_eval: Sequence[str] = (),
+    lm_eval_include: Path | None = None,
 ) -> None:
     """Measure finished runs by their own recipe (or by `recipe`), adapters by `recipe`.
 
     A report goes into the run, that of an adapter to `./report`; with `out` there. Where several
     would share a folder, each has one of its own below it. With `scales` each adapter is measured
-    once per scale, and the report goes to `scales` instead of `report`.
+    once per scale, and the report goes to `scales` instead of `report`. With `lm_eval` the
+    evaluation harness runs these tasks as well (of its own, or in the folder `lm_eval_include`).
 
     Raises:
-        UserError: a target is neither, or an adapter comes without a recipe.
+        UserError: a target is neither, or an adapter comes without a recipe; the harness is not
+            installed, or has no such task.
     """
     for scale in scales:
         require_scale(scale)
+    if lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--lm-eval needs the evaluation harness, an optional extra: "
+            "pip install 'moored[lm-eval]'"
+        )
     kept = "scales" if scales else "report"
     opened = _open(targets, recipe, overrides, out, kept)
     mesh = start_mesh(_degree(opened))
     try:
+        tasks = _harness().open_tasks(lm_eval, lm_eval_include, mesh) if lm_eval else None
         for target in opened:
-            report = _measure(target, mesh, sorted(set(scales)) or [None])
+            report = _measure(target, mesh, sorted(set(scales)) or [None], tasks)
             if mesh.is_main:
                 _write(target, report, at_scales=bool(scales))
             mesh.world.barrier()
@@ -149,7 +161,14 @@ def _arm_name(run: RunDirectory, config: Config) -> str:
     return run.path.name if run.path.parent.name == "arms" else config.regularizer.kind
 
 
-def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None]) -> Report:
+def _harness() -> Any:
+    """Imported when it is asked for: it is an extra, and takes its time."""
+    from moored import harness
+
+    return harness
+
+
+def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: Any) -> Report:
     config = target.config
     located = locate(config.model, mesh)
     suite = build_suite(config, located, mesh)
@@ -160,30 +179,47 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None]) -> Repo
             evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
         )
         measured: dict[float | None, Evaluation] = {}
+        run_tasks, base_figures = None, {}
+        if tasks is not None:
+            rows = config.evaluation.micro_batch_size
+            asked = _harness().HarnessModel(engine, located, mesh, rows=rows)
+            run_tasks = partial(_harness().run_tasks, asked, tasks)
+        figures: dict[float | None, dict[str, Figures]] = {}
         for scale in scales:
             with scaled(policy.causal_lm, scale) if scale else contextlib.nullcontext():
                 measured[scale] = ask(suite)
-        base_match = None
-        if suite.prompts:
-            base_match = ask(suite.only_prompts(), base=True).exact_match
+                if run_tasks is not None:
+                    figures[scale] = run_tasks(base=False)
+        if run_tasks is not None:
+            base_figures = run_tasks(base=True)
+        base_answered = None
+        if suite.asks:
+            base_answered = ask(suite.only_prompts(), base=True).answered
     finally:
         engine.close()
     training = {} if target.run is None else target.run.state().get("training", {})
-    reports = [
-        to_report(
+    reports = {
+        scale: to_report(
             config,
             located.source,
             target.name if scale in (None, 1.0) else f"{target.name}-scale{scale:g}",
             after,
             Training(**training),
-            base_match=base_match,
+            base_answered=base_answered,
             num_prompts=len(suite.prompts),
             foreign=target.run is None,
             scale=None if scale == 1.0 else scale,
         )
         for scale, after in measured.items()
-    ]
-    return merge(reports) if len(reports) > 1 else reports[0]
+    }
+    if tasks is not None:
+        settings = _harness().settings_of(tasks)
+        reports = {
+            scale: report.with_lm_eval(base_figures, figures[scale], settings)
+            for scale, report in reports.items()
+        }
+    found = list(reports.values())
+    return merge(found) if len(found) > 1 else found[0]
 
 
 def _write(target: Target, report: Report, *, at_scales: bool) -> None:

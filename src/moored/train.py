@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from moored import checkpoint, measures
+from moored.answers import Answered
 from moored.assembly import Run, assemble
 from moored.batch import Batch
 from moored.config import Config
@@ -28,7 +29,7 @@ from moored.errors import (
     TrainingRefusedError,
     UserError,
 )
-from moored.evaluate import Evaluation, Suite, Training, evaluate, measure, to_report
+from moored.evaluate import Evaluation, Suite, evaluate, measure
 from moored.lifecycle import (
     asked_to_stop,
     ending,
@@ -39,6 +40,7 @@ from moored.lifecycle import (
 )
 from moored.log import setup
 from moored.mesh import peak_memory_bytes, start_mesh
+from moored.outcome import Training, to_report
 from moored.progress import Progress
 from moored.report import show, write
 from moored.rundir import heartbeat, path_of
@@ -55,7 +57,7 @@ def run(
     path: Path | None = None,
     arm: str | None = None,
     parent: Path | None = None,
-    base_match: float | None = None,
+    base_answered: Answered | None = None,
 ) -> Path:
     """Train one recipe from its newest checkpoint, or from the start, to the end.
 
@@ -67,7 +69,7 @@ def run(
         path: the run directory; by default `output.dir` / `name`.
         arm: the name of this run in its report; by default the regulariser's kind.
         parent: run directory of the comparison that this run belongs to.
-        base_match: the base's exact match, where an earlier run of the same recipe measured it.
+        base_answered: by the base, where an earlier run of the same recipe had it answer.
 
     Returns:
         The run directory.
@@ -90,7 +92,7 @@ def run(
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
         one = assemble(config, mesh, directory, tracker)
-        one.alone, one.base_match, one.signals = parent is None, base_match, signals
+        one.alone, one.base_answered, one.signals = parent is None, base_answered, signals
         stack.callback(one.engine.close)
         _train(one)
         _export(one)
@@ -106,7 +108,7 @@ def _train(run: Run) -> None:
         run.directory.update_state(num_steps=run.num_steps)
     if run.step == 0 and config.evaluation.before:
         before = _measure(run, run.suite, base=True)
-        run.base_match = before.exact_match
+        run.base_answered = before.answered
         run.tracker.metrics(run.step, measures.of_evaluation(before))
     share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
@@ -315,9 +317,9 @@ def _evaluate_and_report(run: Run, name: str) -> None:
     try:
         with failures_named(run.mesh):
             after = _measure(run, run.suite)
-            if run.suite.prompts and run.base_match is None:
+            if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
-                run.base_match = base.exact_match
+                run.base_answered = base.answered
             run.tracker.metrics(run.step, measures.of_evaluation(after))
             error: BaseException | None = None
             if run.mesh.is_main:
@@ -342,7 +344,7 @@ def _report(run: Run, name: str, after: Evaluation, training: Training) -> None:
         name,
         after,
         training,
-        base_match=run.base_match,
+        base_answered=run.base_answered,
         num_prompts=len(run.suite.prompts),
     )
     write(report, run.directory.report, curves={name: metrics(run.directory.path)})

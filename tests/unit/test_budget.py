@@ -13,7 +13,7 @@ from moored.measures import of_budget
 
 
 def held_by(
-    budget: Budget, weight: float, strength: float, *, num_measurements: int = 20
+    budget: Budget, weight: float, strength: float, *, num_measurements: int = 30
 ) -> Controller:
     """Forgetting that moves a third of the way, per measurement, to strength / (1 + weight)."""
     controller, forgotten = Controller(budget, weight), 0.0

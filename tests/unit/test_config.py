@@ -735,3 +735,21 @@ def test_an_override_must_not_take_an_earlier_one_along(tmp_path):
 )
 def test_what_other_trainers_call_it(tmp_path, override, says):
     assert says in "\n".join(problems(write(tmp_path, MINIMAL), override))
+
+
+def test_a_known_text_has_its_own_place_on_the_hub(tmp_path):
+    corpus = "{builtin: wikitext-103, revision: abc, subset: x, split: y}"
+    found = problems(write(tmp_path, f"{MINIMAL}retention: {{wiki: {corpus}}}\n"))
+    assert len(found) == 2
+    for option, line in zip(("split", "subset"), sorted(found), strict=True):
+        assert f"retention.wiki.{option}: would be ignored, since builtin wikitext-103" in line
+
+
+def test_the_resolved_copy_of_a_known_text_says_how_it_is_measured(tmp_path):
+    config = load_config(write(tmp_path, f"{MINIMAL}retention: {{last: {{builtin: lambada}}}}\n"))
+    assert config.resolved()["retention"]["last"] == {
+        "builtin": "lambada",
+        "max_tokens": 100_000,
+        "window_tokens": 512,
+        "target": "last_word",
+    }

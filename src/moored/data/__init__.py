@@ -1,8 +1,8 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
-`formats` and `files` read, `records` validates (these three without torch), `chat` masks, `encode`
-tokenises, `samples` holds, `stream` orders, `heldout` evaluates. What this front door names is
-imported when it is asked for, so that validation on a login node loads no torch.
+`formats`, `files` and `corpora` read, `records` validates (these four without torch), `chat` masks,
+`encode` tokenises, `samples` holds, `stream` orders, `heldout` evaluates. What this front door
+names is imported when it is asked for, so that validation on a login node loads no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moored.data.files import resolve_text
+    from moored.data.corpora import resolve_text
     from moored.data.heldout import (
         Prompt,
         eval_batches,
         eval_samples,
+        instruction_prompts,
         prompts,
         retention_samples,
     )
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from moored.data.stream import TrainStream
 
 _ROOMS = {
-    "resolve_text": "files",
+    "resolve_text": "corpora",
     "Prompt": "heldout",
     "eval_batches": "heldout",
     "eval_samples": "heldout",
+    "instruction_prompts": "heldout",
     "prompts": "heldout",
     "retention_samples": "heldout",
     "check_data": "records",
@@ -44,6 +46,7 @@ __all__ = [
     "check_data",
     "eval_batches",
     "eval_samples",
+    "instruction_prompts",
     "load_samples",
     "pad_token_id",
     "prompts",

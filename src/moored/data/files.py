@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moored.data.formats import PLAIN, STRUCTURED, kind_of, read_file
-from moored.errors import UserError, UserErrors
+from moored.errors import UserError
 
 if TYPE_CHECKING:
-    from moored.config import Corpus, Source
+    from moored.config import Source
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
     for index, source in enumerate(sources):
         label = f"{section}.{index}"
         columns = tuple(source.fields.get(name, name) for name in CANONICAL)
-        reader = _open(
+        reader = open_one(
             label,
             source.path,
             source.hub,
@@ -143,44 +143,6 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
 CANONICAL = ("messages", "prompt", "completion", "text", "tools")
 
 
-def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
-    """The documents of a retention corpus, in order; blank ones are left out.
-
-    Raises:
-        UserError: it cannot be found or read, or holds no text.
-    """
-    if corpus.builtin is not None:
-        return _builtin(corpus.builtin, label)
-    problems: list[str] = []
-    reader = _open(
-        label,
-        corpus.path,
-        corpus.hub,
-        corpus.subset,
-        corpus.split,
-        corpus.revision,
-        (corpus.text_field,),
-        set(),
-        problems,
-    )
-    documents: list[str] = []
-    for row in reader.rows() if reader else ():
-        text = row.value.get("text" if row.plain else corpus.text_field)
-        if row.problem is None and not row.plain and corpus.text_field not in row.value:
-            problem = missing_problem(corpus.text_field, row.value, f"{label}.text_field={{}}")
-        else:
-            problem = row.problem or text_problem(text, corpus.text_field, blank_is_fine=True)
-        if problem:
-            problems.append(f"{row.where}: {problem}")
-        elif isinstance(text, str) and text.strip():
-            documents.append(text)
-    if problems:
-        raise UserErrors(problems)
-    if not documents:
-        raise UserError(f"{label}: holds no text: give another path, hub or split")
-    return documents
-
-
 def text_problem(text: Any, name: str, *, blank_is_fine: bool = False) -> str | None:
     """What is wrong with a text field, in words, or None."""
     if not isinstance(text, str):
@@ -217,7 +179,7 @@ def display(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _open(
+def open_one(
     label: str,
     path: str | None,
     hub: str | None,
@@ -231,6 +193,21 @@ def _open(
     streaming: bool = False,
     limit: int | None = None,
 ) -> Reader | None:
+    """Finds one source; None where it cannot be found, with a line in `problems`.
+
+    Args:
+        label: its place in the recipe.
+        path: its file or folder.
+        hub: or its name on the hub.
+        subset: of the hub data set.
+        split: of the hub data set.
+        revision: of the hub data set.
+        columns: that are read.
+        names: of the sources opened before, so that this one gets another.
+        problems: one line each is appended.
+        streaming: read as it goes.
+        limit: rows, from the start.
+    """
     if path is None:
         if hub is None:
             problems.append(f"{label}: neither path nor hub is given: set one of them")
@@ -381,11 +358,3 @@ def hub_dataset(reader: Reader) -> Any:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": .")
-
-
-def _builtin(name: str, label: str) -> list[str]:
-    if name != "python-reference":
-        raise UserError(f"{label}.builtin={name}: unknown; the only one is python-reference")
-    from pydoc_data.topics import topics
-
-    return [topics[topic] for topic in sorted(topics)]

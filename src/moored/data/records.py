@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
+from moored.data.corpora import resolve_text
 from moored.data.files import (
     Reader,
     Row,
     display,
     missing_problem,
     open_sources,
-    resolve_text,
     text_problem,
 )
 from moored.data.formats import kind_of

@@ -40,6 +40,7 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
             base,
             retention_ppl=_union(base.retention_ppl, other.base.retention_ppl),
             num_tokens=_union(base.num_tokens, other.base.num_tokens),
+            lm_eval=_union(base.lm_eval, other.base.lm_eval),
             **{
                 name: getattr(other.base, name)
                 for name in _BASE_FIGURES
@@ -67,6 +68,10 @@ _BASE_FIGURES = (
     "adaptation_exact_match",
     "num_adaptation_tokens",
     "num_adaptation_prompts",
+    "instruction_following",
+    "instruction_prompts_followed",
+    "num_instructions",
+    "num_instruction_prompts",
 )
 
 

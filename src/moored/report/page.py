@@ -70,6 +70,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
         y_title=Y_TITLE,
         bars=_bars(report),
         panels=_panels(report, curves or {}),
+        harness=_harness(report),
         has_drift=any(arm.drift_nats_per_token for arm in report.arms.values()),
         same_ppl=f"{SAME_PPL_PCT:g}",
         same_increase=f"{SAME_INCREASE_POINTS:g}",
@@ -112,20 +113,43 @@ def _version() -> str:
 def _row(report: Report, name: str, arm: ArmResult) -> dict[str, Any]:
     """An arm in the summary table."""
     base, worst = report.base, arm.worst()
-    learned = match = None
+    learned = match = followed = None
     if base.adaptation_ppl and arm.adaptation_ppl is not None:
         learned = _change(100 * (arm.adaptation_ppl / base.adaptation_ppl - 1), words.percent)
     if base.adaptation_exact_match is not None and arm.adaptation_exact_match is not None:
         points = 100 * (arm.adaptation_exact_match - base.adaptation_exact_match)
         match = _change(points, _points, more_is_better=True)
+    if base.instruction_following is not None and arm.instruction_following is not None:
+        points = 100 * (arm.instruction_following - base.instruction_following)
+        followed = _change(points, _points, more_is_better=True)
     return {
         "name": name,
         "arm": arm,
         "learned": learned,
         "match": match,
+        "followed": followed,
         "worst": worst,
         "forgot": None if worst is None else _change(worst[1], words.percent),
     }
+
+
+def _harness(report: Report) -> list[dict[str, Any]]:
+    """The evaluation harness's figures: a row per task and metric, base and arms beside each other.
+
+    Its metrics have no common unit, and whether more is better is the task's matter: so differences
+    are given as they are, with the standard errors of both sides.
+    """
+    rows: list[dict[str, Any]] = []
+    for task, figures in report.base.lm_eval.items():
+        for metric in figures:
+            if "_stderr" in metric:
+                continue
+            before = words.with_error(figures, metric)
+            after = [
+                words.with_error(a.lm_eval.get(task, {}), metric) for a in report.arms.values()
+            ]
+            rows.append({"task": task, "metric": metric, "base": before, "arms": after})
+    return rows
 
 
 def _points(value: float) -> str:

@@ -16,6 +16,12 @@ from moored.report.blocks import Blocks
 from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
 
 _R = TypeVar("_R")  # a dataclass
+_FRACTIONS = (
+    "adaptation_exact_match",
+    "top1_agreement",
+    "instruction_following",
+    "instruction_prompts_followed",
+)
 
 
 # Text out of data and vocabularies, which may be empty or blank.
@@ -76,6 +82,9 @@ class Reader:
             "float": number,
             "dict[str, int]": lambda v, p: self.values(v, p, integer),
             "Figures": lambda v, p: self.values(v, p, number, optional=True),
+            "dict[str, Figures]": lambda v, p: self.values(
+                v, p, lambda figures, at: self.values(figures, at, number, optional=True)
+            ),
             "list[int]": lambda v, p: self._items(v, p, integer),
             "list[float]": lambda v, p: self._items(v, p, number),
             "dict[str, list[float]]": lambda v, p: self.values(
@@ -156,7 +165,7 @@ class Reader:
             self.problems.append(
                 f"{place}: {number:g} is no perplexity: exp of a cross-entropy is never below 1"
             )
-        elif name in ("adaptation_exact_match", "top1_agreement") and (number < 0 or number > 1):
+        elif name in _FRACTIONS and (number < 0 or number > 1):
             self.problems.append(f"{place}: {number:g} is no fraction: expected 0 to 1")
         elif name.startswith("drift_") and number < -1e-4:
             self.problems.append(f"{place}: {number:g}: a divergence is never negative")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ class BaseResult:
         num_adaptation_prompts: prompts behind the exact match.
         last_word_accuracy: fraction of passages whose last word was predicted, per corpus where
             nothing else is scored.
+        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
+        instruction_prompts_followed: fraction of prompts of which all constraints were met.
+        num_instructions: constraints behind that.
+        num_instruction_prompts: prompts behind that.
+        lm_eval: figures of the evaluation harness (lm_eval): task -> metric -> value, with
+            `METRIC_stderr` beside it where the harness gives a standard error.
     """
 
     model: str
@@ -48,6 +54,11 @@ class BaseResult:
     num_adaptation_tokens: int | None = None
     num_adaptation_prompts: int | None = None
     last_word_accuracy: Figures = field(default_factory=dict)
+    instruction_following: float | None = None
+    instruction_prompts_followed: float | None = None
+    num_instructions: int | None = None
+    num_instruction_prompts: int | None = None
+    lm_eval: dict[str, Figures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,9 @@ class ArmResult:
         adaptation_blocks: sums over blocks of the new task's held-out samples.
         retention_blocks: sums over blocks of each corpus.
         where: each corpus's drift by place, by token and in its worst examples.
+        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
+        instruction_prompts_followed: fraction of prompts of which all constraints were met.
+        lm_eval: figures of the evaluation harness, as of the base.
     """
 
     kind: str
@@ -110,6 +124,9 @@ class ArmResult:
     adaptation_blocks: Blocks | None = None
     retention_blocks: dict[str, Blocks] = field(default_factory=dict)
     where: dict[str, Where] = field(default_factory=dict)
+    instruction_following: float | None = None
+    instruction_prompts_followed: float | None = None
+    lm_eval: dict[str, Figures] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -142,6 +159,18 @@ class Report:
     def corpora(self) -> list[str]:
         """Names of the retention corpora, in the order of the base."""
         return list(self.base.retention_ppl)
+
+    def with_lm_eval(
+        self, base: dict[str, Figures], arm: dict[str, Figures], settings: Mapping[str, str]
+    ) -> Report:
+        """The same with the evaluation harness's figures, of a report on one arm."""
+        arms = {name: replace(result, lm_eval=arm) for name, result in self.arms.items()}
+        return replace(
+            self,
+            base=replace(self.base, lm_eval=base),
+            arms=arms,
+            settings={**self.settings, **settings},
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json; NaN and infinities become the strings that `float` reads."""

@@ -17,7 +17,8 @@ from moored.report import words
 from moored.report.headline import headline
 from moored.report.results import ArmResult, Report, badness
 
-# More corpora than this do not fit beside each other: the worst one stands for all.
+# More corpora than this (instructions count as one) do not fit beside each other: the worst one
+# stands for all.
 MOST_COLUMNS = 2
 
 
@@ -28,8 +29,9 @@ def table(report: Report) -> Table:
     the worst one stands for all.
     """
     corpora = report.corpora
-    each = len(corpora) <= MOST_COLUMNS
     matched = any(arm.adaptation_exact_match is not None for arm in report.arms.values())
+    followed = any(arm.instruction_following is not None for arm in report.arms.values())
+    each = len(corpora) <= MOST_COLUMNS - followed
     what = "Corpora: perplexity" if each else "Worst: the greatest rise of a corpus's perplexity"
     over = " and its rise over the base's" if each else " over the base's"
     result = Table(
@@ -45,6 +47,8 @@ def table(report: Report) -> Table:
     result.add_column("adaptation\nperplexity", justify="right")
     if matched:
         result.add_column("exact\nmatch", justify="right")
+    if followed:
+        result.add_column("instruc-\ntions", justify="right")
     for corpus in corpora if each else []:
         result.add_column(Text(words.clean(corpus, 16)), justify="right", overflow="fold")
     if not each:
@@ -54,15 +58,38 @@ def table(report: Report) -> Table:
     base = report.base
     row = [Text("base"), Text(words.ppl(base.adaptation_ppl))]
     row += [Text(_narrow(words.fraction(base.adaptation_exact_match)))] if matched else []
+    row += [Text(_narrow(words.fraction(base.instruction_following)))] if followed else []
     row += [Text(words.ppl(base.retention_ppl[corpus])) for corpus in corpora] if each else []
     result.add_row(*row)
     for name, arm in report.arms.items():
         row = [Text(words.clean(name, 48), style="bold"), Text(words.ppl(arm.adaptation_ppl))]
         row += [Text(_narrow(words.fraction(arm.adaptation_exact_match)))] if matched else []
+        row += [Text(_narrow(words.fraction(arm.instruction_following)))] if followed else []
         row += [_retention(arm, corpus) for corpus in corpora] if each else [_worst(arm)]
         drift = [value for value in arm.drift_nats_per_token.values() if value is not None]
         row.append(Text(words.nats(max(drift, key=badness, default=None))))
         result.add_row(*row, Text(words.count(arm.tokens_per_second)))
+    return result
+
+
+def harness_table(report: Report) -> Table:
+    """What the evaluation harness measured, before and after; one row per task, metric and arm."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "metric", "arm"):
+        result.add_column(name, overflow="fold")
+    for name in ("base", "after"):
+        result.add_column(name, justify="right")
+    for task, figures in report.base.lm_eval.items():
+        for metric in figures:
+            if "_stderr" in metric:
+                continue
+            for name, arm in report.arms.items():
+                after = words.with_error(arm.lm_eval.get(task, {}), metric)
+                cells = [words.clean(text, 28) for text in (task, metric, name)]
+                shown = [
+                    " ".join(pair).rstrip() for pair in (words.with_error(figures, metric), after)
+                ]
+                result.add_row(*map(Text, [*cells, *shown]))
     return result
 
 
@@ -92,7 +119,10 @@ def _worst(arm: ArmResult) -> Text:
 def show(report: Report, stream: TextIO) -> None:
     """Print the table: styled on a terminal, else plain text."""
     if stream.isatty():
-        Console(file=stream).print(table(report))
+        console = Console(file=stream)
+        console.print(table(report))
+        if report.base.lm_eval:
+            console.print(harness_table(report))
     else:
         # A log in another encoding than UTF-8 must not end the run.
         encoding = stream.encoding or "utf-8"
@@ -102,9 +132,9 @@ def show(report: Report, stream: TextIO) -> None:
 def plain(report: Report, width: int = 100) -> str:
     """The table without colours and box characters, whatever the terminal."""
     buffer = io.StringIO()
-    drawn = table(report)
-    drawn.box = box.ASCII2
     # Colours off whatever FORCE_COLOR says.
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
-    console.print(drawn)
+    for drawn in [table(report), *([harness_table(report)] if report.base.lm_eval else [])]:
+        drawn.box = box.ASCII2
+        console.print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Mapping
 
 from moored.report.results import Report
 
@@ -56,6 +57,21 @@ def fraction(value: float | None) -> str:
         if value is not None and math.isfinite(value)
         else _special(value)
     )
+
+
+def figure(value: float | None) -> str:
+    """A number of any kind, with four significant digits."""
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{value:.4g}".replace("-", MINUS)
+
+
+def with_error(figures: Mapping[str, float | None], metric: str) -> tuple[str, str]:
+    """A figure of the evaluation harness and its standard error, as text."""
+    name, space, where = metric.partition(" ")
+    error = figures.get(f"{name}_stderr{space}{where}")
+    shown = "" if error is None or not math.isfinite(error) else f"± {figure(error)}"
+    return figure(figures.get(metric)), shown
 
 
 def count(value: float | None) -> str:
@@ -132,6 +148,13 @@ def caveats(report: Report) -> list[str]:
         held = f"Adaptation: {count(report.base.num_adaptation_tokens)} held-out target tokens"
         asked = report.base.num_adaptation_prompts
         result.append(held + (f", {count(asked)} prompts for the exact match." if asked else "."))
+    if report.base.num_instructions is not None:
+        prompts, full = report.base.num_instruction_prompts, report.base.num_instructions
+        result.append(
+            f"Instructions followed: {count(full)} constraints in {count(prompts)} prompts, so one "
+            f"constraint is {100 / max(1, full):.1f} points; form only, not whether answers are "
+            "right."
+        )
     if len({arm.num_steps for arm in report.arms.values()}) > 1:
         result.append("The arms did not train for the same number of steps.")
     for name, arm in report.arms.items():

@@ -1,0 +1,215 @@
+"""What the model answers: prompts in, greedy text out, and how right it is.
+
+Perplexities and divergences, which need no generation, are `evaluate.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from moored.config import EvaluationConfig
+from moored.data import Prompt, pad_token_id
+from moored.engine import Engine
+from moored.instructions import TASKS, Task
+from moored.mesh import Mesh
+from moored.report import BaseResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """How instructions were followed that can be checked without a judge, read strictly.
+
+    Attributes:
+        constraints: share of all constraints that were met, 0 to 1.
+        prompts: share of the prompts of which all constraints were met, 0 to 1.
+        num_constraints: over all prompts.
+        num_prompts: that were asked.
+    """
+
+    constraints: float
+    prompts: float
+    num_constraints: int
+    num_prompts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What one model's answers amount to. None: not asked.
+
+    Attributes:
+        exact_match: share of data.eval's prompts answered as the reference has it.
+        followed: of the instructions.
+    """
+
+    exact_match: float | None = None
+    followed: Followed | None = None
+
+
+def answered_in(base: BaseResult) -> Answered | None:
+    """What the base's answers amounted to, as a report has it; None where it was not asked."""
+    followed = None
+    if base.instruction_following is not None and base.instruction_prompts_followed is not None:
+        followed = Followed(
+            constraints=base.instruction_following,
+            prompts=base.instruction_prompts_followed,
+            num_constraints=base.num_instructions or 0,
+            num_prompts=base.num_instruction_prompts or 0,
+        )
+    answered = Answered(exact_match=base.adaptation_exact_match, followed=followed)
+    return None if answered == Answered() else answered
+
+
+def answer_all(
+    engine: Engine,
+    mesh: Mesh,
+    *,
+    prompts: Sequence[Prompt],
+    instructions: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    base: bool,
+    poll: Callable[[], None],
+) -> Answered:
+    """Have all prompts answered, and judge the answers. Collective.
+
+    Args:
+        engine: policy and base.
+        mesh: the processes.
+        prompts: of the exact match.
+        instructions: prompts whose `sample_id` is the name of a task.
+        tokenizer: of the model.
+        config: lengths and batch sizes.
+        base: answer with adapters off.
+        poll: called before every batch, on all ranks; may raise to stop.
+    """
+    ask = partial(
+        _answers, engine, mesh, tokenizer=tokenizer, size=config.micro_batch_size, base=base
+    )
+    exact = followed = None
+    if prompts:
+        exact = exact_match(ask(prompts, max_new_tokens=config.max_new_tokens, poll=poll), mesh)
+    if instructions:
+        limit = config.instruction_tokens
+        followed = follow(ask(instructions, max_new_tokens=limit, poll=poll), mesh)
+    return Answered(exact_match=exact, followed=followed)
+
+
+def exact_match(answers: Iterator[tuple[Prompt, str]], mesh: Mesh) -> float:
+    """Share of answers that equal the reference, white space at the ends apart. Collective."""
+    counts = torch.zeros(2, dtype=torch.float64)
+    for question, answer in answers:
+        hit = answer.strip() == question.completion.strip()
+        counts += torch.tensor([float(hit), 1.0], dtype=torch.float64)
+    hits, total = mesh.dp.sum(counts.to(mesh.device)).tolist()
+    return hits / max(1.0, total)
+
+
+def follow(
+    answers: Iterator[tuple[Prompt, str]], mesh: Mesh, tasks: Mapping[str, Task] = TASKS
+) -> Followed:
+    """How many constraints the answers to `tasks` meet. Collective."""
+    counts = torch.zeros(4, dtype=torch.float64)
+    for question, answer in answers:
+        met = [check.met_by(answer) for check in tasks[question.sample_id].checks]
+        row = [float(sum(met)), float(all(met)), float(len(met)), 1.0]
+        counts += torch.tensor(row, dtype=torch.float64)
+    met, full, num_constraints, num_prompts = mesh.dp.sum(counts.to(mesh.device)).tolist()
+    return Followed(
+        constraints=met / max(1.0, num_constraints),
+        prompts=full / max(1.0, num_prompts),
+        num_constraints=int(num_constraints),
+        num_prompts=int(num_prompts),
+    )
+
+
+def _answers(
+    engine: Engine,
+    mesh: Mesh,
+    questions: Sequence[Prompt],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    max_new_tokens: int,
+    base: bool,
+    poll: Callable[[], None],
+) -> Iterator[tuple[Prompt, str]]:
+    """This rank's questions with their greedy answers; every rank must exhaust it. Collective."""
+    # Prompts of like length share a batch; each rank gets as many batches as the others.
+    ordered = sorted(questions, key=lambda q: (len(q.input_ids), q.sample_id))
+    per_batch = size * mesh.dp.size
+    for start in range(0, len(ordered), per_batch):
+        poll()
+        mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
+        asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
+        texts = _generated(engine, mesh, asked, tokenizer, max_new_tokens, base)
+        yield from zip(mine, texts, strict=False)
+
+
+def _generated(
+    engine: Engine,
+    mesh: Mesh,
+    questions: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    base: bool,
+) -> list[str]:
+    new = continuations(
+        engine,
+        mesh,
+        [q.input_ids for q in questions],
+        pad=pad_token_id(tokenizer),
+        stop_token_ids={i for q in questions for i in q.stop_token_ids},
+        max_new_tokens=max_new_tokens,
+        base=base,
+    )
+    return tokenizer.batch_decode(new, skip_special_tokens=True)
+
+
+def continuations(
+    engine: Engine,
+    mesh: Mesh,
+    rows: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    stop_token_ids: Collection[int],
+    max_new_tokens: int,
+    base: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """What follows each row of tokens, [rows, most new tokens] on the CPU. Collective.
+
+    Args:
+        engine: policy and base.
+        mesh: the processes.
+        rows: one at least, none empty.
+        pad: fills the places before a shorter row, and after an end.
+        stop_token_ids: that end a row.
+        max_new_tokens: per row.
+        base: generate with adapters off.
+        **options: of Hugging Face's `generate`; by default greedy.
+    """
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    # Said in full: a model's generation_config.json may say otherwise.
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    tokens = engine.generate(
+        base=base,
+        input_ids=ids.to(mesh.device),
+        attention_mask=mask.to(mesh.device),
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=sorted(stop_token_ids),
+        **(greedy | options),
+    )
+    return tokens[:, longest:].cpu()

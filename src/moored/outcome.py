@@ -1,0 +1,117 @@
+"""The figures of one adapter as a report: what `evaluate.py` measured, put under their names.
+
+Nothing is measured or drawn here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moored.answers import Answered
+from moored.config import Config
+from moored.evaluate import Evaluation
+from moored.report import (
+    ArmResult,
+    BaseResult,
+    Report,
+    increase_intervals,
+    increase_pct,
+    settings_of,
+)
+from moored.sources import ResolvedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What training cost, for the report; zeros for an adapter that came from elsewhere."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    final_loss: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+def to_report(
+    config: Config,
+    source: ResolvedModel,
+    name: str,
+    after: Evaluation,
+    training: Training,
+    *,
+    base_answered: Answered | None,
+    num_prompts: int,
+    foreign: bool = False,
+    scale: float | None = None,
+) -> Report:
+    """The figures of one adapter as a report with one arm.
+
+    Args:
+        config: the recipe.
+        source: the base's files.
+        name: the arm's.
+        after: measured with the adapter; it holds the base's figures beside the policy's.
+        training: what training cost.
+        base_answered: what the base's answers amount to.
+        num_prompts: prompts behind the exact match.
+        foreign: the adapter is not of this recipe, which says only how it is measured.
+        scale: factor of what the adapter adds; None: as trained.
+    """
+    texts, task = after.retention, after.adaptation
+    before = base_answered or Answered()
+    followed, base_followed = after.answered.followed, before.followed
+    base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
+    policy_ppl: dict[str, float | None] = {name: text.policy_ppl for name, text in texts.items()}
+    base = BaseResult(
+        model=config.model.name_or_path,
+        revision=source.revision,
+        quantization=config.model.quantization,
+        adaptation_ppl=task.base_ppl if task else None,
+        adaptation_exact_match=before.exact_match,
+        retention_ppl=base_ppl,
+        num_tokens={name: text.num_tokens for name, text in texts.items()},
+        num_adaptation_tokens=task.num_tokens if task else None,
+        num_adaptation_prompts=num_prompts or None,
+        last_word_accuracy={
+            name: text.base_last_word for name, text in texts.items() if text.last_word is not None
+        },
+        instruction_following=base_followed.constraints if base_followed else None,
+        instruction_prompts_followed=base_followed.prompts if base_followed else None,
+        num_instructions=base_followed.num_constraints if base_followed else None,
+        num_instruction_prompts=base_followed.num_prompts if base_followed else None,
+    )
+    blocks = {name: text.blocks for name, text in texts.items()}
+    regularizer = config.regularizer
+    divergent = regularizer.is_divergent and not foreign
+    arm = ArmResult(
+        kind="adapter" if foreign else regularizer.kind,
+        weight=None if foreign else regularizer.kl_weight,
+        direction=regularizer.direction if divergent else None,
+        temperature=regularizer.temperature if divergent else None,
+        seed=None if foreign else config.train.seed,
+        adapter=None if foreign else config.adapter.family,
+        adaptation_ppl=task.policy_ppl if task else None,
+        adaptation_exact_match=after.answered.exact_match,
+        retention_ppl=policy_ppl,
+        retention_increase_pct=increase_pct(base_ppl, policy_ppl),
+        drift_nats_per_token={name: text.kl for name, text in texts.items()},
+        drift_tmkl_nats_per_token={name: text.tmkl for name, text in texts.items()},
+        top1_agreement={name: text.top1_agreement for name, text in texts.items()},
+        num_steps=training.num_steps,
+        tokens_per_second=training.tokens / training.seconds if training.seconds else None,
+        train_seconds=training.seconds or None,
+        peak_memory_bytes=training.peak_memory_bytes,
+        final_loss=training.final_loss,
+        scale=scale,
+        last_word_accuracy={
+            name: text.last_word for name, text in texts.items() if text.last_word is not None
+        },
+        retention_increase_interval_pct=increase_intervals(blocks),
+        drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
+        adaptation_blocks=task.blocks if task else None,
+        retention_blocks=blocks,
+        where=dict(after.where),
+        instruction_following=followed.constraints if followed else None,
+        instruction_prompts_followed=followed.prompts if followed else None,
+    )
+    return Report(base=base, arms={name: arm}, settings=settings_of(config))

@@ -1,0 +1,89 @@
+"""Instructions followed by base and policy, against plain transformers, one prompt at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+
+from distributed.runner import run_distributed
+from moored import train
+from moored.config import load_config
+from moored.data import instruction_prompts
+from moored.errors import UserError
+from moored.instructions import TASKS
+from moored.track.journal import metrics
+from tiny import tiny_recipe, tiny_tokenizer, write_recipe
+
+TOKENS = 4
+
+
+def share_followed(model: torch.nn.Module) -> float:
+    """Of the constraints: no batch, no padding, no cache, the most likely token one by one."""
+    tokenizer, met = tiny_tokenizer(), list[bool]()
+    for task in TASKS.values():
+        text = f"<|im_start|>user\n{task.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        answer: list[int] = []
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                token = int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            answer.append(token)
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        words = tokenizer.decode(answer, skip_special_tokens=True)
+        met += [check.met_by(words) for check in task.checks]
+    return sum(met) / len(met)
+
+
+def following(rank: int, world_size: int, folder: Path) -> None:
+    torch.distributed.destroy_process_group()  # a run makes and leaves its own
+    recipe = tiny_recipe(folder, tie_word_embeddings=False, initializer_range=0.2)
+    recipe["model"]["quantization"] = "none"
+    recipe["optim"] = {"learning_rate": 0.01, "warmup_steps": 1}
+    recipe["train"]["steps"] = 30
+    recipe["regularizer"] = {"kind": "none"}
+    recipe["adapter"] = {"r": 16, "alpha": 64.0}
+    recipe["evaluation"] = {"before": True, "instructions": True, "instruction_tokens": TOKENS}
+    run = train.run(load_config(write_recipe(folder, recipe)))
+    report = json.loads((run / "report/report.json").read_text())
+    base, arm = report["base"], report["arms"]["none"]
+    assert (base["num_instructions"], base["num_instruction_prompts"]) == (67, 50)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    expected = share_followed(model)
+    policy = PeftModel.from_pretrained(model, str(run / "adapter")).eval()
+    learned = share_followed(policy)
+    assert expected != learned, "not a test"
+    assert 0 < expected < 1
+    # Padding changes sums by rounding, so that a near tie may turn one answer.
+    assert base["instruction_following"] == pytest.approx(expected, abs=1.1 / 67)
+    assert arm["instruction_following"] == pytest.approx(learned, abs=1.1 / 67)
+    curve = metrics(run)["eval/instruction_following_fraction"]
+    assert curve == [(0, base["instruction_following"]), (30, arm["instruction_following"])]
+    assert "Kept: instructions followed" in (run / "report/report.html").read_text()
+
+
+def test_instructions_are_judged_before_and_after(tmp_path):
+    run_distributed(following, 1, tmp_path, timeout=300)
+
+
+def test_a_base_without_a_template_cannot_be_asked(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    recipe["evaluation"] = {"instructions": True}
+    config = load_config(write_recipe(tmp_path, recipe))
+    tokenizer = tiny_tokenizer()
+    prompts = instruction_prompts(config, tokenizer)
+    assert [prompt.sample_id for prompt in prompts] == list(TASKS)
+    assert {prompt.stop_token_ids for prompt in prompts} == {(tokenizer.eos_token_id,)}
+    first = tokenizer.decode(prompts[0].input_ids)
+    task = TASKS[prompts[0].sample_id].prompt
+    assert first == f"<|im_start|>user\n{task}<|im_end|>\n<|im_start|>assistant\n"
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match=r"evaluation\.instructions: .*/model has no chat template"):
+        instruction_prompts(config, tokenizer)
