@@ -1,10 +1,9 @@
 """A forgetting budget held by moving the regulariser's weight: the controller and its state.
 
 It knows numbers only; the probe is measured by `train.py`. The weight is the multiplier of the
-constrained problem "least cross-entropy with at most so much forgotten", raised while the budget is
-exceeded and lowered while it is not: dual ascent on its logarithm, which is the integral part of the
-PID Lagrangian methods of Stooke et al. (arXiv 2007.03964). Gain and bounds are those that did best
-on simulated runs of 10 to 50 measurements; docs/study.md has real ones.
+constrained problem "least cross-entropy with at most so much forgotten", raised while the budget
+is exceeded and lowered while it is not: dual ascent on its logarithm, which is the integral part of
+the PID Lagrangian methods of Stooke et al. (arXiv 2007.03964).
 """
 
 from __future__ import annotations
