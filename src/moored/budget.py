@@ -60,12 +60,10 @@ class Controller:
     def verdict(self, step: int) -> str:
         """What came of the budget, in one line that names a fix where it was broken."""
         budget = self.budget
-        percent = budget.retention_increase_pct is not None
-        unit = "% of perplexity" if percent else "nats per token"
         measured = math.nan if self.measured is None else self.measured
         says = (
-            f"after step {step} the probe of regularizer.budget has lost {measured:.3g} {unit} of "
-            f"{budget.limit:g} that it may, at weight {self.weight:.3g}"
+            f"after step {step} the probe of regularizer.budget has lost {measured:.3g} "
+            f"{budget.unit} of {budget.limit:g} that it may, at weight {self.weight:.3g}"
         )
         if self.is_held:
             return f"the budget was held: {says}"
@@ -75,6 +73,14 @@ class Controller:
             "regularizer.weight or budget.max_weight, measure more often (budget.every), or allow "
             "more"
         )
+
+    def outcome(self) -> dict[str, Any]:
+        """What a report says of it: fields of `outcome.Training`."""
+        return {
+            "weight": self.weight,
+            "budget_lost": self.measured,
+            "budget_held": self.is_held,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""

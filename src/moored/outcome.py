@@ -30,6 +30,9 @@ class Training:
     tokens: int = 0
     final_loss: float | None = None
     peak_memory_bytes: int | None = None
+    weight: float | None = None  # of the regulariser at the end, where a budget moved it
+    budget_lost: float | None = None
+    budget_held: bool | None = None
 
 
 def to_report(
@@ -81,11 +84,11 @@ def to_report(
         num_instruction_prompts=base_followed.num_prompts if base_followed else None,
     )
     blocks = {name: text.blocks for name, text in texts.items()}
-    regularizer = config.regularizer
+    regularizer, budget = config.regularizer, config.regularizer.budget
     divergent = regularizer.is_divergent and not foreign
     arm = ArmResult(
         kind="adapter" if foreign else regularizer.kind,
-        weight=None if foreign else regularizer.kl_weight,
+        weight=None if foreign else training.weight or regularizer.kl_weight,
         direction=regularizer.direction if divergent else None,
         temperature=regularizer.temperature if divergent else None,
         seed=None if foreign else config.train.seed,
@@ -110,6 +113,9 @@ def to_report(
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
         retention_blocks=blocks,
+        budget=None if foreign or budget is None else budget.in_words(),
+        budget_lost=None if foreign else training.budget_lost,
+        budget_held=None if foreign else training.budget_held,
         where=dict(after.where),
         instruction_following=followed.constraints if followed else None,
         instruction_prompts_followed=followed.prompts if followed else None,

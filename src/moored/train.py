@@ -311,6 +311,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         tokens=run.train_tokens,
         final_loss=run.last_loss if math.isfinite(run.last_loss) else None,
         peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+        **({} if run.controller is None else run.controller.outcome()),
     )
     if run.mesh.is_main:
         run.directory.update_state(training=asdict(training))

@@ -6,6 +6,7 @@ The runs of one test share a process, since starting one costs more than a tiny 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,8 +19,9 @@ import pytest
 import torch
 
 from distributed.runner import run_distributed
-from moored import compare, evaluate, remeasure, train
+from moored import assembly, compare, evaluate, remeasure, train
 from moored.config import Config, load_config
+from moored.data import TrainStream
 from moored.errors import (
     EvaluationFailedError,
     PreemptedError,
@@ -27,6 +29,7 @@ from moored.errors import (
     UserError,
 )
 from moored.export import run_command as export
+from moored.track.journal import read_journal
 from tiny import tiny_recipe, write_chats, write_recipe
 
 
@@ -69,6 +72,8 @@ def comparing(folder: Path) -> None:
     page = (path / "report/report.html").read_text()
     assert page.count("<polyline") >= 2
     assert (path / "report/frontier.png").read_bytes().startswith(b"\x89PNG")
+    for arm in arms.values():
+        figures_fit_together(arm)
     before = (path / "arms/tmkl/adapter/adapter_model.safetensors").stat().st_mtime_ns
     compare.run(config)  # a finished one is left as it is
     assert (path / "arms/tmkl/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
@@ -89,6 +94,30 @@ def comparing(folder: Path) -> None:
         assert (label, arm["kind"], arm["weight"], arm["seed"]) == (name, "adapter", None, None)
         expected = arms[name]["adaptation_ppl"]
         assert arm["adaptation_ppl"] == pytest.approx(expected, rel=1e-6)
+
+
+def figures_fit_together(arm: dict[str, Any]) -> None:
+    """What is known of a text's blocks, stretches, tokens and examples adds up to its figures."""
+    blocks, where = arm["retention_blocks"]["fox"], arm["where"]["fox"]
+    num_tokens, drift = sum(blocks["num_tokens"]), arm["drift_nats_per_token"]["fox"]
+    ppl, base_ppl = (math.exp(sum(blocks[k]) / num_tokens) for k in ("ce", "ce_base"))
+    assert ppl == pytest.approx(arm["retention_ppl"]["fox"], rel=1e-6)
+    assert 100 * (ppl / base_ppl - 1) == pytest.approx(
+        arm["retention_increase_pct"]["fox"], rel=1e-4
+    )
+    low, high = arm["retention_increase_interval_pct"]["fox"]
+    assert low < arm["retention_increase_pct"]["fox"] < high
+    assert sum(blocks["kl"]) / num_tokens == pytest.approx(drift, rel=1e-6)
+    assert 0 < arm["drift_alternatives_nats_per_token"]["fox"] < drift
+    stretches = where["stretches"]
+    assert sum(s["num_tokens"] for s in stretches) == num_tokens
+    total = sum(s["num_tokens"] * s["drift"] for s in stretches)
+    assert total / num_tokens == pytest.approx(drift, rel=1e-6)
+    assert 0 < sum(token["share"] for token in where["tokens"]) <= 1 + 1e-9
+    drifts = [spot["drift"] for spot in where["spots"]]
+    assert drifts == sorted(drifts, reverse=True)
+    assert len(drifts) == 8
+    assert drifts[0] > drift
 
 
 def test_a_comparison_and_its_adapters(tmp_path):
@@ -225,14 +254,14 @@ def test_a_disk_too_full_for_checkpoints_does_not_end_a_run(tmp_path):
 
 def poisoned(folder: Path) -> None:
     config = recipe_of(folder, train={"max_nonfinite_updates": 2})
-    load = train.load_policy
+    load = assembly.load_policy
 
     def poisoning(*arguments: Any) -> Any:
         policy = load(*arguments)
         next(iter(policy.trainable().values())).register_hook(lambda grad: grad * float("nan"))
         return policy
 
-    train.load_policy = poisoning
+    assembly.load_policy = poisoning
     with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
         train.run(config)
     run = config.output.dir / "tiny"
@@ -244,20 +273,65 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     in_one_process(poisoned, tmp_path)
 
 
+def over_budget(folder: Path) -> None:
+    budget = "{retention_increase_pct: 1e-6, every: 1, max_weight: 0.01, probe: {path: FOX}}"
+    budget = budget.replace("FOX", str(folder / "fox.txt"))
+    text = f"regularizer.budget={budget}"
+    optim = {"learning_rate": 0.05}
+    config = recipe_of(folder, text, "regularizer.weight=1", optim=optim, train={"steps": 20})
+    # Given up as soon as the greatest weight has been too little three times in a row.
+    with pytest.raises(TrainingRefusedError, match=r"broken: after step \d+ .*last step is saved"):
+        train.run(config)
+    run = config.output.dir / "tiny"
+    assert state(run)["status"] == "refused"
+    step = state(run)["step"]
+    assert step < 20
+    assert (run / f"checkpoints/step-{step:08d}/adapter/adapter_model.safetensors").exists()
+    measured = [
+        line["values"] for line in read_journal(run / "journal.jsonl")
+        if line["kind"] == "metrics" and "budget/weight" in line["values"]
+    ]  # fmt: skip
+    assert len(measured) == step
+    assert [values["budget/weight"] for values in measured][-3:] == [0.01] * 3
+    assert measured[-1]["budget/retention_increase_pct"] > 0
+
+    # Measured at the end alone, it is trained, exported and reported before it is refused.
+    late = [text.replace("every: 1", "every: 100"), "name=late", "regularizer.weight=0.001"]
+    with pytest.raises(TrainingRefusedError, match="the budget was broken: after step 4"):
+        train.run(recipe_of(folder, *late, optim=optim))
+    run = config.output.dir / "late"
+    assert state(run)["status"] == "refused"
+    assert (run / "adapter/adapter_model.safetensors").exists()
+    assert report(run)["arms"]["tmkl"]["budget_held"] is False
+
+    # Or goes on, if the recipe says so.
+    on = [late[0].replace("every", "when_broken: continue, every"), "name=on", late[2]]
+    train.run(recipe_of(folder, *on, optim=optim))
+    assert state(config.output.dir / "on")["status"] == "done"
+    [arm] = report(config.output.dir / "on")["arms"].values()
+    assert arm["budget_held"] is False
+    assert arm["budget"] == "1e-06 % of perplexity on fox.txt"
+    assert arm["budget_lost"] > 1e-6
+
+
+def test_a_broken_budget_ends_the_run_as_the_recipe_says(tmp_path):
+    in_one_process(over_budget, tmp_path)
+
+
 def on_other_data(folder: Path) -> None:
     config = recipe_of(folder, train={"save_every": 2})
-    seen = train.TrainStream.next_step
+    seen = TrainStream.next_step
 
     def cut(self: Any, **place: int) -> Any:
         if self.step == 3:
             raise KeyboardInterrupt
         return seen(self, **place)
 
-    train.TrainStream.next_step = cut
+    TrainStream.next_step = cut
     with pytest.raises(KeyboardInterrupt):
         train.run(config)
     assert state(config.output.dir / "tiny")["status"] == "interrupted"
-    train.TrainStream.next_step = seen
+    TrainStream.next_step = seen
     write_chats(folder / "train.jsonl", count=25)
     with pytest.raises(UserError, match="not those that the run began with"):
         train.run(config)

@@ -6,6 +6,7 @@ Every key with its type, bounds, unit and default; the mathematics are in `diver
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -46,6 +47,17 @@ class Budget(Section):
         limit = self.retention_increase_pct or self.drift_nats_per_token
         assert limit is not None
         return limit
+
+    def in_words(self) -> str:
+        """What may be lost, of which text."""
+        probe = self.probe
+        text = Path(probe.path).name if probe.path else probe.hub or probe.builtin
+        return f"{self.limit:g} {self.unit} on {text}"
+
+    @property
+    def unit(self) -> str:
+        """Of the budget, in words."""
+        return "% of perplexity" if self.retention_increase_pct else "nats per token"
 
     def problems(self) -> Iterator[Problem]:
         """One budget, and weights in order."""

@@ -78,6 +78,7 @@ class Reader:
         integer = partial(self._integer, name=name)
         readers: dict[str, Callable[[object, str], Any]] = {
             "str": self.text,
+            "bool": self._truth,
             "int": integer,
             "float": number,
             "dict[str, int]": lambda v, p: self.values(v, p, integer),
@@ -127,6 +128,11 @@ class Reader:
         if blocks is not None and not blocks.is_even:
             self.problems.append(f"{where}: its lists differ in length")
         return blocks
+
+    def _truth(self, value: object, place: str) -> bool:
+        if not isinstance(value, bool):
+            self.problems.append(f"{place}: expected true or false, got {short(value)}")
+        return bool(value)
 
     def _free(self, value: object, place: str) -> str:
         if not isinstance(value, str):

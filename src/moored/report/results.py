@@ -92,6 +92,9 @@ class ArmResult:
             the true token; the rest is the change of the true token's probability.
         adaptation_blocks: sums over blocks of the new task's held-out samples.
         retention_blocks: sums over blocks of each corpus.
+        budget: what might be forgotten of which text, in words, where there was a budget.
+        budget_lost: what its probe has lost in the end, in the budget's unit.
+        budget_held: whether that is within the budget and its tolerance.
         where: each corpus's drift by place, by token and in its worst examples.
         instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
@@ -123,6 +126,9 @@ class ArmResult:
     drift_alternatives_nats_per_token: Figures = field(default_factory=dict)
     adaptation_blocks: Blocks | None = None
     retention_blocks: dict[str, Blocks] = field(default_factory=dict)
+    budget: str | None = None
+    budget_lost: float | None = None
+    budget_held: bool | None = None
     where: dict[str, Where] = field(default_factory=dict)
     instruction_following: float | None = None
     instruction_prompts_followed: float | None = None
