@@ -17,7 +17,7 @@ QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
 
 SETS = ("headers", "gsm8k", "german")
 SEEDS = (0, 1)
-WEIGHTS = (0.1, 0.3, 1.0)
+WEIGHTS = {"headers": (0.03, 0.1, 0.3, 1.0), "gsm8k": (0.1, 0.3, 1.0), "german": (0.1, 0.3, 1.0)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
     """Plain fine-tuning, and both divergences at every weight."""
     yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
     for kind in ("tmkl", "kl"):
-        for weight in WEIGHTS:
+        for weight in WEIGHTS[data]:
             label = f"{kind}-{weight:g}"
             yield Spec(data=data, label=label, seed=seed, overrides=_kind(kind, weight))
 

@@ -22,8 +22,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from moored.adapters import read_outside
 from moored.batch import Batch
 from moored.config import Config
+from moored.drift import DriftSums
 from moored.errors import TrainingRefusedError, UserError
-from moored.head import DriftSums
 from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
 from moored.partition import zero_config
@@ -145,17 +145,22 @@ class Engine:
 
     # -- evaluation -------------------------------------------------------------------------
 
-    def drift(self, batch: Batch, reference_hidden: torch.Tensor | None = None) -> DriftSums:
+    def drift(
+        self, batch: Batch, reference_hidden: torch.Tensor | None = None, num_spots: int = 0
+    ) -> DriftSums:
         """Policy against base on a batch, row by row: no grad, no dropout.
 
         Args:
             batch: with N targets.
             reference_hidden: the base's final hidden states there, [N, D], if they are known.
+            num_spots: look at as many targets that drift most.
         """
         if reference_hidden is None:
             reference_hidden = self.reference(batch)
         with torch.no_grad(), dropout_off(self.policy):
-            return self._engine.module(batch, reference_hidden=reference_hidden, drift=True)
+            return self._engine.module(
+                batch, reference_hidden=reference_hidden, drift=True, num_spots=num_spots
+            )
 
     def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
         """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""

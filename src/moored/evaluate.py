@@ -28,14 +28,16 @@ from moored.data import (
     prompts,
     retention_samples,
 )
+from moored.drift import DriftSums
 from moored.engine import Engine
-from moored.head import DriftSums
 from moored.mesh import Mesh
+from moored.pinpoint import SPOTS_PER_BATCH, Collector
 from moored.report import (
     ArmResult,
     BaseResult,
     Blocks,
     Report,
+    Where,
     increase_intervals,
     increase_pct,
     settings_of,
@@ -130,6 +132,7 @@ class Evaluation:
 
     adaptation: TextFigures | None
     retention: Mapping[str, TextFigures]
+    where: Mapping[str, Where]
     answered: Answered
 
 
@@ -203,7 +206,12 @@ def evaluate(
     """
     of = partial(measure, engine, mesh=mesh, poll=poll)
     adaptation = None if suite.adaptation is None else of(suite.adaptation)
-    retention = {name: of(text) for name, text in suite.retention.items()}
+    retention: dict[str, TextFigures] = {}
+    where: dict[str, Where] = {}
+    for name, text in suite.retention.items():
+        collector = Collector(config.num_examples)
+        retention[name] = of(text, collector=collector)
+        where[name] = collector.where(mesh, tokenizer)
     answered = answer_all(
         engine,
         mesh,
@@ -214,7 +222,7 @@ def evaluate(
         base=base,
         poll=poll,
     )
-    return Evaluation(adaptation=adaptation, retention=retention, answered=answered)
+    return Evaluation(adaptation=adaptation, retention=retention, where=where, answered=answered)
 
 
 def measure(
@@ -223,6 +231,7 @@ def measure(
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
+    collector: Collector | None = None,
 ) -> TextFigures:
     """Policy and base on one text, of which each rank has its batches. Collective.
 
@@ -233,8 +242,9 @@ def measure(
         poll: called before every batch, on all ranks; may raise to stop.
         references: for a text that is measured again and again: a list, empty at first, that keeps
             the base's hidden states ([N, D] per batch), which never change.
+        collector: learns where the policy drifts.
     """
-    found = sample_sums(engine, text.batches, mesh, poll, references)
+    found = sample_sums(engine, text.batches, mesh, poll, references, collector)
     ordered = [found[name] for name in text.sample_ids]
     sums = {name: [row[i] for row in ordered] for i, name in enumerate(SUMS)}
     total = {name: math.fsum(values) for name, values in sums.items()}
@@ -259,6 +269,7 @@ def sample_sums(
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
+    collector: Collector | None = None,
 ) -> dict[str, list[float]]:
     """`SUMS` over the targets of each sample, of all ranks' batches (see `measure`). Collective."""
     mine: dict[str, list[float]] = {}
@@ -267,7 +278,10 @@ def sample_sums(
         batch = host_batch.to(mesh.device)
         if references is not None and index == len(references):
             references.append(engine.reference(batch))
-        rows = engine.drift(batch, None if references is None else references[index])
+        known = None if references is None else references[index]
+        rows = engine.drift(batch, known, SPOTS_PER_BATCH if collector else 0)
+        if collector is not None:
+            collector.add(batch, rows)
         sums = _by_sample(rows, batch).tolist()
         mine |= dict(zip(batch.sample_ids, sums, strict=True))
     return {name: sums for part in mesh.dp.gather(mine) for name, sums in part.items()}
@@ -388,6 +402,7 @@ def to_report(
         retention_blocks=blocks,
         instruction_following=followed.constraints if followed else None,
         instruction_prompts_followed=followed.prompts if followed else None,
+        where=dict(after.where),
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))
 

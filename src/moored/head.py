@@ -11,8 +11,6 @@ padding. logits = softcap(logit_scale * (h W^T + bias)).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +20,13 @@ from moored.divergence import (
     Objective,
     VocabShard,
     all_gather,
-    combine,
-    summarise_,
 )
+from moored.drift import DriftSums, drift
 from moored.logits import Logits
 from moored.tmkl import (
     LossSums,
     Reduction,
     RowPlan,
-    Rows,
     TMKLOutput,
     check_dtypes,
     check_rows,
@@ -40,7 +36,7 @@ from moored.tmkl import (
 )
 from moored.weighting import CEWeighting, KLWeighting
 
-__all__ = ["DriftSums", "Head", "attach_gradient", "linear_tmkl_loss"]
+__all__ = ["Head", "attach_gradient", "linear_tmkl_loss"]
 
 
 def linear_tmkl_loss(
@@ -132,19 +128,6 @@ def linear_tmkl_loss(
 # ---------------------------------------------------------------- the module
 
 
-@dataclass(frozen=True)  # without slots: ZeRO-3's forward hook looks into outputs with vars()
-class DriftSums:
-    """Per row [N]: how far the policy is from the reference, in nats, and what both predict."""
-
-    ce_policy: Tensor
-    ce_reference: Tensor
-    kl: Tensor  # forward KL over the whole vocabulary
-    tmkl: Tensor  # forward KL without the target
-    top1_agree: Tensor  # bool: policy and reference have the same first choice
-    top1_correct: Tensor  # bool: the policy's first choice is the target
-    top1_correct_reference: Tensor  # bool: the reference's is
-
-
 class Head(nn.Module):
     """Takes lm_head's place. Owns lm_head's own (frozen, possibly tied) Parameter.
 
@@ -196,6 +179,7 @@ class Head(nn.Module):
         kl_weighting: KLWeighting = "uniform",
         kl_weights: Tensor | None = None,
         drift: bool = False,
+        num_spots: int = 0,
     ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
         """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
 
@@ -215,6 +199,7 @@ class Head(nn.Module):
             kl_weighting: how rows weigh in the KL, see `Objective`.
             kl_weights: [N], a further weight of each row's KL.
             drift: compare policy and reference instead.
+            num_spots: with `drift`, look at as many rows that drift most.
 
         Returns:
             Plain `hidden @ weight.T + bias` of the whole vocabulary without `targets`: no cap, no
@@ -227,7 +212,7 @@ class Head(nn.Module):
         if drift:
             if reference_hidden is None:
                 raise ValueError("drift needs reference_hidden")
-            return self.drift(hidden, reference_hidden, targets)
+            return self.drift(hidden, reference_hidden, targets, num_spots)
         hidden = hidden.detach()
         num_rows = len(targets)
         groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []
@@ -254,49 +239,13 @@ class Head(nn.Module):
         return grad_ND, LossSums(weighted_N.sum(), ce_N.sum(), kl_N.sum(), num_rows, num_kl)
 
     @torch.no_grad()
-    def drift(self, hidden: Tensor, reference_hidden: Tensor, targets: Tensor) -> DriftSums:
+    def drift(
+        self, hidden: Tensor, reference_hidden: Tensor, targets: Tensor, num_spots: int = 0
+    ) -> DriftSums:
         """How far the policy is from the reference, row by row; call it through `forward`."""
-        logits, goal = self._logits(), Objective()
-        plain = Objective(mask_target=False)
-        shard, num_rows = logits.shard, len(targets)
-        dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
-        columns: list[tuple[Tensor, ...]] = []
-        size = chunk_size(self.chunk_tokens, num_rows, logits)
-        buffer = logits.new_buffer(min(size, num_rows), dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for i in range(0, num_rows, size):
-                rows: Rows = slice(i, i + size)
-                s_Cv, e_Cv, _ = logits.project(hidden[rows], reference_hidden[rows], dtype, buffer)
-                assert e_Cv is not None
-                top_4C = torch.cat([_top1(s_Cv, shard), _top1(s_Cv + e_Cv, shard)])
-                stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], goal, shard)
-                num_stats = len(stats_KC)
-                stats_PKC = all_gather(torch.cat([stats_KC, top_4C.to(stats_KC.dtype)]), shard)
-                masked = combine(stats_PKC[:, :num_stats], goal)
-                whole = combine(stats_PKC[:, :num_stats], plain)
-                assert masked.kl is not None
-                assert whole.kl is not None
-                log_ratio = masked.kl.log_ratio.squeeze(1)
-                gap_C = masked.log_rest_C + log_ratio
-                gap_C = gap_C - stats_PKC[:, 0].amax(0) - stats_PKC[:, 2].sum(0)
-                tops_PC = stats_PKC[:, num_stats::2], stats_PKC[:, num_stats + 1 :: 2]
-                best_2C = tops_PC[0].argmax(0, keepdim=True)
-                ids_2C = tops_PC[1].gather(0, best_2C).squeeze(0)
-                columns.append(
-                    (
-                        masked.ce_C,
-                        torch.logaddexp(gap_C, torch.zeros_like(gap_C)),
-                        whole.kl.kl_forward.squeeze(1),
-                        masked.kl.kl_forward.squeeze(1),
-                        ids_2C[0] == ids_2C[1],
-                        ids_2C[0] == targets[rows],
-                        ids_2C[1] == targets[rows],
-                    )
-                )
-        if not columns:
-            empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
-            return DriftSums(empty, empty, empty, empty, *(empty.bool(),) * 3)
-        return DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
+        return drift(
+            self._logits(), hidden, reference_hidden, targets, self.chunk_tokens, num_spots
+        )
 
     def _all_columns(self, logits_v: Tensor) -> Tensor:
         """Every rank's columns, [..., V], without padding; no gradient where there are several."""
@@ -317,14 +266,6 @@ class Head(nn.Module):
 
     def _logits(self) -> Logits:
         return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)
-
-
-def _top1(s_Cv: Tensor, shard: VocabShard) -> Tensor:
-    """This shard's largest logit and its id, as two rows [2, C]."""
-    if s_Cv.shape[1] == 0:
-        return s_Cv.new_full((2, s_Cv.shape[0]), float("-inf"))
-    value_C, index_C = s_Cv.max(-1)
-    return torch.stack([value_C, (index_C + shard.start).to(value_C.dtype)])
 
 
 def attach_gradient(hidden: Tensor, grad_hidden: Tensor, sums: LossSums) -> Tensor:

@@ -100,6 +100,7 @@ class PolicyModel(nn.Module):
         reference_hidden: torch.Tensor | None = None,
         loss: LossArguments | None = None,
         drift: bool = False,
+        num_spots: int = 0,
         generate: dict[str, Any] | None = None,
     ) -> Any:
         """Run the backbone, and what follows it.
@@ -111,6 +112,7 @@ class PolicyModel(nn.Module):
             reference_hidden: the base's final hidden states at the targets, [N, D].
             loss: if given, compute the loss.
             drift: if true, compare policy and reference instead.
+            num_spots: with `drift`, look at as many targets that drift most.
             generate: if given, arguments of Hugging Face's `generate`; `batch` is ignored.
 
         Returns:
@@ -128,7 +130,9 @@ class PolicyModel(nn.Module):
             hidden = final_hidden(self.causal_lm.get_base_model(), batch)
         if drift:
             assert reference_hidden is not None
-            return self.head(hidden, reference_hidden, batch.targets, drift=True)
+            return self.head(
+                hidden, reference_hidden, batch.targets, drift=True, num_spots=num_spots
+            )
         if loss is None:
             return hidden
         grad_hidden, sums = self.head(

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moored.head import DriftSums, Head, attach_gradient, linear_tmkl_loss
+from moored.drift import DriftSums
+from moored.head import Head, attach_gradient, linear_tmkl_loss
 from moored.tmkl import LossSums, VocabShard, default_chunk_tokens, tmkl_loss
 from reference import dense_logits, dense_loss, many_digits, per_row
 
@@ -665,6 +666,13 @@ def test_drift(dtype: torch.dtype) -> None:
     assert torch.equal(rows.top1_correct, s.argmax(-1) == y)
     assert 0 < rows.top1_agree.sum() < 40
     assert 0 < rows.top1_correct.sum() < 40
+    most = head(h, h0, y, drift=True, num_spots=6).spots
+    assert torch.equal(most.rows, kl.topk(6).indices)
+    log_p, log_q = s.log_softmax(-1)[most.rows], t.log_softmax(-1)[most.rows]
+    assert torch.equal(most.tokens[:, :5], log_p.topk(5).indices)
+    assert torch.equal(most.tokens[:, 5:], log_q.topk(5).indices)
+    for found, want in ((most.log_p_policy, log_p), (most.log_p_reference, log_q)):
+        assert ((found - want.gather(1, most.tokens)).abs() <= limit * (want.abs().max() + 1)).all()
     empty = head(h[:0], h0[:0], y[:0], drift=True)
     assert empty.kl.shape == empty.top1_agree.shape == (0,)
     with pytest.raises(ValueError, match="reference_hidden"):

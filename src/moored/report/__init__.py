@@ -11,14 +11,20 @@ from moored.report.merging import merge
 from moored.report.results import ArmResult, BaseResult, Figures, Report, increase_pct
 from moored.report.settings import settings_of
 from moored.report.terminal import show, table
+from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
 
 __all__ = [
     "ArmResult",
     "BaseResult",
     "Blocks",
+    "Choice",
     "Figures",
     "Headline",
     "Report",
+    "Spot",
+    "Stretch",
+    "TokenDrift",
+    "Where",
     "headline",
     "increase_intervals",
     "increase_pct",

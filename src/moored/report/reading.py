@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from moored.report.blocks import Blocks
+from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
 
 _R = TypeVar("_R")  # a dataclass
 _FRACTIONS = (
@@ -21,6 +22,10 @@ _FRACTIONS = (
     "instruction_following",
     "instruction_prompts_followed",
 )
+
+
+# Text out of data and vocabularies, which may be empty or blank.
+_FREE_TEXT = ("token", "target", "context")
 
 
 class Reader:
@@ -87,7 +92,14 @@ class Reader:
             ),
             "Blocks": self._blocks,
             "dict[str, Blocks]": lambda v, p: self.values(v, p, self._blocks),
+            "dict[str, Where]": lambda v, p: self.values(v, p, partial(self.result, Where)),
         }
+        for kind in (Stretch, TokenDrift, Spot, Choice):
+            readers[f"list[{kind.__name__}]"] = partial(
+                self._items, read=partial(self.result, kind)
+            )
+        if name in _FREE_TEXT:
+            return self._free(value, place)
         return readers[annotation](value, place)
 
     def values(
@@ -116,14 +128,18 @@ class Reader:
             self.problems.append(f"{where}: its lists differ in length")
         return blocks
 
-    def text(self, value: object, place: str) -> str:
-        """Text that is not empty."""
+    def _free(self, value: object, place: str) -> str:
         if not isinstance(value, str):
             self.problems.append(f"{place}: expected text, got {short(value)}")
             return ""
-        if not value.strip():
-            self.problems.append(f"{place}: must not be empty")
         return value
+
+    def text(self, value: object, place: str) -> str:
+        """Text that is not empty."""
+        text = self._free(value, place)
+        if isinstance(value, str) and not text.strip():
+            self.problems.append(f"{place}: must not be empty")
+        return text
 
     def _integer(self, value: object, place: str, *, name: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moored.errors import UserError, UserErrors
 from moored.report.blocks import Blocks
 from moored.report.reading import Reader, short
+from moored.report.where import Where
 
 Figures = dict[str, float | None]
 
@@ -94,6 +95,7 @@ class ArmResult:
         instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
         lm_eval: figures of the evaluation harness, as of the base.
+        where: each corpus's drift by place, by token and in its worst examples.
     """
 
     kind: str
@@ -124,6 +126,7 @@ class ArmResult:
     instruction_following: float | None = None
     instruction_prompts_followed: float | None = None
     lm_eval: dict[str, Figures] = field(default_factory=dict)
+    where: dict[str, Where] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -218,7 +221,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (BaseResult, ArmResult, Blocks)):
+    if is_dataclass(value):
         return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

@@ -1,0 +1,154 @@
+"""How far a policy is from its reference, row by row, and what both predict where it is most.
+
+For evaluation: no gradient. The projections are logits.py's, the arithmetic divergence.py's.
+
+Legend: N rows, S spots, K tokens of a spot, C the rows of one chunk, v this rank's columns, P
+ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from moored.chunks import chunk_size
+from moored.divergence import Objective, VocabShard, all_gather, combine, summarise_
+from moored.logits import Logits
+from moored.tmkl import Rows, compute_dtype
+
+NUM_CHOICES = 5  # of each model, at a spot
+
+
+@dataclass(frozen=True)
+class Spots:
+    """The S rows that drift most, and K tokens of each: first choices of either model.
+
+    A token that both prefer stands twice.
+    """
+
+    rows: Tensor  # [S], by falling drift
+    tokens: Tensor  # [S, K]
+    log_p_policy: Tensor  # [S, K]
+    log_p_reference: Tensor  # [S, K]
+
+
+@dataclass(frozen=True)  # without slots: ZeRO-3's forward hook looks into outputs with vars()
+class DriftSums:
+    """Per row [N]: how far the policy is from the reference, in nats, and what both predict."""
+
+    ce_policy: Tensor
+    ce_reference: Tensor
+    kl: Tensor  # forward KL over the whole vocabulary
+    tmkl: Tensor  # forward KL without the target
+    top1_agree: Tensor  # bool: policy and reference have the same first choice
+    top1_correct: Tensor  # bool: the policy's first choice is the target
+    top1_correct_reference: Tensor  # bool: the reference's is
+    spots: Spots | None = None
+
+
+def drift(
+    logits: Logits,
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    targets: Tensor,
+    chunk_tokens: int | None = None,
+    num_spots: int = 0,
+) -> DriftSums:
+    """Compare policy and reference at every row.
+
+    Args:
+        logits: the head.
+        hidden: the policy's hidden states, [N, D].
+        reference_hidden: the reference's.
+        targets: global ids, [N].
+        chunk_tokens: rows at a time; None: a default.
+        num_spots: look at as many rows that drift most.
+    """
+    goal = Objective()
+    plain = Objective(mask_target=False)
+    shard, num_rows = logits.shard, len(targets)
+    dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
+    columns: list[tuple[Tensor, ...]] = []
+    size = chunk_size(chunk_tokens, num_rows, logits)
+    buffer = logits.new_buffer(min(size, num_rows), dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for i in range(0, num_rows, size):
+            rows: Rows = slice(i, i + size)
+            s_Cv, e_Cv, _ = logits.project(hidden[rows], reference_hidden[rows], dtype, buffer)
+            assert e_Cv is not None
+            top_4C = torch.cat([_top1(s_Cv, shard), _top1(s_Cv + e_Cv, shard)])
+            stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], goal, shard)
+            num_stats = len(stats_KC)
+            stats_PKC = all_gather(torch.cat([stats_KC, top_4C.to(stats_KC.dtype)]), shard)
+            masked = combine(stats_PKC[:, :num_stats], goal)
+            whole = combine(stats_PKC[:, :num_stats], plain)
+            assert masked.kl is not None
+            assert whole.kl is not None
+            log_ratio = masked.kl.log_ratio.squeeze(1)
+            gap_C = masked.log_rest_C + log_ratio
+            gap_C = gap_C - stats_PKC[:, 0].amax(0) - stats_PKC[:, 2].sum(0)
+            tops_PC = stats_PKC[:, num_stats::2], stats_PKC[:, num_stats + 1 :: 2]
+            best_2C = tops_PC[0].argmax(0, keepdim=True)
+            ids_2C = tops_PC[1].gather(0, best_2C).squeeze(0)
+            columns.append(
+                (
+                    masked.ce_C,
+                    torch.logaddexp(gap_C, torch.zeros_like(gap_C)),
+                    whole.kl.kl_forward.squeeze(1),
+                    masked.kl.kl_forward.squeeze(1),
+                    ids_2C[0] == ids_2C[1],
+                    ids_2C[0] == targets[rows],
+                    ids_2C[1] == targets[rows],
+                )
+            )
+    if not columns:
+        empty = torch.zeros(0, dtype=torch.float64, device=hidden.device)
+        return DriftSums(empty, empty, empty, empty, *(empty.bool(),) * 3)
+    found = DriftSums(*(torch.cat(column) for column in zip(*columns, strict=True)))
+    if not num_spots:
+        return found
+    most = found.kl.topk(min(num_spots, num_rows)).indices
+    spots = _choices(logits, hidden[most], reference_hidden[most], most, dtype)
+    return replace(found, spots=spots)
+
+
+def _choices(
+    logits: Logits, hidden: Tensor, reference_hidden: Tensor, rows: Tensor, dtype: torch.dtype
+) -> Spots:
+    """What policy and reference predict at S rows: both models' first choices, of all shards."""
+    shard = logits.shard
+    with torch.autocast(hidden.device.type, enabled=False):
+        buffer = logits.new_buffer(len(rows), dtype)
+        s_Sv, e_Sv, _ = logits.project(hidden, reference_hidden, dtype, buffer)
+        assert e_Sv is not None
+        both_2Sv = torch.stack([s_Sv, s_Sv + e_Sv]).double()
+    width = both_2Sv.shape[-1]
+    here = min(NUM_CHOICES, width)
+    value, index = both_2Sv.topk(here, dim=-1)
+    pad = (0, NUM_CHOICES - here)
+    value = nn.functional.pad(value, pad, value=float("-inf"))
+    index = nn.functional.pad(index + shard.start, pad)
+    mass = both_2Sv.logsumexp(-1, keepdim=True)
+    sent = torch.cat([value, index.to(value.dtype), mass], dim=-1)
+    every = all_gather(sent.flatten(), shard).view(-1, *sent.shape)  # [P, 2, S, 2 K + 1]
+    values, ids = (part.movedim(0, 2).flatten(2) for part in every[..., :-1].chunk(2, dim=-1))
+    best = values.topk(NUM_CHOICES, dim=-1).indices
+    tokens_SK = torch.cat(list(ids.gather(-1, best).long()), dim=-1)
+    log_mass = every[..., -1].logsumexp(0).unsqueeze(-1)
+    column = tokens_SK - shard.start
+    ours = (column >= 0) & (column < width)
+    at = torch.where(ours, column, 0).expand(2, -1, -1)
+    mine = both_2Sv.gather(-1, at) if width else values.new_zeros(at.shape)
+    mine = torch.where(ours, mine, float("-inf"))
+    log_p = all_gather(mine.flatten(), shard).view(-1, *mine.shape).amax(0) - log_mass
+    return Spots(rows=rows, tokens=tokens_SK, log_p_policy=log_p[0], log_p_reference=log_p[1])
+
+
+def _top1(s_Cv: Tensor, shard: VocabShard) -> Tensor:
+    """This shard's largest logit and its id, as two rows [2, C]."""
+    if s_Cv.shape[1] == 0:
+        return s_Cv.new_full((2, s_Cv.shape[0]), float("-inf"))
+    value_C, index_C = s_Cv.max(-1)
+    return torch.stack([value_C, (index_C + shard.start).to(value_C.dtype)])
