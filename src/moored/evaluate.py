@@ -19,6 +19,7 @@ from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
 from moored.config import PROBE, Config, EvaluationConfig
 from moored.data import (
+    BaseIdentity,
     Prompt,
     eval_batches,
     eval_samples,
@@ -150,19 +151,21 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         batches = eval_batches(samples, **deal)
         return Text(batches=batches, sample_ids=ids, last_words=last_words)
 
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
     adaptation = None
     if config.data.eval:
         adaptation = text(eval_samples(config, tokenizer, vocab_size=vocab_size))
     retention = {
         name: text(
-            retention_samples(name, corpus, tokenizer), last_words=corpus.target == "last_word"
+            retention_samples(name, corpus, tokenizer, base=base),
+            last_words=corpus.target == "last_word",
         )
         for name, corpus in config.retention.items()
     }
     probe = None
     if config.regularizer.budget is not None:
         corpus = config.regularizer.budget.probe
-        probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE))
+        probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE, base=base))
     asked = config.evaluation
     return Suite(
         adaptation=adaptation,

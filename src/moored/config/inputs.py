@@ -166,11 +166,11 @@ class Corpus(Section):
     path: Annotated[Text | None, about(".txt, .md, .jsonl or .parquet file, or a folder")] = None
     hub: Annotated[Text | None, about("data set name on the hub")] = None
     builtin: Annotated[
-        Literal["python-reference", "wikitext-103", "lambada"] | None,
+        Literal["python-reference", "wikitext-103", "lambada", "base-samples"] | None,
         about(
             "a known text; python-reference: on every machine; wikitext-103 and lambada: from the "
             "hub, 100,000 tokens in windows of 1024 and 512 unless set otherwise, of lambada the "
-            "last words"
+            "last words; base-samples: texts of the base itself, drawn by `moored prepare`"
         ),
     ] = None
     subset: Annotated[Text | None, about("configuration of the hub data set")] = None
@@ -206,6 +206,8 @@ class Corpus(Section):
         if self.hub is None and getattr(self, local) is not None:
             for name in ("subset", "split", "revision"):
                 yield Ignored(name, (local,), f"{local} is not a hub data set")
+        if self.builtin == "base-samples":
+            yield Ignored("target", ("builtin",), "of base-samples all that the base wrote counts")
         if self.builtin or (self.path or "").lower().endswith((".txt", ".md")):
             yield Ignored("text_field", (local,), f"{local} is plain text, without columns")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moored.data.corpora import resolve_text
+    from moored.data.drawn import BaseIdentity
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from moored.data.stream import TrainStream
 
 _ROOMS = {
+    "BaseIdentity": "drawn",
     "resolve_text": "corpora",
     "Prompt": "heldout",
     "eval_batches": "heldout",
@@ -40,6 +42,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "BaseIdentity",
     "Prompt",
     "SampleSet",
     "TrainStream",

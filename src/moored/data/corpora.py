@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
     """The documents of a retention corpus, in order; blank ones are left out.
 
+    Of `base-samples` there are none: they are tokens, and `drawn.py`'s matter.
+
     Raises:
         UserError: it cannot be found or read, or holds no text.
     """
     if corpus.builtin == "python-reference":
         return _python_reference()
+    if corpus.builtin == "base-samples":
+        return []
     problems: list[str] = []
     reader = _reader(corpus, label, problems)
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from moored.batch import Batch, Sample, batches_of
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.corpora import resolve_text
+from moored.data.drawn import BaseIdentity, drawn_samples
 from moored.data.encode import Encoder
 from moored.data.files import open_sources
 from moored.data.kept import corpus_tokens
@@ -171,7 +172,13 @@ def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -
 
 
 def retention_samples(
-    name: str, corpus: Corpus, tokenizer: Any, *, keep: bool = False, place: str | None = None
+    name: str,
+    corpus: Corpus,
+    tokenizer: Any,
+    *,
+    keep: bool = False,
+    place: str | None = None,
+    base: BaseIdentity | None = None,
 ) -> list[Sample]:
     """A retention corpus as samples.
 
@@ -186,11 +193,16 @@ def retention_samples(
         tokenizer: of the model.
         keep: keep the tokens in the cache.
         place: in the recipe, for messages; by default `retention.NAME`.
+        base: whose texts `base-samples` are.
 
     Raises:
         UserError: it cannot be read, or is too short.
     """
     label = place or f"retention.{name}"
+    if corpus.builtin == "base-samples":
+        if base is None:
+            raise UserError(f"{label}: base-samples are nothing without their base")
+        return drawn_samples(name, corpus, base, label=label)
     documents = resolve_text(corpus, label)
     chat = ChatEncoder(tokenizer)
     make = _windows if corpus.target == "all" else _last_words

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from moored import sinelora
 from moored.base import Located, resolve_dtype
 from moored.config import Config
-from moored.data import eval_samples, load_samples, retention_samples
+from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.errors import UserError
 from moored.mesh import Mesh
 from moored.model import load_policy
@@ -71,8 +71,11 @@ def make_probe(config: Config, located: Located) -> Probe:
     tries: dict[str, Any] = {}
     if config.data.eval:
         tries["data.eval"] = lambda: eval_samples(config, tokenizer, vocab_size=size)
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
     for name, corpus in config.retention.items():
-        tries[f"retention.{name}"] = lambda n=name, c=corpus: retention_samples(n, c, tokenizer)
+        tries[f"retention.{name}"] = lambda n=name, c=corpus: retention_samples(
+            n, c, tokenizer, base=base
+        )
     tries["data.train"] = lambda: load_samples(
         config.data.train, tokenizer, config.data, size
     ).held[0]

@@ -27,6 +27,7 @@ from moored.data.kept import tokens_folder
 from moored.errors import MooredError, UserError, UserErrors
 from moored.launched import launched
 from moored.log import redact
+from moored.prepare.drawing import draw
 from moored.prepare.items import Item, alone, require_model, size_of
 from moored.prepare.weights import verify
 
@@ -150,8 +151,13 @@ def _fetch(config: Config, console: Console) -> None:
     tokenizer, size = located.tokenizer, located.vocab_size
     for place, sources in config.sources().items():
         load_samples(sources, tokenizer, config.data, size, section=place, keep=True)
+    for folder in draw(config, located):
+        facts = sealed.read_manifest(folder)
+        count, texts = facts["num_tokens"], facts["num_texts"]
+        console.print(f"{folder}: {count:,} tokens of the base's own, in {texts:,} texts")
     for place, corpus in config.corpora().items():
-        retention_samples(place.rpartition(".")[2], corpus, tokenizer, keep=True, place=place)
+        if corpus.builtin != "base-samples":
+            retention_samples(place.rpartition(".")[2], corpus, tokenizer, keep=True, place=place)
     total = sum(size_of(path) for path in tokens_folder().glob("[!.]*"))
     console.print(
         f"{tokens_folder()}: {readable(total)} of tokens, of all recipes (`moored prepare "

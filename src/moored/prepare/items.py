@@ -14,7 +14,8 @@ import torch
 from moored import sealed
 from moored.base import locate
 from moored.config import Config, Corpus, Source
-from moored.data import SampleSet, TrainStream, check_data, load_samples, resolve_text
+from moored.data import BaseIdentity, SampleSet, TrainStream, check_data, load_samples, resolve_text
+from moored.data.drawn import drawn_folder
 from moored.data.encode import HeldSource
 from moored.data.files import open_sources
 from moored.data.kept import content, content_of_texts
@@ -70,7 +71,8 @@ def find_everything(config: Config) -> list[Item]:
         if section == "data.train":
             TrainStream(config, located.tokenizer, samples).total_steps()
     build_suite(config, located, mesh)
-    return items + [_corpus(place, corpus) for place, corpus in config.corpora().items()]
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    return items + [_corpus(place, corpus, base) for place, corpus in config.corpora().items()]
 
 
 def alone() -> Mesh:
@@ -124,7 +126,18 @@ def _source(sources: Sequence[Source], index: int, samples: SampleSet) -> Item:
     )
 
 
-def _corpus(place: str, corpus: Corpus) -> Item:
+def _corpus(place: str, corpus: Corpus, base: BaseIdentity) -> Item:
+    if corpus.builtin == "base-samples":
+        folder = drawn_folder(corpus, base)
+        facts = sealed.read_manifest(folder)
+        [file] = facts["files"].values()
+        return Item(
+            what=place,
+            where=str(folder),
+            num_bytes=file["bytes"],
+            identity=f"sha256:{file['sha256']}",
+            note=f"{facts['num_texts']:,} texts, {facts['num_tokens']:,} tokens",
+        )
     documents = resolve_text(corpus, place)
     found = content_of_texts(documents)
     return Item(
