@@ -28,7 +28,9 @@ from moored.evaluate import build_suite
 from moored.loading import require_layout
 from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.model import PolicyModel, load_policy
+from moored.step import CE_WEIGHTINGS
 from moored.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.weighting import NUM_TOPS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
 GIB = 2**30
@@ -166,6 +168,8 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
         direction=config.regularizer.direction,
         is_warm=config.regularizer.temperature != 1.0,
+        ce_tops=NUM_TOPS * (CE_WEIGHTINGS.get(config.regularizer.kind) == "entropy"),
+        kl_tops=NUM_TOPS * (config.regularizer.token_weighting == "entropy"),
     )
 
 

@@ -74,6 +74,8 @@ class Spread:
         chunk_tokens: rows of the head at a time.
         direction: of the divergence.
         is_warm: its temperature is not 1.
+        ce_tops: numbers more per row for weights of targets by entropy.
+        kl_tops: numbers more per row of the divergence for its weights by entropy.
     """
 
     degree: int
@@ -86,6 +88,8 @@ class Spread:
     chunk_tokens: int = 4096
     direction: str = "forward"
     is_warm: bool = False
+    ce_tops: int = 0
+    kl_tops: int = 0
 
 
 def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
@@ -127,13 +131,16 @@ def _of_the_head(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """One all-gather of numbers per row and chunk, two for jsd, and the sum of the gradient."""
     sent: list[Sent] = []
     per_row = 7 if spread.is_warm else 6
-    groups = [(batch.num_kl, per_row), (batch.num_targets - batch.num_kl, 2)]
-    for rows, numbers in groups:
+    groups = [
+        (batch.num_kl, per_row + spread.ce_tops + spread.kl_tops, spread.direction == "jsd"),
+        (batch.num_targets - batch.num_kl, 2 + spread.ce_tops, False),
+    ]
+    for rows, numbers, is_jsd in groups:
         if not rows:
             continue
         chunk = math.ceil(rows / math.ceil(rows / spread.chunk_tokens))
         full, rest = divmod(rows, chunk)
-        widths = [numbers, *([3] if spread.direction == "jsd" and numbers > 2 else [])]
+        widths = [numbers, *([3] if is_jsd else [])]
         for width in widths:
             each = 8 * width * spread.degree
             sent.append(Sent("head", "all_gather", full, each * chunk))

@@ -32,6 +32,7 @@ CASES = [
     ("llama", "none", "forward", 1, 2, 0, "non_reentrant", "parallel.sequence_parallel=true"),
     ("llama", "none", "forward", 1, 2, 0, "reentrant", "parallel.sequence_parallel=true"),
     ("qwen3", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[q_proj,o_proj]"),
+    ("llama", "nf4", "jsd", 1, 2, 0, "none", "regularizer.token_weighting=entropy"),
 ]
 
 
@@ -75,7 +76,8 @@ def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
     total: Counter = Counter()
     for batch in local_batches(config, mesh, 1):
         rows, length = batch.input_ids.shape
-        num_kl = batch.num_kl if config.regularizer.every == 1 else 0
+        has_kl = config.regularizer.is_divergent and config.regularizer.every == 1
+        num_kl = batch.num_kl if has_kl else 0
         one = MicroBatch(rows=rows, length=length, num_targets=batch.num_targets, num_kl=num_kl)
         for what in micro_batch_traffic(spread, one):
             if what.count:
