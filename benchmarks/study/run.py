@@ -70,13 +70,16 @@ def _run(spec: Spec, work: Path, texts: Path) -> bool:
     if ended.returncode not in (0, 3) or not report.exists():
         print(f"{spec.name} ended with {ended.returncode}: {log}", flush=True)
         return False
+    figures = json.loads(report.read_text())
+    for arm in figures["arms"].values():
+        arm.pop("where", None)  # what is not counted here would make the files large
     result = {
         "spec": {"data": spec.data, "label": spec.label, "seed": spec.seed},
         "overrides": json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", "")),
         "exit_code": ended.returncode,
         "wall_seconds": round(time.time() - started, 1),
         "machine": f"{os.cpu_count()} x {platform.machine()} CPU",
-        "report": json.loads(report.read_text()),
+        "report": figures,
     }
     draft = _result(spec).with_suffix(".draft")
     draft.write_text(json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n")

@@ -753,3 +753,29 @@ def test_the_resolved_copy_of_a_known_text_says_how_it_is_measured(tmp_path):
         "window_tokens": 512,
         "target": "last_word",
     }
+
+
+def test_arms_of_one_kind_are_named_by_all_that_tells_them_apart(tmp_path):
+    text = (
+        MINIMAL
+        + """
+compare:
+  - {kind: tmkl, weight: 0.5}
+  - {kind: tmkl, weight: 0.5, token_fraction: 0.25}
+  - {kind: tmkl, weight: 0.5, token_weighting: entropy, first_tokens: 4}
+  - {kind: tmkl, weight: 0.5, budget: {retention_increase_pct: 1.5}}
+  - {kind: replay, replay: [{path: a.jsonl}]}
+  - {kind: replay, replay: [{path: b.jsonl}]}
+  - {kind: eaft}
+"""
+    )
+    names = arm_names(load_config(write(tmp_path, text)).compare)
+    assert len(set(names)) == len(names)
+    assert names[:4] == [
+        "tmkl",
+        "tmkl-tokenfraction0.25",
+        "tmkl-tokenweightingentropy-firsttokens4",
+        "tmkl-budget1.5",
+    ]
+    assert names[4:] == ["replay-replay0", "replay-replay1", "eaft"]
+    assert all(Path(name).name == name for name in names)

@@ -21,7 +21,7 @@ from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
 from moored.config.method import AdapterConfig, OptimConfig
 from moored.config.paths import resolve_paths
 from moored.config.recipe import Key, dotted_key
-from moored.config.regularizer import Regularizer
+from moored.config.regularizer import Regularizer, arm_names
 from moored.config.running import (
     EvaluationConfig,
     OutputConfig,
@@ -326,21 +326,6 @@ class Config(Section):
             if mine.get(key) != theirs.get(key)
             and not any(key == c or key.startswith(f"{c}.") for c in cosmetic)
         )
-
-
-def arm_names(arms: Sequence[Regularizer]) -> list[str]:
-    """Folder-safe names: the kind, and what differs among arms of that kind."""
-    labels = {"weight": "weight", "direction": "", "temperature": "temperature", "every": "every"}
-    names: list[str] = []
-    for arm in arms:
-        same = [other for other in arms if other.kind == arm.kind]
-        name: str = arm.kind
-        for field, label in labels.items():
-            if arm.kind != "none" and len({getattr(other, field) for other in same}) > 1:
-                value: Any = getattr(arm, field)
-                name += f"-{label}{value:g}" if label else f"-{value}"
-        names.append(name)
-    return names
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -5,9 +5,9 @@ Every key with its type, bounds, unit and default; the mathematics are in `diver
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -174,3 +174,31 @@ class Regularizer(Section):
             yield Problem(
                 "replay", "kind is replay, but there is no text: add a source under it", ("kind",)
             )
+
+
+# Options that stand in the names of all arms of a kind where they vary; the others only where they
+# are not left at their default.
+_ALWAYS_NAMED = ("weight", "direction", "temperature", "every")
+
+
+def arm_names(arms: Sequence[Regularizer]) -> list[str]:
+    """Folder-safe names: the kind, and what differs among arms of that kind."""
+    names: list[str] = []
+    for arm in arms:
+        same = [other for other in arms if other.kind == arm.kind]
+        idle = {ignored.field for ignored in arm.ignored()}
+        name: str = arm.kind
+        for field, info in Regularizer.model_fields.items():
+            value: Any = getattr(arm, field)
+            if field in idle or all(getattr(other, field) == value for other in same):
+                continue
+            if field not in _ALWAYS_NAMED and value == info.get_default(call_default_factory=True):
+                continue
+            label = "" if field == "direction" else field.replace("_", "")
+            if isinstance(value, Budget):
+                value = value.limit
+            elif isinstance(value, list):
+                value = [getattr(other, field) for other in same].index(value)
+            name += f"-{label}{value:g}" if isinstance(value, float) else f"-{label}{value}"
+        names.append(name)
+    return names
