@@ -409,7 +409,10 @@ def test_a_scale_is_a_factor_of_all_that_is_added(tmp_path, kind):
 
 def test_a_dora_adapter_has_no_scale(tmp_path):
     _, policy, adapter = saved(tmp_path, "dora")
-    with pytest.raises(UserError, match="only LoRA without DoRA"), scaled(policy.causal_lm, 0.5):
+    with (
+        pytest.raises(UserError, match="this one is not: leave it out"),
+        scaled(policy.causal_lm, 0.5),
+    ):
         pass
-    with pytest.raises(UserError, match="only LoRA without DoRA"):
+    with pytest.raises(UserError, match="this one is not: leave it out"):
         write_scaled(adapter, tmp_path / "part", 0.5)
