@@ -263,7 +263,7 @@ def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
 
 _ALPHA = {"LORA": "lora_alpha", "SINELORA": "lora_alpha", "RANDLORA": "randlora_alpha"}
 _NO_SCALE = (
-    "--scale: only LoRA without DoRA, RandLoRA and SineLoRA are linear in a scale of the adapter: "
+    "--scale: LoRA, RandLoRA and SineLoRA are linear in a scale of the adapter, this one is not: "
     "leave it out"
 )
 

@@ -165,9 +165,9 @@ def scaling(folder: Path) -> None:
             export(path, folder / "bad", scale=bad)
     dora = recipe_of(folder / "dora", adapter={"use_dora": True}, train={"steps": 2})
     path = train.run(dora)
-    with pytest.raises(UserError, match="only LoRA without DoRA"):
+    with pytest.raises(UserError, match="this one is not: leave it out"):
         remeasure.run_command([str(path)], scales=[0.5])
-    with pytest.raises(UserError, match="only LoRA without DoRA"):
+    with pytest.raises(UserError, match="this one is not: leave it out"):
         export(path, folder / "bad", scale=0.5)
     assert not (folder / "bad").exists()
 

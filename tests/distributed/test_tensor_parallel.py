@@ -115,7 +115,7 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
         ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
-        ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", SINE, "adapter.dropout=0.2"),
+        ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", SINE, "adapter.omega=20"),
         *(
             ("llama", "nf4", "forward", 1, 2, stage, "none", "optim.max_grad_norm=0.02")
             for stage in (0, 2, 3)

@@ -224,7 +224,7 @@ def test_kl_is_of_the_trained_model_to_the_merged():
 # ---------------------------------------------------------------- a run, exported
 
 
-def finished_run(folder: Path, *, dtype=torch.float32, **adapter) -> Path:
+def finished_run(folder: Path, *overrides: str, dtype=torch.float32, **adapter) -> Path:
     """A run directory as training leaves it; its adapter is random, but Moored's own."""
     recipe = tiny_recipe(folder)
     recipe["adapter"] |= adapter
@@ -235,7 +235,7 @@ def finished_run(folder: Path, *, dtype=torch.float32, **adapter) -> Path:
         path = folder / "model"
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         model.save_pretrained(path)
-    config = load_config(write_recipe(folder, recipe))
+    config = load_config(write_recipe(folder, recipe), list(overrides))
     run = RunDirectory(folder / "runs/tiny")
     run.path.mkdir(parents=True, mode=0o700)
     run.config.write_text(config.dump_yaml())
@@ -326,6 +326,32 @@ def test_what_was_trained_is_merged_in_bf16_with_dora(tmp_path, capsys):
     assert card["deltas"]["total"]["count"] == 14
     assert 0 < card["deltas"]["rounding"] < card["deltas"]["total"]["relative"] < 10
     assert "`moored evaluate RUN` measures it" in (to / "README.md").read_text()
+
+
+def verified_well(folder: Path) -> dict:
+    facts = facts_of(folder)
+    figures = facts["verified"]["relative_rms_of_logits"]
+    assert figures["difference"] <= figures["tolerance"] < 0.1 < figures["adapter_effect"]
+    assert 0.99 < figures["share"] < 1.01
+    return facts
+
+
+def test_randlora_is_merged_and_equals_what_stock_peft_loads(tmp_path):
+    """In bf16 over NF4, where PEFT's own layers need autocast."""
+    bf16 = {"dtype": torch.bfloat16, "method": "randlora", "alpha": 20.0}
+    path = finished_run(tmp_path, "model.dtype=bfloat16", **bf16)
+    run_command(path, tmp_path / "merged", merged=True, base="nf4")
+    assert verified_well(tmp_path / "merged")["kind"] == "merged"
+
+
+def test_sinelora_is_merged_and_alone_says_what_it_needs(tmp_path, capsys):
+    path = finished_run(tmp_path, method="sinelora")
+    run_command(path, tmp_path / "alone")
+    assert verified_well(tmp_path / "alone")["import_first"] == "moored.sinelora"
+    said = capsys.readouterr().out
+    assert "PEFT alone does not know sinelora: `import moored.sinelora` before it loads" in said
+    run_command(path, tmp_path / "merged", merged=True)
+    assert "import_first" not in verified_well(tmp_path / "merged")
 
 
 def test_an_adapter_that_is_not_exact_leaves_nothing(run, tmp_path, monkeypatch):
