@@ -26,7 +26,7 @@ from moored.report.words import count, duration, fraction, kind_name, nats, perc
 
 MARK = "<!-- forgetting card, written by moored export -->"
 JSON_NAME = "forgetting-card.json"
-_METHODS = {"lora": "LoRA", "dora": "DoRA"}
+_METHODS = {"lora": "LoRA", "dora": "DoRA", "randlora": "RandLoRA", "sinelora": "SineLoRA"}
 _DIVERGENCES = {
     "forward": "KL(base ‖ adapted)",
     "reverse": "KL(adapted ‖ base)",
