@@ -73,10 +73,12 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
 
 
 def _adapters(data: str, seed: int) -> Iterator[Spec]:
-    """Each adapter without and with TMKL; alpha and learning rate as of LoRA but where they say."""
+    """Each adapter without and with TMKL."""
     for method in ("dora", "randlora", "sinelora"):
         for label, kind in (("none", _kind("none")), ("tmkl-0.3", _kind("tmkl", 0.3))):
-            own = {"adapter.method": method}
+            own: dict[str, Any] = {"adapter.method": method}
+            if method == "sinelora":  # its small updates are 8 times LoRA's
+                own["optim.learning_rate"] = 2e-4
             yield Spec(data=data, label=f"{method}-{label}", seed=seed, overrides=kind | own)
 
 

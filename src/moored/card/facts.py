@@ -6,7 +6,7 @@ Nothing is read, measured or worded here. None is: not measured, or not known.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ class Text:
         ppl_before: perplexity of the base.
         ppl_after: perplexity with the adapter.
         increase_pct: 100 * (after / before - 1), percent.
+        increase_interval_pct: its 95 % bootstrap interval, low and high.
+        last_word_before: fraction of passages whose last word the base predicts, where only last
+            words are scored.
+        last_word_after: the same with the adapter.
         kl_nats_per_token: mean KL(base || adapted) over the whole vocabulary.
         masked_kl_nats_per_token: the same with the true token left out of both.
         top1_agreement: fraction of positions at which both prefer the same token.
@@ -38,6 +42,9 @@ class Text:
     ppl_before: float | None = None
     ppl_after: float | None = None
     increase_pct: float | None = None
+    increase_interval_pct: tuple[float, float] | None = None
+    last_word_before: float | None = None
+    last_word_after: float | None = None
     kl_nats_per_token: float | None = None
     masked_kl_nats_per_token: float | None = None
     top1_agreement: float | None = None
@@ -58,6 +65,9 @@ class Figures:
         num_adaptation_tokens: scored targets.
         num_adaptation_prompts: prompts behind the exact match.
         retention: per corpus; empty where forgetting was not measured.
+        budget: what might be forgotten of which text, where there was a budget.
+        budget_lost: what that text lost, in the budget's unit.
+        budget_held: whether that was within the budget.
     """
 
     headline: str = NOT_MEASURED
@@ -70,6 +80,9 @@ class Figures:
     num_adaptation_tokens: int | None = None
     num_adaptation_prompts: int | None = None
     retention: tuple[Text, ...] = ()
+    budget: str | None = None
+    budget_lost: float | None = None
+    budget_held: bool | None = None
 
     @classmethod
     def of(cls, report: Report, arm_name: str, sources: Mapping[str, str]) -> Figures:
@@ -98,13 +111,23 @@ class Figures:
                     ppl_before=before,
                     ppl_after=arm.retention_ppl.get(name),
                     increase_pct=arm.retention_increase_pct.get(name),
+                    increase_interval_pct=_bounds(arm.retention_increase_interval_pct.get(name)),
+                    last_word_before=base.last_word_accuracy.get(name),
+                    last_word_after=arm.last_word_accuracy.get(name),
                     kl_nats_per_token=arm.drift_nats_per_token.get(name),
                     masked_kl_nats_per_token=arm.drift_tmkl_nats_per_token.get(name),
                     top1_agreement=arm.top1_agreement.get(name),
                 )
                 for name, before in base.retention_ppl.items()
             ),
+            budget=arm.budget,
+            budget_lost=arm.budget_lost,
+            budget_held=arm.budget_held,
         )
+
+
+def _bounds(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if interval is None or len(interval) != 2 else (interval[0], interval[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

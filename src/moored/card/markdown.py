@@ -9,20 +9,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moored.card.before_after import figures
 from moored.card.cells import (
     NOT_KNOWN,
     NOT_MEASURED,
     code,
-    commands,
-    known,
     listed,
     table,
     text,
 )
-from moored.card.facts import Card, Delta, Figures, Source, Text
+from moored.card.facts import Card, Delta, Source
 from moored.card.matter import front_matter
-from moored.report import increase_pct
-from moored.report.words import count, duration, fraction, kind_name, nats, percent, ppl
+from moored.report.words import count, duration, kind_name, ppl
 
 MARK = "<!-- forgetting card, written by moored export -->"
 JSON_NAME = "forgetting-card.json"
@@ -38,7 +36,7 @@ def markdown(card: Card) -> str:
     """The page, front matter and all."""
     sections = [
         [MARK, f"# {text(card.name)}", _what(card), f"> **{text(card.figures.headline, 0)}**"],
-        _figures(card),
+        figures(card),
         _training(card),
         _data(card),
         _deltas(card),
@@ -85,88 +83,6 @@ def _regularizer(settings: Mapping[str, Any]) -> str:
         parts.append(f"every {settings['every']} steps")
     name = "target-masked KL to the base (TMKL)" if kind == "tmkl" else text(kind_name(kind))
     return f"{name}, {', '.join(parts)}" if parts else name
-
-
-# ---------------------------------------------------------------- before and after
-
-
-def _figures(card: Card) -> Iterator[str]:
-    figures = card.figures
-    yield "## What it learned, what it forgot"
-    if figures.missing is not None:
-        yield commands(figures.missing)
-        return
-    rows = [("**the new task**, held-out answers", *_pair(figures))]
-    rows += [(_corpus(one), *_change(one)) for one in figures.retention]
-    yield table(("perplexity (lower is better)", "base", "with the adapter", "change"), rows)
-    yield _exact(figures)
-    if not figures.retention:
-        yield (
-            "**Forgetting was not measured**: the recipe names no `retention` text, so nothing is "
-            "known of what this model lost elsewhere."
-        )
-    else:
-        yield table(
-            ("drift from the base, per token", "KL(base ‖ adapted), nats", "target left out, nats",
-             "same first choice", "tokens scored"),
-            [
-                (
-                    code(one.name, 40),
-                    known(nats(one.kl_nats_per_token)),
-                    known(nats(one.masked_kl_nats_per_token)),
-                    known(fraction(one.top1_agreement)),
-                    known(count(one.num_tokens)),
-                )
-                for one in figures.retention
-            ],
-        )  # fmt: skip
-    yield " ".join(_caveats(card))
-
-
-def _corpus(one: Text) -> str:
-    source = f" ({text(one.source, 60)})" if one.source and one.source != one.name else ""
-    return f"{code(one.name, 40)}{source}"
-
-
-def _pair(figures: Figures) -> tuple[str, str, str]:
-    before, after = figures.adaptation_ppl_before, figures.adaptation_ppl_after
-    change = increase_pct({"": before}, {"": after})[""]
-    return known(ppl(before)), known(ppl(after)), known(percent(change))
-
-
-def _change(one: Text) -> tuple[str, str, str]:
-    pct = known(percent(one.increase_pct))
-    return known(ppl(one.ppl_before)), known(ppl(one.ppl_after)), f"**{pct}**"
-
-
-def _exact(figures: Figures) -> str:
-    before, after = figures.exact_match_before, figures.exact_match_after
-    if before is None and after is None:
-        return ""
-    asked = figures.num_adaptation_prompts
-    of = f"Of {count(asked)} held-out prompts" if asked else "Of the held-out prompts"
-    shares = known(fraction(before)), known(fraction(after))
-    return f"{of}, {shares[0]} were answered exactly before and {shares[1]} after."
-
-
-def _caveats(card: Card) -> Iterator[str]:
-    figures, merged = card.figures, card.merged
-    if merged is not None:
-        yield (
-            "All of this was measured with the adapter beside its base, before it was merged; from "
-            f"that the merged model is {nats(merged.kl_trained_merged_nats_per_token)} nats per "
-            f"token away (the base: {nats(merged.kl_trained_base_nats_per_token)})."
-        )
-    if (tokens := figures.num_adaptation_tokens) is not None:
-        yield f"The new task was scored on {count(tokens)} tokens."
-    yield "These are figures of one run: small differences may be chance."
-    if figures.retention:
-        yield "Text that the base was trained on understates forgetting elsewhere."
-    if figures.measured_on is not None and figures.measured_on != card.base.revision:
-        yield (
-            f"They were measured on revision {code(figures.measured_on)} of the base, which is "
-            "another than the one below."
-        )
 
 
 # ---------------------------------------------------------------- how it was made
