@@ -39,8 +39,16 @@ BEND_ABOVE_PCT = 500.0
 BEND_AT_PCT = 10.0
 
 
-_KIND_SHAPES = {"none": "triangle", "kl": "square", "tmkl": "circle"}
-_OTHER_SHAPES = ("pentagon", "wedge", "hexagon")
+_KIND_SHAPES = {
+    "none": "triangle",
+    "kl": "square",
+    "tmkl": "circle",
+    "asft": "pentagon",
+    "eaft": "wedge",
+    "l2": "hexagon",
+    "replay": "star",
+}
+_NUM_FIXED = 3  # of these, whose look is theirs alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +60,11 @@ class Style:
 
 
 def styles(report: Report) -> dict[str, Style]:
-    """One style per kind; the three built-in kinds always look the same."""
+    """One style per kind; the built-in kinds always look the same, others take turns."""
     known = {kind: Style(i, shape) for i, (kind, shape) in enumerate(_KIND_SHAPES.items())}
-    others = [kind for kind in dict.fromkeys(a.kind for a in report.arms.values())]
-    for i, kind in enumerate(kind for kind in others if kind not in known):
-        known[kind] = Style(3 + i % 3, _OTHER_SHAPES[i % 3])
-    return known
+    spare = list(known.values())[_NUM_FIXED:]
+    others = dict.fromkeys(arm.kind for arm in report.arms.values() if arm.kind not in known)
+    return known | {kind: spare[i % len(spare)] for i, kind in enumerate(others)}
 
 
 def bent(pct: float) -> float:

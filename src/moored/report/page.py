@@ -27,6 +27,7 @@ from moored.report.figures import (
     styles,
     undrawn,
 )
+from moored.report.forgetting import forgetting
 from moored.report.geometry import SHAPES
 from moored.report.headline import SAME_INCREASE_POINTS, SAME_PPL_PCT, headline
 from moored.report.results import Report
@@ -43,6 +44,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
         curves: arm -> metric -> (step, value), as the journal has them.
     """
     data = json.dumps(report.to_json(), indent=1, allow_nan=False).encode()
+    forgotten, arms_left = forgetting(report)
     page = _template().render(
         report=report,
         headline=headline(report),
@@ -57,6 +59,8 @@ def html(report: Report, curves: Curves | None = None) -> str:
         y_title=Y_TITLE,
         bars=bars(report),
         versus=versus(report),
+        forgotten=forgotten,
+        arms_left=arms_left,
         panels=_panels(report, curves or {}),
         harness=harness(report),
         has_drift=any(arm.drift_nats_per_token for arm in report.arms.values()),
@@ -85,7 +89,14 @@ def _template() -> jinja2.Template:
         "outline": _outline,
         "path": _path,
     }
-    for show in (words.ppl, words.percent, words.nats, words.fraction, words.count):
+    for show in (
+        words.ppl,
+        words.percent,
+        words.nats,
+        words.fraction,
+        words.count,
+        words.probability,
+    ):
         environment.filters[show.__name__] = show
     environment.filters |= {"duration": words.duration, "memory": words.memory}
     return environment.get_template("report.html.j2")

@@ -34,7 +34,7 @@ DPI = 150
 INK, MUTED, GRID, PAPER, BETTER = "#16212e", "#5b6775", "#e3e6ea", "#ffffff", "#00876a"
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; the green is darkened
 # to stand out on white.
-COLOURS = ("#d55e00", "#0072b2", "#00876a", "#aa4499", "#8a6d00", "#b0305c")
+COLOURS = ("#d55e00", "#0072b2", "#00876a", "#aa4499", "#8a6d00", "#b0305c", "#5a5fb8")
 
 
 def frontier_png(report: Report) -> bytes:

@@ -81,6 +81,13 @@ def fraction(value: float | None) -> str:
     )
 
 
+def probability(value: float | None) -> str:
+    """A probability as a percentage; small ones with one significant digit."""
+    if value is None or not math.isfinite(value) or value >= 0.001:
+        return fraction(value)
+    return f"{100 * value:.0e}{NBSP}%".replace("e-0", "e-").replace("-", MINUS) if value else "0"
+
+
 def figure(value: float | None) -> str:
     """A number of any kind, with four significant digits."""
     if value is None or not math.isfinite(value):
