@@ -271,7 +271,7 @@ def test_picture_changes_with_the_figures():
 
 
 def test_picture_of_many_arms_has_a_key():
-    arms = [arm("tmkl", 1.0 + i / 50, 26.5 + i, 4.2, seed=i) for i in range(12)]
+    arms = [arm("tmkl", 1.0 + i / 50, 26.5 + i, 4.2, weight=float(i)) for i in range(12)]
     picture = imread(io.BytesIO(frontier_png(report_of(*arms))))
     key = picture[:, 1100:, :3]
     assert (np.abs(key - rgb(COLOURS[2])).max(-1) < 0.02).sum() > 12 * 60

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moored.report import words
-from moored.report.choosing import recommendations
-from moored.report.comparing import increase_interval
+from moored.report.choosing import Choice
+from moored.report.comparing import increase_interval, settings
 from moored.report.headline import compared
 from moored.report.results import ArmResult, Report
 from moored.report.tables import Change, change
@@ -117,14 +117,20 @@ class Forgotten:
     num_texts_left: int
 
 
-def forgetting(report: Report) -> tuple[list[Forgotten], int]:
-    """What the arms forgot, those of the headline first, and how many arms are left out."""
+def forgetting(report: Report, choice: Choice | None = None) -> tuple[list[Forgotten], int]:
+    """What the arms forgot, those of the headline first, and how many arms are left out.
+
+    Args:
+        report: the figures.
+        choice: the recommended setting, which stands for its kind.
+    """
     focus, plain, _ = compared(report)
-    choice, _ = recommendations(report)
     wanted = [group.settings[0].median() for group in (focus, plain) if group]
-    if choice and choice.setting.first.kind == focus.kind and choice.setting in focus.settings:
+    if choice and choice.setting in focus.settings:
         wanted[0] = choice.adapter
-    order = list(dict.fromkeys([*wanted, *report.arms]))
+    # Of several seeds first the median of each setting.
+    medians = [group.median() for group in settings(report)]
+    order = list(dict.fromkeys([*wanted, *medians, *report.arms]))
     shown = order[:MOST_ARMS]
     drifts = [
         drift
@@ -149,12 +155,12 @@ def _forgotten(report: Report, name: str, most: float, *, is_open: bool) -> Forg
     )
     taken = [corpus for corpus in texts if corpus in arm.where]
     kept = taken[: MOST_TEXTS_OPEN if is_open else MOST_TEXTS]
-    top = _finite_first(arm.where[first].tokens, 3) if first in arm.where else []
+    top = _finite_first(arm.where[first].tokens, 3) if first in arm.where and is_open else []
     return Forgotten(
         name=name,
         arm=arm,
         open=is_open,
-        says=_says(arm),
+        says=_says(arm, in_full=is_open),
         tokens=[words.token(item.token, 16) for item in top],
         tokens_share=sum(item.share for item in top),
         texts=[_text(report, arm, corpus, most) for corpus in texts],
@@ -163,8 +169,8 @@ def _forgotten(report: Report, name: str, most: float, *, is_open: bool) -> Forg
     )
 
 
-def _says(arm: ArmResult) -> str:
-    """The arm's sentences, after its name and but for its tokens."""
+def _says(arm: ArmResult, *, in_full: bool) -> str:
+    """The arm's sentences, after its name and but for its tokens; in full for those in focus."""
     worst = arm.worst()
     if worst is None:
         return "was not measured on what it might have forgotten."
@@ -181,7 +187,7 @@ def _says(arm: ArmResult) -> str:
         lost = f"forgot nothing that can be told from chance: {rise} at worst, on {text}"
     else:
         lost = f"forgot most on {text}: {rise}"
-    return " ".join([f"{lost}.", *_drifted(arm, corpus)])
+    return " ".join([f"{lost}.", *(_drifted(arm, corpus) if in_full else [])])
 
 
 def _drifted(arm: ArmResult, corpus: str) -> list[str]:

@@ -11,12 +11,14 @@ import base64
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import jinja2
 
 from moored.report import words
 from moored.report.caveats import caveats
+from moored.report.choosing import Choice, recommendations
 from moored.report.curves import Panel, panel
 from moored.report.figures import (
     X_TITLE,
@@ -26,6 +28,7 @@ from moored.report.figures import (
     frontier,
     styles,
     undrawn,
+    whiskers,
 )
 from moored.report.forgetting import forgetting
 from moored.report.geometry import SHAPES
@@ -43,16 +46,18 @@ def html(report: Report, curves: Curves | None = None) -> str:
         report: the figures.
         curves: arm -> metric -> (step, value), as the journal has them.
     """
-    data = json.dumps(report.to_json(), indent=1, allow_nan=False).encode()
-    forgotten, arms_left = forgetting(report)
+    data = json.dumps(report.to_json(), separators=(",", ":"), allow_nan=False).encode()
+    choice = recommendations(report)[0]
+    forgotten, arms_left = forgetting(report, choice)
     page = _template().render(
         report=report,
         headline=headline(report),
         styles=styles(report),
         kind_name=words.kind_name,
         rows=[row(report, name, arm) for name, arm in report.arms.items()],
-        wide=frontier(report, width=960, height=470, font=14),
-        narrow=frontier(report, width=360, height=400, font=12),
+        wide=frontier(report, width=960, height=470, font=14, choice=choice),
+        narrow=frontier(report, width=360, height=400, font=12, choice=choice),
+        recommended=_recommended(choice),
         undrawn=undrawn(report),
         numbers=arm_numbers(report),
         x_title=X_TITLE,
@@ -74,6 +79,13 @@ def html(report: Report, curves: Curves | None = None) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
+def _recommended(choice: Choice | None) -> str:
+    if choice is None:
+        return ""
+    why = "the knee" if choice.is_knee else "which learned most"
+    return f"{words.clean(choice.adapter, 60)} is recommended, {why} (see the top of the page)."
+
+
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
@@ -88,6 +100,7 @@ def _template() -> jinja2.Template:
         "clean": words.clean,
         "outline": _outline,
         "path": _path,
+        "whiskers": whiskers,
     }
     for show in (
         words.ppl,
@@ -109,29 +122,79 @@ def _version() -> str:
         return ""
 
 
-def _panels(report: Report, curves: Curves) -> list[Panel]:
-    """Learning and divergence over the steps, and evaluations where they were made on the way."""
-    kinds = styles(report)
-    divergences = [f"train/{kind}_nats_per_token" for kind in kinds if kind != "none"]
-    chosen = [
-        ("Cross-entropy", "nats per token", ["train/ce_nats_per_token"], 2),
-        ("Divergence from the base", "nats per token", divergences, 2),
-        ("Loss", "nats per token", ["train/loss"], 2),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """A panel to draw: the first of the metrics that an arm has most of, from `least` points on."""
+
+    title: str
+    unit: str
+    metrics: Sequence[str]
+    least: int = 2
+    limit: str | None = None
+
+
+# Their own term is no divergence from the base.
+_NOT_DIVERGENT = ("none", "eaft", "l2", "replay")
+
+
+def _plans(report: Report) -> list[_Plan]:
+    """Learning and divergence over the steps, the budget, and evaluations made on the way."""
+    kinds = dict.fromkeys(arm.kind for arm in report.arms.values())
+    divergences = [f"train/{kind}_nats_per_token" for kind in kinds if kind not in _NOT_DIVERGENT]
+    nats, lost, drift = "nats per token", "retention_increase_pct", "drift_nats_per_token"
+    plans = [
+        _Plan(title="Cross-entropy", unit=nats, metrics=["train/ce_nats_per_token"]),
+        _Plan(title="Divergence from the base", unit=nats, metrics=divergences),
+        _Plan(title="Replayed text", unit=nats, metrics=["train/replay_nats_per_token"]),
+        _Plan(title="L2 penalty", unit="squared norm", metrics=["train/l2_squared_norm"]),
+        _Plan(title="Loss", unit=nats, metrics=["train/loss"]),
+        _Plan(
+            title="Budget: what the probe lost",
+            unit="percent of perplexity",
+            metrics=[f"budget/{lost}"],
+            limit=f"budget/limit_{lost}",
+        ),
+        _Plan(
+            title="Budget: how far the probe drifted",
+            unit=nats,
+            metrics=[f"budget/{drift}"],
+            limit=f"budget/limit_{drift}",
+        ),
+        _Plan(
+            title="Weight of the regulariser",
+            unit="factor",
+            metrics=["budget/weight", "train/regularizer_weight"],
+        ),
         # Before and after alone are in the tables already.
-        ("Adaptation, held out", "perplexity", ["eval/adaptation_perplexity"], 3),
+        _Plan(
+            title="Adaptation, held out",
+            unit="perplexity",
+            metrics=["eval/adaptation_perplexity"],
+            least=3,
+        ),
     ]
     for corpus in report.corpora[:5]:
+        title = f"Retention, {words.clean(corpus, 28)}"
         metric = f"retention/{corpus}/perplexity"
-        chosen.append((f"Retention, {words.clean(corpus, 28)}", "perplexity", [metric], 3))
+        plans.append(_Plan(title=title, unit="perplexity", metrics=[metric], least=3))
+    return plans
+
+
+def _panels(report: Report, curves: Curves) -> list[Panel]:
+    """What the journals have of the plans."""
+    kinds = styles(report)
     result: list[Panel] = []
-    for title, unit, metrics, least in chosen:
+    for plan in _plans(report):
         lines: dict[str, tuple[Style, Sequence[tuple[int, float]]]] = {}
+        limits: dict[str, tuple[Style, Sequence[tuple[int, float]]]] = {}
         for name, arm in report.arms.items():
-            found = [curves.get(name, {}).get(metric, ()) for metric in metrics]
-            curve = max(found, key=len)
-            if len(curve) >= least:
+            found = curves.get(name, {})
+            curve = max((found.get(metric, ()) for metric in plan.metrics), key=len, default=())
+            if len(curve) >= plan.least:
                 lines[name] = (kinds[arm.kind], curve)
-        drawn = panel(title, unit, lines)
+                if limit := found.get(plan.limit or "", ()):
+                    limits[name] = (kinds[arm.kind], limit)
+        drawn = panel(plan.title, plan.unit, lines, limits=limits)
         if drawn:
             result.append(drawn)
     return result

@@ -87,6 +87,7 @@ def versus(report: Report) -> dict[str, Any] | None:
         {
             "name": group.name,
             "arm": group.first,
+            "first": next(iter(group.arms)),
             "seeds": len(group.arms),
             "learned": _learned(group, against),
             "forgot": [_forgot(group, against, corpus) for corpus in corpora],
@@ -95,6 +96,7 @@ def versus(report: Report) -> dict[str, Any] | None:
     ]
     return {
         "against": against.name,
+        "plain": against.first.kind == "none",
         "rows": rows,
         "corpora": corpora,
         "more_rows": max(0, len(others) - MOST_VERSUS),
