@@ -22,7 +22,10 @@ MOST_ARMS = 8
 MOST_TEXTS_OPEN, MOST_TEXTS = 4, 1  # corpora taken apart: of arms that stand open, of others
 MOST_SPOTS_WORST, MOST_SPOTS = 8, 3  # examples: of an arm's worst corpus, of others
 MOST_TOKENS = 10
-MOST_CHOICES = 4  # of each model
+MOST_CHOICES = 3  # of each model
+
+# Stretches whose drifts differ by less than this factor are not told apart: they have no intervals.
+MUCH_THE_SAME = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,10 +212,12 @@ def _drifted(arm: ArmResult, corpus: str) -> list[str]:
     where = arm.where.get(corpus)
     stretches = [s for s in where.stretches if math.isfinite(s.drift)] if where else []
     if len(stretches) > 1:
-        most = max(stretches, key=lambda stretch: stretch.drift)
-        said.append(
-            f"It is greatest {_after(most)} of context ({words.nats(most.drift)} nats per token)."
-        )
+        least, most = (pick(stretches, key=lambda item: item.drift) for pick in (min, max))
+        if most.drift < MUCH_THE_SAME * least.drift:
+            said.append("It is much the same wherever in a sample.")
+        else:
+            mean = f"{words.nats(most.drift)} nats per token"
+            said.append(f"It is greatest {_after(most)} of context ({mean}).")
     return said
 
 

@@ -82,10 +82,8 @@ def fraction(value: float | None) -> str:
 
 
 def probability(value: float | None) -> str:
-    """A probability as a percentage; small ones with one significant digit."""
-    if value is None or not math.isfinite(value) or value >= 0.001:
-        return fraction(value)
-    return f"{100 * value:.0e}{NBSP}%".replace("e-0", "e-").replace("-", MINUS) if value else "0"
+    """A probability as a percentage; what would round to nothing as less than the least shown."""
+    return f"<0.1{NBSP}%" if value is not None and 0 < value < 0.001 else fraction(value)
 
 
 def figure(value: float | None) -> str:
