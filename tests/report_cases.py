@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
-from moored.report import ArmResult, BaseResult, Report, increase_pct
+import numpy as np
+
+from moored.report import (
+    ArmResult,
+    BaseResult,
+    Blocks,
+    Choice,
+    Report,
+    Spot,
+    Stretch,
+    TokenDrift,
+    Where,
+    increase_intervals,
+    increase_pct,
+)
 
 CORPORA = ("python-reference", "base-samples")
 
@@ -37,6 +52,80 @@ def arm(kind: str, adaptation: float | None, *retention: float | None, **changes
         tokens_per_second=212.4,
     )
     return replace(result, **changes)
+
+
+def blocks(before: float, after: float, *, noise: float, text: int, seed: int | None) -> Blocks:
+    """40 blocks of 25 tokens of a text whose perplexities are as given.
+
+    Args:
+        before: the base's perplexity.
+        after: the policy's.
+        noise: standard deviation over blocks of the policy's change, nats per token.
+        text: its number, which decides how hard each block is.
+        seed: of the run, which decides what the policy changed where.
+    """
+    tokens = np.full(40, 25)
+    hard = np.random.default_rng(text).normal(0, 0.5, 40)
+    moved = np.random.default_rng([text, seed or 0, 7]).normal(0, noise, 40)
+    base_nats = math.log(before) + hard - hard.mean()
+    change = math.log(after / before) + moved - moved.mean()
+    return Blocks(
+        num_tokens=tokens.tolist(),
+        ce=(tokens * (base_nats + change)).tolist(),
+        ce_base=(tokens * base_nats).tolist(),
+        kl=(tokens * np.abs(change)).tolist(),
+    )
+
+
+def measured(
+    kind: str, adaptation: float, *retention: float, noise: float = 0.02, **changes: Any
+) -> ArmResult:
+    """An arm with the sums that intervals are made of."""
+    seed = changes.get("seed", 0)
+    before = base()
+    assert before.adaptation_ppl
+    sums: dict[str, Blocks] = {}
+    for i, (corpus, after) in enumerate(zip(CORPORA, retention, strict=True)):
+        ppl = before.retention_ppl[corpus]
+        assert ppl
+        sums[corpus] = blocks(ppl, after, noise=noise, text=i + 1, seed=seed)
+    learned = blocks(before.adaptation_ppl, adaptation, noise=noise, text=0, seed=seed)
+    return replace(
+        arm(kind, adaptation, *retention),
+        adaptation_blocks=learned,
+        retention_blocks=sums,
+        retention_increase_interval_pct=increase_intervals(sums),
+        drift_alternatives_nats_per_token=dict.fromkeys(sums, 0.03),
+        **changes,
+    )
+
+
+def where(token: str = " the", num_spots: int = 2) -> Where:
+    """One text's drift, taken apart."""
+    spot = Spot(
+        sample="window-7",
+        context="def read(path):\n    with open",
+        target=token,
+        drift=2.5,
+        base=0.7,
+        adapted=0.1,
+        choices=[
+            Choice(token=token, base=0.7, adapted=0.1),
+            Choice(token="\n", base=0.2, adapted=0.6),
+            Choice(token=" a", base=0.05, adapted=0.25),
+        ],
+    )
+    return Where(
+        stretches=[
+            Stretch(first=0, last=15, num_tokens=100, drift=0.09),
+            Stretch(first=16, last=None, num_tokens=900, drift=0.03),
+        ],
+        tokens=[
+            TokenDrift(token=token, num_tokens=50, drift=0.4, share=0.41),
+            TokenDrift(token="\n", num_tokens=20, drift=0.2, share=0.11),
+        ],
+        spots=[replace(spot, sample=f"window-{i}") for i in range(num_spots)],
+    )
 
 
 def three(**changes: Any) -> Report:

@@ -6,7 +6,7 @@ Nothing is trained or read here but the texts that `prepare` cuts into training 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,9 @@ def prepare(data: Path, work: Path) -> Path:
     _jsonl(texts / "german-train.jsonl", [{"text": line} for line in paragraphs[:cut]])
     _jsonl(texts / "german-eval.jsonl", [{"text": line} for line in paragraphs[cut:]])
     rows = [json.loads(line) for line in (data / "gsm8k-train.jsonl").open(encoding="utf-8")]
-    pairs = [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in rows]
-    _jsonl(texts / "gsm8k-train.jsonl", pairs[:6000])
-    _jsonl(texts / "gsm8k-eval.jsonl", pairs[6000:])
+    chats = [_chat(row["question"], row["answer"]) for row in rows]
+    _jsonl(texts / "gsm8k-train.jsonl", chats[:6000])
+    _jsonl(texts / "gsm8k-eval.jsonl", chats[6000:])
     for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
         (texts / name).write_bytes((data / name).read_bytes())
     lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
@@ -171,7 +171,12 @@ def prepare(data: Path, work: Path) -> Path:
     return texts
 
 
-def _jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+def _chat(question: str, answer: str) -> dict[str, Any]:
+    turns = (("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -180,7 +185,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
     """The recipe of a run, as YAML would have it."""
     sources: dict[str, dict[str, Any]] = {
         "headers": {"format": "messages", "examples": 40},
-        "gsm8k": {"format": "prompt_completion", "examples": 24},
+        "gsm8k": {"format": "messages", "examples": 24},
         "german": {"format": "text", "examples": 24},
     }
     one = sources[spec.data]

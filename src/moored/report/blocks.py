@@ -40,7 +40,7 @@ class Blocks:
         """Blocks of per-sample sums by the names above; at most `MOST_BLOCKS`, of like size."""
         num_samples = len(sums["num_tokens"])
         num_blocks = min(num_samples, MOST_BLOCKS)
-        edges = [round(i * num_samples / num_blocks) for i in range(num_blocks + 1)]
+        edges = [round(i * num_samples / max(1, num_blocks)) for i in range(num_blocks + 1)]
         summed = {
             item.name: [sum(sums[item.name][a:b]) for a, b in itertools.pairwise(edges)]
             for item in fields(Blocks)

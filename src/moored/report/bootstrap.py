@@ -10,6 +10,7 @@ Legend: R resamples, N blocks of a text, S runs of one setting.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,12 @@ def log_perplexity(
     return ce / tokens
 
 
+def gain(tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray) -> np.ndarray:
+    """What the policy gained on the base, nats per token."""
+    del kl
+    return (ce_base - ce) / tokens
+
+
 def drift(tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray) -> np.ndarray:
     """Mean KL(base || policy), nats per token."""
     del ce, ce_base
@@ -74,7 +81,8 @@ def interval(
     Returns:
         None where the runs were not measured on the same blocks, or on too few.
     """
-    return _resampled([runs], lambda means: means[0], statistic, seed)
+    values_R = resampled(runs, statistic, seed)
+    return None if values_R is None else _interval(values_R)
 
 
 def difference(
@@ -82,12 +90,25 @@ def difference(
     theirs: Sequence[Blocks],
     statistic: Statistic = increase_pct,
     seed: int = 0,
+    *,
+    same_text: bool = True,
 ) -> Interval | None:
     """Mean of `ours` minus mean of `theirs` on one text, paired by block; see `interval`.
 
     As many runs in both are taken for pairs, in their order: give them in the order of the seeds.
+
+    Args:
+        ours: one text, measured for each run of a setting.
+        theirs: the same of another setting.
+        statistic: of the sums over the text.
+        seed: of the resampling.
+        same_text: else `theirs` are of another text, whose blocks are drawn on their own.
     """
-    return _resampled([ours, theirs], lambda means: means[0] - means[1], statistic, seed)
+    if same_text and not _same_blocks([*ours, *theirs]):
+        return None
+    mine = resampled(ours, statistic, seed)
+    other = resampled(theirs, statistic, seed if same_text else seed + 1)
+    return None if mine is None or other is None else _interval(mine - other)
 
 
 def increase_intervals(blocks: Mapping[str, Blocks]) -> dict[str, list[float]]:
@@ -105,44 +126,45 @@ def ratio_pct(ours: Sequence[Blocks], theirs: Sequence[Blocks], seed: int = 0) -
     return Interval(value=value, low=low, high=high)
 
 
-def _resampled(
-    settings: Sequence[Sequence[Blocks]],
-    combine: Callable[[list[np.ndarray]], np.ndarray],
-    statistic: Statistic,
-    seed: int,
-) -> Interval | None:
-    every = [run for runs in settings for run in runs]
-    if not all(settings) or any(run.num_tokens != every[0].num_tokens for run in every):
+def resampled(
+    runs: Sequence[Blocks], statistic: Statistic = increase_pct, seed: int = 0
+) -> np.ndarray | None:
+    """The mean over runs of a statistic, [1 + R]: of the text as it is, then of R resamples.
+
+    The same seed draws the same blocks of texts of as many blocks, and the same runs of as many.
+    None where `interval` has none.
+    """
+    if not runs or not _same_blocks(runs) or len(runs[0].num_tokens) < FEWEST_BLOCKS:
         return None
-    num_blocks = len(every[0].num_tokens)
-    if num_blocks < FEWEST_BLOCKS:
-        return None
-    rng = np.random.default_rng(seed)
-    even = np.full(num_blocks, 1.0 / num_blocks)
-    counts_RN = rng.multinomial(num_blocks, even, size=NUM_RESAMPLES).astype(float)
-    counts_RN = np.concatenate([np.ones((1, num_blocks)), counts_RN])  # first the text as it is
+    counts_RN = _drawn(len(runs[0].num_tokens), seed, 0)
     # As many runs here as there: they are pairs (one seed each), and drawn as such.
-    drawn = {num: _seeds_drawn(rng, num, len(counts_RN)) for num in sorted(set(map(len, settings)))}
-    means: list[np.ndarray] = []
-    for runs in settings:
+    weights_RS = _drawn(len(runs), 0, 1) / len(runs)
+    with np.errstate(all="ignore"):  # of figures that are not finite, or texts without a token
         values_SR = np.stack([statistic(*_sums(run, counts_RN)) for run in runs])
-        means.append((values_SR * drawn[len(runs)]).sum(0))
-    values_R = combine(means)
-    if not np.isfinite(values_R).all():
-        return None
+        values_R = (values_SR * weights_RS.T).sum(0)
+    return values_R if np.isfinite(values_R).all() else None
+
+
+def _same_blocks(runs: Sequence[Blocks]) -> bool:
+    return all(run.num_tokens == runs[0].num_tokens for run in runs)
+
+
+def _interval(values_R: np.ndarray) -> Interval:
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(values_R[1:], [tail, 100 - tail])
-    return Interval(value=float(values_R[0]), low=float(low), high=float(high))
+    value = float(values_R[0])
+    low, high = (float(bound) for bound in np.percentile(values_R[1:], [tail, 100 - tail]))
+    # A skewed text's figure may lie outside by chance: an interval always holds its figure.
+    return Interval(value=value, low=min(low, value), high=max(high, value))
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn(number: int, seed: int, stream: int) -> np.ndarray:
+    """How often each of `number` things is drawn, [1 + R, number]; once each at first."""
+    rng = np.random.default_rng([seed, number, stream])
+    drawn = rng.multinomial(number, np.full(number, 1.0 / number), size=NUM_RESAMPLES)
+    return np.concatenate([np.ones((1, number)), drawn])
 
 
 def _sums(run: Blocks, counts_RN: np.ndarray) -> list[np.ndarray]:
     columns = (run.num_tokens, run.ce, run.ce_base, run.kl)
     return [counts_RN @ np.asarray(column, dtype=float) for column in columns]
-
-
-def _seeds_drawn(rng: np.random.Generator, num_runs: int, num_resamples: int) -> np.ndarray:
-    """Weights [S, R] of the runs in each resample; all alike in the first."""
-    drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_resamples)
-    drawn = drawn.astype(float) / num_runs
-    drawn[0] = 1 / num_runs
-    return drawn.T

@@ -6,7 +6,7 @@ Which metrics are shown, and in what colours, is the page's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
@@ -14,6 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from moored.report import words
 from moored.report.figures import Style
 from moored.report.geometry import Box, Point, Scale, Tick, plain, ticks
+
+# Arm -> its style and (step, value).
+Curves = Mapping[str, tuple[Style, Sequence[tuple[int, float]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One metric over the steps, for all arms."""
+    """One metric over the steps, for all arms; `limits` are what it may reach."""
 
     title: str
     unit: str
@@ -39,6 +42,7 @@ class Panel:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    limits: list[Line]
     logarithmic: bool
     num_not_finite: int
 
@@ -46,13 +50,14 @@ class Panel:
 def panel(
     title: str,
     unit: str,
-    curves: dict[str, tuple[Style, Sequence[tuple[int, float]]]],
+    curves: Curves,
     *,
+    limits: Curves | None = None,
     width: float = 300,
     height: float = 190,
     font: float = 12,
 ) -> Panel | None:
-    """Lay out one metric's curves; None without a finite point.
+    """Lay out one metric's curves, and what they may reach; None without a finite point.
 
     Values that are not finite leave a gap and are counted. The scale is logarithmic where positive
     values span more than two decades.
@@ -60,6 +65,8 @@ def panel(
     finite = [(s, v) for _, curve in curves.values() for s, v in curve if _drawable(v)]
     if not finite:
         return None
+    num_finite = len(finite)
+    finite += [(s, v) for _, curve in (limits or {}).values() for s, v in curve if _drawable(v)]
     values = [value for _, value in finite]
     low, high = min(values), max(values)
     logarithmic = low > 0 and high / low > 100
@@ -77,15 +84,6 @@ def panel(
         floor = 0.0 if 0 <= low < 0.3 * high else low - pad
         y_scale = Scale(floor, high + pad, frame.bottom, frame.top)
         y_values = [float(v) for v in MaxNLocator(5).tick_values(y_scale.low, y_scale.high)]
-    lines = [
-        Line(
-            name=name,
-            style=style,
-            pieces=_pieces(curve, x_scale, y_scale),
-            last=words.nats(curve[-1][1]) if curve else words.MISSING,
-        )
-        for name, (style, curve) in curves.items()
-    ]
     return Panel(
         title=title,
         unit=unit,
@@ -95,10 +93,23 @@ def panel(
         frame=frame,
         x_ticks=ticks(x_scale, [float(v) for v in x_values], plain, font * 3.5),
         y_ticks=ticks(y_scale, y_values, _tick, font * 1.6),
-        lines=lines,
+        lines=_lines(curves, x_scale, y_scale),
+        limits=_lines(limits or {}, x_scale, y_scale),
         logarithmic=logarithmic,
-        num_not_finite=sum(len(curve) for _, curve in curves.values()) - len(finite),
+        num_not_finite=sum(len(curve) for _, curve in curves.values()) - num_finite,
     )
+
+
+def _lines(curves: Curves, x_scale: Scale, y_scale: Scale) -> list[Line]:
+    return [
+        Line(
+            name=name,
+            style=style,
+            pieces=_pieces(curve, x_scale, y_scale),
+            last=words.nats(curve[-1][1]) if curve else words.MISSING,
+        )
+        for name, (style, curve) in curves.items()
+    ]
 
 
 def _drawable(value: float) -> bool:

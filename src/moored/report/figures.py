@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from moored.report import words
+from moored.report.choosing import Choice
+from moored.report.comparing import settings
 from moored.report.geometry import (
     Box,
     Label,
@@ -26,7 +28,8 @@ from moored.report.geometry import (
     text_width,
     ticks,
 )
-from moored.report.results import ArmResult, Report
+from moored.report.results import Report
+from moored.report.spots import Span, spots_of
 
 X_TITLE = "Learned: adaptation perplexity, falling →"
 Y_TITLE = "Forgotten: rise of retention perplexity, worst corpus"
@@ -39,8 +42,16 @@ BEND_ABOVE_PCT = 500.0
 BEND_AT_PCT = 10.0
 
 
-_KIND_SHAPES = {"none": "triangle", "kl": "square", "tmkl": "circle"}
-_OTHER_SHAPES = ("pentagon", "wedge", "hexagon")
+_KIND_SHAPES = {
+    "none": "triangle",
+    "kl": "square",
+    "tmkl": "circle",
+    "asft": "pentagon",
+    "eaft": "wedge",
+    "l2": "hexagon",
+    "replay": "star",
+}
+_NUM_FIXED = 3  # of these, whose look is theirs alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +63,11 @@ class Style:
 
 
 def styles(report: Report) -> dict[str, Style]:
-    """One style per kind; the three built-in kinds always look the same."""
+    """One style per kind; the built-in kinds always look the same, others take turns."""
     known = {kind: Style(i, shape) for i, (kind, shape) in enumerate(_KIND_SHAPES.items())}
-    others = [kind for kind in dict.fromkeys(a.kind for a in report.arms.values())]
-    for i, kind in enumerate(kind for kind in others if kind not in known):
-        known[kind] = Style(3 + i % 3, _OTHER_SHAPES[i % 3])
-    return known
+    spare = list(known.values())[_NUM_FIXED:]
+    others = dict.fromkeys(arm.kind for arm in report.arms.values() if arm.kind not in known)
+    return known | {kind: spare[i % len(spare)] for i, kind in enumerate(others)}
 
 
 def bent(pct: float) -> float:
@@ -67,13 +77,17 @@ def bent(pct: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """An arm in the frontier plot.
+    """A setting in the frontier plot: one run, or the mean of its seeds.
 
     Attributes:
         style: of its kind.
         x: pixel of its adaptation perplexity.
         y: pixel of its worst corpus's increase.
+        across: pixels of the ends of the interval of x; None where there is none.
+        along: the same of y.
         corpora: pixel of every corpus's increase, by name.
+        runs: each run of several seeds, in pixels.
+        is_recommended: whether it is the one to take.
         tip: all of it in words.
         label: its name beside it.
     """
@@ -81,7 +95,11 @@ class Mark:
     style: Style
     x: float
     y: float
+    across: tuple[float, float] | None
+    along: tuple[float, float] | None
     corpora: dict[str, float]
+    runs: list[Point]
+    is_recommended: bool
     tip: str
     label: Label
 
@@ -105,10 +123,15 @@ class Frontier:
 
 
 def arm_numbers(report: Report) -> dict[str, str]:
-    """A number for each arm where names would be too many for the plot; empty otherwise."""
-    if len(report.arms) <= MOST_NAMES:
+    """A number for each arm where names would be too many for the plot; empty otherwise.
+
+    Seeds of one setting share a mark, and so a number.
+    """
+    groups = settings(report)
+    if len(groups) <= MOST_NAMES:
         return {}
-    return {name: str(i + 1) for i, name in enumerate(report.arms)}
+    numbers = {name: str(i + 1) for i, group in enumerate(groups) for name in group.arms}
+    return {name: numbers[name] for name in report.arms}
 
 
 def undrawn(report: Report) -> list[str]:
@@ -130,12 +153,19 @@ def undrawn(report: Report) -> list[str]:
 
 
 def frontier(
-    report: Report, *, width: float, height: float, font: float, head: float = 0.0
+    report: Report,
+    *,
+    width: float,
+    height: float,
+    font: float,
+    head: float = 0.0,
+    choice: Choice | None = None,
 ) -> Frontier | None:
-    """Lay the frontier plot out; None where no arm can be placed.
+    """Lay the frontier plot out; None where no setting can be placed.
 
     x is the logarithm of the adaptation perplexity, falling to the right, so that equal distances
-    are equal nats; y is the rise of the worst corpus, with every corpus as a small dot.
+    are equal nats; y is the rise of the worst corpus, with every corpus as a small dot. Settings
+    are means over their seeds, with their intervals as whiskers.
 
     Args:
         report: what to draw.
@@ -143,59 +173,58 @@ def frontier(
         height: of the picture.
         font: size of its text.
         head: room above for a title.
+        choice: the setting to mark as recommended.
     """
-    arms = [spot for name, arm in report.arms.items() if (spot := _spot(name, arm))]
-    if not arms:
+    spots = spots_of(report)
+    if not spots:
         return None
     before = report.base.adaptation_ppl
-    before = before if before is not None and math.isfinite(before) else None
-    increases = [0.0, *(pct for arm in arms for pct in arm.increases.values())]
-    is_bent = max(map(abs, increases)) > BEND_ABOVE_PCT
+    before = before if before is not None and math.isfinite(before) and before > 0 else None
+    # Runs and the ends of intervals too: nothing may lie outside.
+    rises = [0.0, *(pct for spot in spots for pct in spot.rises)]
+    is_bent = max(map(abs, rises)) > BEND_ABOVE_PCT
     top, bottom = head + font * 2.4, height - font * 3.8
-    y_scale = _y_scale(increases, top, bottom, is_bent)
+    y_scale = _y_scale(rises, top, bottom, is_bent)
     y_ticks = _y_ticks(y_scale, is_bent, font)
     left = max(font * 3, *(text_width(tick.text, font) + font * 1.3 for tick in y_ticks))
     frame = Box(left=left, top=top, right=width - font * 1.2, bottom=bottom)
-    x_scale = _x_scale([arm.learned for arm in arms] + ([before] if before else []), frame)
+    learned = [ppl for spot in spots for ppl in spot.perplexities]
+    x_scale = _x_scale(learned + ([before] if before else []), frame)
     radius = font * 0.5
-    spots = {arm.name: (x_scale(arm.learned), y_scale(arm.worst)) for arm in arms}
+    places = [(x_scale(spot.learned), y_scale(spot.worst)) for spot in spots]
     start = (x_scale(before), y_scale(0.0)) if before else None
     # Marks and dots first: no label may cover them.
-    taken = [around(x, y, radius * 1.3) for x, y in spots.values()]
-    for arm in arms:
-        x = spots[arm.name][0]
-        taken += [around(x, y_scale(pct), radius * 0.6) for pct in arm.increases.values()]
+    taken = [around(x, y, radius * 1.3) for x, y in places]
+    for (x, _), spot in zip(places, spots, strict=True):
+        taken += [around(x, y_scale(pct), radius * 0.6) for pct in spot.increases.values()]
     if start:
         taken.append(around(*start, radius * 1.5))
-    edge = _edge([*spots.values(), *([start] if start else [])])
+    edge = _edge([*places, *([start] if start else [])])
     strokes = [
         around(x1 + (x2 - x1) * i / 24, y1 + (y2 - y1) * i / 24, font * 0.15)
         for (x1, y1), (x2, y2) in itertools.pairwise(edge)
         for i in range(25)
     ]
-    for arm in arms:
-        x, ys = spots[arm.name][0], [y_scale(pct) for pct in arm.increases.values()]
+    for (x, y), spot in zip(places, spots, strict=True):
+        ys = [y_scale(pct) for pct in (*spot.increases.values(), *(spot.along or ()))]
         strokes.append(Box(left=x - 1, top=min(ys), right=x + 1, bottom=max(ys)))
+        if spot.across:
+            xs = [x_scale(ppl) for ppl in spot.across]
+            strokes.append(Box(left=min(xs), top=y - 1, right=max(xs), bottom=y + 1))
     strokes.append(
         Box(left=frame.left, top=y_scale(0.0) - 1, right=frame.right, bottom=y_scale(0.0) + 1)
     )
-    kinds = styles(report)
-    labels: dict[str, Label] = {}
+    labels: dict[int, Label] = {}
     numbers = arm_numbers(report)
-    for arm in sorted(arms, key=lambda arm: -arm.worst):
-        lines = [numbers[arm.name] if numbers else words.clean(arm.name, 26)]
-        if len(arms) <= 6 and width >= 500:
-            lines.append(f"{words.ppl(arm.learned)}, {words.percent(arm.worst)}")
-        labels[arm.name] = place(
-            spots[arm.name],
-            lines,
-            font=font,
-            radius=radius,
-            frame=frame,
-            taken=taken,
-            strokes=strokes,
+    for i in sorted(range(len(spots)), key=lambda i: -spots[i].worst):
+        spot = spots[i]
+        lines = [numbers[spot.first] if numbers else words.clean(spot.name, 26)]
+        if len(spots) <= 6 and width >= 500:
+            lines.append(f"{words.ppl(spot.learned)}, {words.percent(spot.worst)}")
+        labels[i] = place(
+            places[i], lines, font=font, radius=radius, frame=frame, taken=taken, strokes=strokes
         )
-        taken.append(labels[arm.name].box)
+        taken.append(labels[i].box)
     base = None
     if start and before:
         lines = ["base", words.ppl(before)]
@@ -203,20 +232,33 @@ def frontier(
             start, lines, font=font, radius=radius, frame=frame, taken=taken, strokes=strokes
         )
         taken.append(label.box)
-        tip = f"base: adaptation perplexity {words.ppl(before)}"
         base = Mark(
-            style=Style(-1, "diamond"), x=start[0], y=start[1], corpora={}, tip=tip, label=label
+            style=Style(-1, "diamond"),
+            x=start[0],
+            y=start[1],
+            across=None,
+            along=None,
+            corpora={},
+            runs=[],
+            is_recommended=False,
+            tip=f"base: adaptation perplexity {words.ppl(before)}",
+            label=label,
         )
+    kinds = styles(report)
     marks = [
         Mark(
-            style=kinds[report.arms[arm.name].kind],
-            x=spots[arm.name][0],
-            y=spots[arm.name][1],
-            corpora={name: y_scale(pct) for name, pct in arm.increases.items()},
-            tip=arm.tip,
-            label=labels[arm.name],
+            style=kinds[spot.kind],
+            x=places[i][0],
+            y=places[i][1],
+            across=_ends(spot.across, x_scale),
+            along=_ends(spot.along, y_scale),
+            corpora={name: y_scale(pct) for name, pct in spot.increases.items()},
+            runs=[(x_scale(ppl), y_scale(pct)) for ppl, pct in spot.runs],
+            is_recommended=choice is not None and spot.first in choice.setting.arms,
+            tip=spot.tip,
+            label=labels[i],
         )
-        for arm in arms
+        for i, spot in enumerate(spots)
     ]
     return Frontier(
         width=width,
@@ -234,31 +276,20 @@ def frontier(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Arm:
-    """What of an arm can be drawn."""
+def whiskers(mark: Mark, cap: float) -> list[tuple[Point, Point]]:
+    """The strokes of a mark's intervals, with caps of half the length `cap`."""
+    lines: list[tuple[Point, Point]] = []
+    if mark.along:
+        lines.append(((mark.x, mark.along[0]), (mark.x, mark.along[1])))
+        lines += [((mark.x - cap, y), (mark.x + cap, y)) for y in mark.along]
+    if mark.across:
+        lines.append(((mark.across[0], mark.y), (mark.across[1], mark.y)))
+        lines += [((x, mark.y - cap), (x, mark.y + cap)) for x in mark.across]
+    return lines
 
-    name: str
-    learned: float
-    worst: float
-    increases: dict[str, float]
-    tip: str
 
-
-def _spot(name: str, arm: ArmResult) -> _Arm | None:
-    worst, learned = arm.worst(), arm.adaptation_ppl
-    if worst is None or learned is None:
-        return None
-    if not math.isfinite(learned) or not math.isfinite(worst[1]):
-        return None
-    increases = {
-        corpus: pct
-        for corpus, pct in arm.retention_increase_pct.items()
-        if pct is not None and math.isfinite(pct)
-    }
-    each = ", ".join(f"{words.clean(c, 40)} {words.percent(p)}" for c, p in increases.items())
-    tip = f"{words.clean(name, 80)}: adaptation perplexity {words.ppl(learned)}; retention {each}"
-    return _Arm(name=name, learned=learned, worst=worst[1], increases=increases, tip=tip)
+def _ends(bounds: Span | None, scale: Scale) -> Span | None:
+    return None if bounds is None else (scale(bounds[0]), scale(bounds[1]))
 
 
 def _x_scale(values: Sequence[float], frame: Box) -> Scale:

@@ -27,6 +27,10 @@ SHAPES: dict[str, tuple[Point, ...]] = {
     "wedge": _polygon(3, 0.5, 1.4),
     "hexagon": _polygon(6, 0.5, 1.1),
     "diamond": _polygon(4, 0, 1.3),
+    "star": tuple(
+        (x * (1.45 if i % 2 == 0 else 0.65), y * (1.45 if i % 2 == 0 else 0.65))
+        for i, (x, y) in enumerate(_polygon(10, 0))
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The headline: what was learned and what was forgotten, in one sentence computed from the figures.
 
-It says as readily that nothing was learned or that the regulariser did harm. How numbers are shown
-is `words.py`'s.
+It says as readily that nothing was learned, that the regulariser did harm, or that two runs cannot
+be told apart. How numbers are shown is `words.py`'s, how runs are compared `comparing.py`'s.
 """
 
 from __future__ import annotations
@@ -9,9 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from moored.report.bootstrap import Interval
+from moored.report.choosing import recommendations
+from moored.report.comparing import (
+    Setting,
+    forgot_more_at_worst,
+    learned_more,
+    settings,
+)
 from moored.report.results import ArmResult, Report
-from moored.report.words import clean, kind_name, percent, ppl
+from moored.report.words import bounds, clean, kind_name, percent, points, ppl
 
 # Within these, two arms are said to be about the same; the report states both.
 SAME_PPL_PCT = 3.0
@@ -34,126 +43,127 @@ def headline(report: Report) -> Headline:
     """What was learned and what was forgotten, as the figures have it.
 
     TMKL (else the first regulariser there is) is compared with plain fine-tuning where both are
-    there. Several arms of one kind are compared by their whole ranges, so that one lucky arm of
-    many cannot make the headline. Adapters at other scales than they were trained at stand in a
-    line of their own.
+    there: by the intervals of their differences where each is one setting and its texts' sums are
+    known. Several settings of one kind are compared by their whole ranges, so that one lucky arm of
+    many cannot make the headline. Which setting to take stands in a line of its own.
     """
-    trained = [arm for arm in report.arms.values() if arm.scale is None]
-    arms = trained or list(report.arms.values())
-    groups = [
-        _Group(kind, [arm for arm in arms if arm.kind == kind])
-        for kind in dict.fromkeys(arm.kind for arm in arms)
-    ]
-    regularised = [group for group in groups if group.kind != "none"]
-    focus = next((g for g in regularised if g.kind == "tmkl"), (regularised or groups)[0])
-    plain = next((g for g in groups if g.kind == "none" and g is not focus), None)
+    focus, plain, rest = compared(report)
     shown = [focus, *([plain] if plain else [])]
-    rest = [group for group in groups if group not in shown]
     before = report.base.adaptation_ppl
     broken = next((group for group in shown if group.broken), None)
+    details = [group.detail(before) for group in [*shown, *(rest if len(rest) <= 2 else [])]]
+    if len(rest) > 2:
+        details.append(f"{len(rest)} other regularisers: see the table.")
     if broken:
         title = f"{broken.subject} broke down: a perplexity is not finite."
     elif plain:
         title = _compared(focus, plain, before)
+        details += _differences(focus, plain)
     else:
         title = _alone(focus, before)
-    details = [group.detail(before) for group in [*shown, *(rest if len(rest) <= 2 else [])]]
-    if len(rest) > 2:
-        details.append(f"{len(rest)} other regularisers: see the table.")
-    return Headline(title=title, details=(*details, *_scales(report)))
+    return Headline(title=title, details=(*details, *recommendations(report)[1]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
+def compared(report: Report) -> tuple[Group, Group | None, list[Group]]:
+    """The kind in focus, plain fine-tuning beside it, and the others."""
+    every = settings(report)
+    trained = [setting for setting in every if setting.first.scale is None]
+    chosen = trained or every
+    groups = [
+        Group(kind, [setting for setting in chosen if setting.first.kind == kind])
+        for kind in dict.fromkeys(setting.first.kind for setting in chosen)
+    ]
+    regularised = [group for group in groups if group.kind != "none"]
+    focus = next((g for g in regularised if g.kind == "tmkl"), (regularised or groups)[0])
+    plain = next((g for g in groups if g.kind == "none" and g is not focus), None)
+    return focus, plain, [group for group in groups if group not in (focus, plain)]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
     """The arms of one kind, taken together."""
 
     kind: str
-    arms: Sequence[ArmResult]
+    settings: Sequence[Setting]
+
+    @property
+    def arms(self) -> list[ArmResult]:
+        """Every run of it."""
+        return [arm for setting in self.settings for arm in setting.runs]
 
     @property
     def name(self) -> str:
+        """As prose names it."""
         return kind_name(self.kind)
+
+    @property
+    def single(self) -> Setting | None:
+        """Its setting, if it has but one."""
+        return self.settings[0] if len(self.settings) == 1 else None
 
     @property
     def subject(self) -> str:
         """The name at the start of a sentence."""
-        many = f" ({len(self.arms)} arms)" if len(self.arms) > 1 else ""
+        what = "seeds" if self.single else "arms"
+        many = f" ({len(self.arms)} {what})" if len(self.arms) > 1 else ""
         return f"{self.name[0].upper()}{self.name[1:]}{many}"
 
     @property
     def broken(self) -> bool:
+        """Whether a perplexity is not finite."""
         values = [arm.adaptation_ppl for arm in self.arms]
         values += [value for arm in self.arms for value in arm.retention_ppl.values()]
         return any(value is not None and not math.isfinite(value) for value in values)
 
-    @property
+    @cached_property
+    def learned_change(self) -> Interval | None:
+        """Change of adaptation perplexity in percent, of one setting."""
+        return self.single.change_interval() if self.single else None
+
+    @cached_property
+    def forgot_interval(self) -> Interval | None:
+        """Rise of the worst corpus, of one setting."""
+        worst = self.single.worst if self.single else None
+        return self.single.increase(worst[0]) if self.single and worst else None
+
+    @cached_property
     def learned(self) -> Span | None:
-        """Least and greatest adaptation perplexity, if every arm has one."""
+        """Adaptation perplexity: the mean of one setting with intervals, else the range."""
+        if self.single and self.learned_change and self.single.learned is not None:
+            return (self.single.learned, self.single.learned)
         return _range([arm.adaptation_ppl for arm in self.arms])
 
-    @property
+    @cached_property
     def forgot(self) -> Span | None:
-        """Least and greatest increase on an arm's worst corpus, if every arm has one."""
-        worst = [arm.worst() for arm in self.arms]
-        return _range([None if pair is None else pair[1] for pair in worst])
+        """Rise of an arm's worst corpus: the mean of one setting, else the range."""
+        worst = self.single.worst if self.single else None
+        if self.forgot_interval and worst:
+            return (worst[1], worst[1])
+        every = [arm.worst() for arm in self.arms]
+        return _range([None if pair is None else pair[1] for pair in every])
+
+    @property
+    def forgot_text(self) -> str:
+        """The rise in words, with its interval where there is one."""
+        assert self.forgot is not None
+        found = self.forgot_interval
+        ends = f" {bounds(found.low, found.high)}" if found else ""
+        return f"{_shown(self.forgot, percent)}{ends}"
 
     def detail(self, before: float | None) -> str:
         """The group's figures in one line."""
-        learned, forgot = self.learned, self.forgot
         start = f"{ppl(before)} → " if before is not None else ""
+        worst = self.single.worst if self.single and self.forgot_interval else None
         corpora = {pair[0] for arm in self.arms if (pair := arm.worst())}
+        corpora = {worst[0]} if worst else corpora
         where = f" ({clean(min(corpora), 32)})" if len(corpora) == 1 else ""
         unknown = NOT_FINITE if self.broken else UNKNOWN
-        one = f"{start}{_shown(learned, ppl)}" if learned else unknown
-        two = f"{_shown(forgot, percent)} at worst{where}" if forgot else unknown
-        return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}."
-
-
-def _scales(report: Report) -> list[str]:
-    """For every adapter that was measured at several scales, which one to deploy, and why."""
-    families: dict[tuple[object, ...], list[ArmResult]] = {}
-    for arm in report.arms.values():
-        key = (arm.kind, arm.weight, arm.direction, arm.temperature, arm.seed, arm.adapter)
-        families.setdefault(key, []).append(arm)
-    return [
-        line
-        for arms in families.values()
-        if any(arm.scale is not None for arm in arms)
-        and (line := _recommended(arms, report.base.adaptation_ppl)) is not None
-    ]
-
-
-def _recommended(arms: Sequence[ArmResult], before: float | None) -> str | None:
-    """The knee: where the share of the learning exceeds that of the forgetting by most.
-
-    Shares are of the most that any scale learned (in nats per token) and forgot (in percent on the
-    worst corpus).
-    """
-    points: list[tuple[float, float, float]] = []
-    for arm in arms:
-        worst = arm.worst()
-        if before is None or arm.adaptation_ppl is None or worst is None:
-            return None
-        learned = math.log(before / arm.adaptation_ppl) if arm.adaptation_ppl > 0 else math.nan
-        points.append((1.0 if arm.scale is None else arm.scale, learned, worst[1]))
-    points = sorted(point for point in points if all(map(math.isfinite, point)))
-    most_learned = max((learned for _, learned, _ in points), default=0.0)
-    most_forgot = max((forgot for _, _, forgot in points), default=0.0)
-    if len(points) < 2 or most_learned <= 0:
-        return None
-    name = kind_name(arms[0].kind)
-    if most_forgot <= SAME_INCREASE_POINTS:
-        best = max(points, key=lambda point: point[1])
-        return (
-            f"Of {len(points)} scales of the adapter ({name}), {best[0]:g} learned most; none "
-            f"forgot more than {percent(most_forgot)}."
-        )
-    best = max(points, key=lambda p: p[1] / most_learned - max(0.0, p[2]) / most_forgot)
-    return (
-        f"Of {len(points)} scales of the adapter ({name}), {best[0]:g} is the knee: "
-        f"{best[1] / most_learned:.0%} of what was learned at most, with {percent(best[2])} of "
-        f"retention perplexity at worst, against {percent(most_forgot)} at most."
-    )
+        one = f"{start}{_shown(self.learned, ppl)}" if self.learned else unknown
+        two = f"{self.forgot_text} at worst{where}" if self.forgot else unknown
+        ranges = ""
+        if len(self.settings) > 1:
+            ranges = f" (ranges over {len(self.settings)} arms that differ in more than the seed)"
+        return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}{ranges}."
 
 
 def _range(values: Sequence[float | None]) -> Span | None:
@@ -166,17 +176,22 @@ def _shown(span: Span, show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _nothing(before: float | None, learned: Span | None) -> str | None:
+def _nothing(before: float | None, group: Group) -> str | None:
     """How to say that no arm learned; None where one did, or it is not known."""
-    if before is None or learned is None or learned[0] < before * (1 - SAME_PPL_PCT / 100):
+    learned, change = group.learned, group.learned_change
+    if before is None or learned is None:
         return None
-    worse = learned[0] > before * (1 + SAME_PPL_PCT / 100)
-    return "learned nothing and got worse at the task" if worse else "learned next to nothing"
+    if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
+        worse = learned[0] > before * (1 + SAME_PPL_PCT / 100)
+        worse = worse and (change is None or change.is_clear)
+        return "learned nothing and got worse at the task" if worse else "learned next to nothing"
+    unclear = change is not None and not change.is_clear
+    return "learned nothing that can be told from chance" if unclear else None
 
 
-def _alone(group: _Group, before: float | None) -> str:
+def _alone(group: Group, before: float | None) -> str:
     learned, forgot = group.learned, group.forgot
-    nothing = _nothing(before, learned)
+    nothing = _nothing(before, group)
     if learned is None:
         learning = "what it learned was not measured"
     elif before is None:
@@ -184,64 +199,109 @@ def _alone(group: _Group, before: float | None) -> str:
     else:
         change = f"adaptation perplexity {ppl(before)} → {_shown(learned, ppl)}"
         learning = f"{nothing or 'learned'} ({change})"
+    little = forgetting = ""
     if forgot is None:
         forgetting = "what it forgot was not measured"
-    elif forgot[1] <= SAME_INCREASE_POINTS:
-        little = "nothing" if forgot[1] <= 0 else "next to nothing"
-        forgetting = f"forgot {little} (retention perplexity {_shown(forgot, percent)} at worst)"
     else:
-        forgetting = f"forgot (retention perplexity {_shown(forgot, percent)} at worst)"
+        if forgot[1] <= SAME_INCREASE_POINTS:
+            little = " nothing" if forgot[1] <= 0 else " next to nothing"
+        elif group.forgot_interval and not group.forgot_interval.is_clear:
+            little = " nothing that can be told from chance"
+        forgetting = f"forgot{little} (retention perplexity {group.forgot_text} at worst)"
     if learned is None:
         return f"{group.subject} {forgetting}; {learning}."
     if forgot is None:
         return f"{group.subject} {learning}; {forgetting}."
-    joint = "and" if bool(nothing) == (forgot[1] > SAME_INCREASE_POINTS) else "but"
+    joint = "and" if bool(nothing) != bool(little) else "but"
     return f"{group.subject} {learning} {joint} {forgetting}."
 
 
-# A group's range against another's: below, about the same, above, or overlapping.
+# A group against another: below, about the same, above, ranges overlapping, or not told apart.
+_UNCLEAR = 9
 _LEARNED = {-1: "more than", 0: "about as much as", 1: "less than", None: "in the same range as"}
 _FORGOT = {-1: "less", 0: "about as much", 1: "more", None: "in the same range"}
 
 
-def _compared(focus: _Group, plain: _Group, before: float | None) -> str:
+def _compared(focus: Group, plain: Group, before: float | None) -> str:
     """One sentence on two groups."""
     learned, forgot = (focus.learned, plain.learned), (focus.forgot, plain.forgot)
-    nothing = [_nothing(before, span) for span in learned]
+    nothing = [_nothing(before, group) for group in (focus, plain)]
     figures = learning = forgetting = ""
     bad_learning = bad_forgetting = False
-    order: int | None = None
+    learned_order = forgot_order = None
     if learned[0] and learned[1]:
-        order = _order(learned[0], learned[1], lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
-        learning = f"learned {_LEARNED[order]} {plain.name}"
-        bad_learning = order == 1
         if nothing[0] and nothing[1]:
             return f"Neither {focus.name} nor {plain.name} learned: {_drops(before, learned)}."
+        learned_order = _learned_order(focus, plain)
+        bad_learning = learned_order == 1
         if nothing[0]:
             learning, bad_learning = f"{nothing[0]} where {plain.name} learned", True
+            learned_order = 1
+        elif learned_order == _UNCLEAR:
+            learning = f"cannot be told apart from {plain.name} in what it learned"
+        else:
+            learning = f"learned {_LEARNED[learned_order]} {plain.name}"
     if forgot[0] and forgot[1]:
-        order = _order(forgot[0], forgot[1], lambda a, b: a > b + SAME_INCREASE_POINTS)
-        forgetting = f"forgot {_FORGOT[order]}"
-        bad_forgetting = order == 1
+        forgot_order = _forgot_order(focus, plain)
+        bad_forgetting = forgot_order == 1
+        if forgot_order == _UNCLEAR:
+            apart = f"from {plain.name}" if not learning else "from it"
+            forgetting = f"cannot be told apart {apart} in what it forgot"
+        else:
+            forgetting = f"forgot {_FORGOT[forgot_order]}"
         both = f"{_shown(forgot[0], percent)} against {_shown(forgot[1], percent)} at worst"
         figures = f": retention perplexity {both}"
-        if forgot[1][1] <= SAME_INCREASE_POINTS and order != 1:
+        if forgot[1][1] <= SAME_INCREASE_POINTS and forgot_order != 1:
             figures += "; there was next to nothing to protect"
     if learning and forgetting:
-        joint = "and" if bad_learning == bad_forgetting else "but"
+        if learned_order == forgot_order == _UNCLEAR:
+            neither = "neither in what it learned nor in what it forgot"
+            return f"{focus.subject} cannot be told apart from {plain.name}, {neither}{figures}."
+        unclear = _UNCLEAR in (learned_order, forgot_order)
+        joint = "and" if bad_learning == bad_forgetting and not unclear else "but"
         return f"{focus.subject} {learning} {joint} {forgetting}{figures}."
     if learning:
         return f"{focus.subject} {learning}; what was forgotten was not measured."
     if forgetting:
-        link = "as" if order in (0, None) else "than"
-        lost = f"{forgetting} {link} {plain.name}{figures}"
-        return f"{focus.subject} {lost}; what was learned was not measured."
+        link = "as" if forgot_order in (0, None) else "than"
+        versus = "" if forgot_order == _UNCLEAR else f" {link} {plain.name}"
+        return f"{focus.subject} {forgetting}{versus}{figures}; what was learned was not measured."
     return f"{focus.subject} and {plain.name}: too little was measured to compare them."
 
 
 def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
     reached = " and ".join(_shown(span, ppl) for span in learned if span)
     return f"adaptation perplexity {ppl(before)} → {reached}"
+
+
+def _learned_order(focus: Group, plain: Group) -> int | None:
+    if focus.single and plain.single and (found := learned_more(focus.single, plain.single)):
+        # As far below as above: in nats.
+        least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
+        return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
+    assert focus.learned is not None
+    assert plain.learned is not None
+    return _order(focus.learned, plain.learned, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
+
+
+def _forgot_order(focus: Group, plain: Group) -> int | None:
+    if focus.single and plain.single:
+        found = forgot_more_at_worst(focus.single, plain.single)
+        if found:
+            most = SAME_INCREASE_POINTS
+            return _told(found, found.low >= -most and found.high <= most)
+    assert focus.forgot is not None
+    assert plain.forgot is not None
+    return _order(focus.forgot, plain.forgot, lambda a, b: a > b + SAME_INCREASE_POINTS)
+
+
+def _told(difference: Interval, same: bool) -> int:
+    """1 above, -1 below, 0 about the same, or not to be told apart."""
+    if same:
+        return 0
+    if not difference.is_clear:
+        return _UNCLEAR
+    return 1 if difference.value > 0 else -1
 
 
 def _order(a: Span, b: Span, above: Callable[[float, float], bool]) -> int | None:
@@ -251,3 +311,24 @@ def _order(a: Span, b: Span, above: Callable[[float, float], bool]) -> int | Non
     if above(a[0], b[1]):
         return 1
     return -1 if above(b[0], a[1]) else None
+
+
+def _differences(focus: Group, plain: Group) -> list[str]:
+    """The differences behind the sentence, with their intervals; why there are none."""
+    if not focus.single or not plain.single:
+        return ["Several settings of a kind are compared by their ranges, without an interval."]
+    said: list[str] = []
+    if found := learned_more(focus.single, plain.single):
+        said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
+    if found := forgot_more_at_worst(focus.single, plain.single):
+        where = " against ".join(
+            dict.fromkeys(clean(s.worst[0], 32) for s in (focus.single, plain.single) if s.worst)
+        )
+        by = f"{points(found.value)} {bounds(found.low, found.high)}"
+        said.append(f"retention perplexity at worst {by} ({where})")
+    if not said:
+        return []
+    seeds = max(len(focus.arms), len(plain.arms)) > 1
+    over = "texts and seeds" if seeds else "texts"
+    joined = "; ".join(said)
+    return [f"{focus.subject} against {plain.name}: {joined}. Paired 95 % intervals over {over}."]

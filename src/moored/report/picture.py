@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from moored.report import words
+from moored.report.choosing import recommendations
+from moored.report.comparing import settings
 from moored.report.figures import (
     X_TITLE,
     Y_TITLE,
@@ -24,6 +26,7 @@ from moored.report.figures import (
     frontier,
     styles,
     undrawn,
+    whiskers,
 )
 from moored.report.geometry import SHAPES, Label
 from moored.report.results import Report
@@ -34,7 +37,7 @@ DPI = 150
 INK, MUTED, GRID, PAPER, BETTER = "#16212e", "#5b6775", "#e3e6ea", "#ffffff", "#00876a"
 # Okabe and Ito's colours, which stay apart for every kind of colour vision; the green is darkened
 # to stand out on white.
-COLOURS = ("#d55e00", "#0072b2", "#00876a", "#aa4499", "#8a6d00", "#b0305c")
+COLOURS = ("#d55e00", "#0072b2", "#00876a", "#aa4499", "#8a6d00", "#b0305c", "#5a5fb8")
 
 
 def frontier_png(report: Report) -> bytes:
@@ -48,7 +51,8 @@ def frontier_png(report: Report) -> bytes:
     axes.set_axis_off()
     numbers = arm_numbers(report)
     wide = WIDTH - (KEY if numbers else 0)
-    plot = frontier(report, width=wide, height=HEIGHT, font=FONT, head=HEAD)
+    choice = recommendations(report)[0]
+    plot = frontier(report, width=wide, height=HEIGHT, font=FONT, head=HEAD, choice=choice)
     _text(axes, 24, 34, "Learning against forgetting", size=20, weight="bold")
     quantised = f", {report.base.quantization}" if report.base.quantization != "none" else ""
     subtitle = words.clean(f"{report.base.model.rstrip('/').split('/')[-1]}{quantised}", 90)
@@ -59,6 +63,9 @@ def frontier_png(report: Report) -> bytes:
     else:
         _draw(axes, plot)
         _key(axes, report, numbers)
+        if any(mark.is_recommended for mark in plot.marks):
+            ring = "whiskers: 95 % intervals; ring: recommended"
+            _text(axes, wide - 24, 56, ring, size=13, color=MUTED, ha="right")
     if missing := undrawn(report):
         text = words.clean(f"not drawn: {'; '.join(missing)}", 130)
         _text(axes, 24, HEIGHT - 10, text, size=12, color=MUTED)
@@ -104,20 +111,21 @@ def _key(axes: Axes, report: Report, numbers: dict[str, str]) -> None:
     room = int((HEIGHT - HEAD - 40) / 18)
     left = WIDTH - KEY + 10
     kinds = styles(report)
-    for i, (name, number) in enumerate(numbers.items()):
+    groups = settings(report) if numbers else []
+    for i, group in enumerate(groups):
         y = HEAD + 30 + 18 * i
-        if i == room - 1 and len(numbers) > room:
-            _text(
-                axes, left, y, f"and {len(numbers) - i} more in report.html", size=12, color=MUTED
-            )
+        if i == room - 1 and len(groups) > room:
+            more = f"and {len(groups) - i} more in report.html"
+            _text(axes, left, y, more, size=12, color=MUTED)
             break
-        style = kinds[report.arms[name].kind]
+        style = kinds[group.first.kind]
         xs, ys = zip(
             *((left + 5 + 5 * dx, y - 4 + 5 * dy) for dx, dy in SHAPES[style.shape]), strict=True
         )
         axes.fill(xs, ys, facecolor=COLOURS[style.index], zorder=6)
+        number = numbers[next(iter(group.arms))]
         _text(axes, left + 32, y, number, size=12, ha="right", weight="bold")
-        _text(axes, left + 38, y, words.clean(name, 25), size=12)
+        _text(axes, left + 38, y, words.clean(group.name, 25), size=12)
 
 
 def _shade(axes: Axes, plot: Frontier) -> None:
@@ -138,9 +146,15 @@ def _mark(axes: Axes, mark: Mark, colour: str, font: float) -> None:
     radius = font * 0.5
     if mark.corpora:
         ends = [min(mark.corpora.values()), max(mark.corpora.values())]
-        axes.plot([mark.x, mark.x], ends, color=colour, lw=1.3, alpha=0.55, zorder=4)
+        axes.plot([mark.x, mark.x], ends, color=colour, lw=1, alpha=0.35, zorder=4)
         for y in mark.corpora.values():
             axes.plot([mark.x], [y], "o", ms=4, color=colour, mec=PAPER, mew=0.6, zorder=5)
+    for x, y in mark.runs:
+        axes.plot([x], [y], "o", ms=5.5, color=colour, mew=0, alpha=0.4, zorder=5)
+    for (x1, y1), (x2, y2) in whiskers(mark, font * 0.28):
+        axes.plot([x1, x2], [y1, y2], color=colour, lw=1.6, zorder=5)
+    if mark.is_recommended:
+        axes.plot([mark.x], [mark.y], "o", ms=font * 1.15, mfc="none", mec=BETTER, mew=2, zorder=6)
     if mark.label.leader:
         (x1, y1), (x2, y2) = mark.label.leader
         axes.plot([x1, x2], [y1, y2], color=MUTED, lw=0.7, zorder=3)

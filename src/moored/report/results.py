@@ -268,6 +268,13 @@ def _contradictions(report: Report) -> list[str]:
                     f"{where}: corpus {short(corpus)} is not in base.retention_ppl: "
                     "measure the base on it too"
                 )
+        for corpus, ends in arm.retention_increase_interval_pct.items():
+            # Written so that NaN is refused as well.
+            if len(ends) != 2 or not ends[0] <= ends[1]:
+                problems.append(
+                    f"{where}.retention_increase_interval_pct.{short(corpus)}: {short(ends)} is no "
+                    "interval: expected [low, high] in percent"
+                )
         for corpus, given in arm.retention_increase_pct.items():
             expected = increase_pct(report.base.retention_ppl, arm.retention_ppl).get(corpus)
             if given is None or expected is None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moored.report import words
+from moored.report.comparing import increase_interval
 from moored.report.headline import headline
 from moored.report.results import ArmResult, Report, badness
 
@@ -34,6 +35,8 @@ def table(report: Report) -> Table:
     each = len(corpora) <= MOST_COLUMNS - followed
     what = "Corpora: perplexity" if each else "Worst: the greatest rise of a corpus's perplexity"
     over = " and its rise over the base's" if each else " over the base's"
+    if any(increase_interval(a, c) for a in report.arms.values() for c in corpora):
+        over += " with its 95 % interval"
     result = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -103,17 +106,24 @@ def _rise(pct: float | None) -> Text:
     return Text(_narrow(words.percent(pct)), style=style)
 
 
+def _ends(arm: ArmResult, corpus: str) -> list[str | tuple[str, str]]:
+    """The interval of a rise on a line of its own: beside it there is no room."""
+    found = increase_interval(arm, corpus)
+    return [("\n" + _narrow(words.bounds(found.low, found.high)), "dim")] if found else []
+
+
 def _retention(arm: ArmResult, corpus: str) -> Text:
     ppl = Text(words.ppl(arm.retention_ppl.get(corpus)))
     pct = arm.retention_increase_pct.get(corpus)
-    return ppl if pct is None else Text.assemble(ppl, " ", _rise(pct))
+    return ppl if pct is None else Text.assemble(ppl, " ", _rise(pct), *_ends(arm, corpus))
 
 
 def _worst(arm: ArmResult) -> Text:
     worst = arm.worst()
     if worst is None:
         return Text(words.MISSING)
-    return Text.assemble(_rise(worst[1]), "\n", words.clean(worst[0], 20))
+    name = words.clean(worst[0], 20)
+    return Text.assemble(_rise(worst[1]), *_ends(arm, worst[0]), "\n", name)
 
 
 def show(report: Report, stream: TextIO) -> None:

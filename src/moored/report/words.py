@@ -9,12 +9,18 @@ import math
 import unicodedata
 from collections.abc import Mapping
 
-from moored.report.results import Report
-
 MISSING = "–"
 MINUS = "−"
 NBSP = "\u00a0"
-KINDS = {"none": "plain fine-tuning", "kl": "unmasked KL", "tmkl": "TMKL"}
+KINDS = {
+    "none": "plain fine-tuning",
+    "kl": "unmasked KL",
+    "tmkl": "TMKL",
+    "asft": "ASFT",
+    "eaft": "EAFT",
+    "l2": "L2 penalty",
+    "replay": "replay",
+}
 
 
 def ppl(value: float | None) -> str:
@@ -41,6 +47,22 @@ def percent(value: float | None) -> str:
     return f"{'+' if value > 0 else MINUS}{text}{NBSP}%"
 
 
+def points(value: float | None) -> str:
+    """A difference of two percentages, in percentage points: +2.7 points."""
+    return percent(value).replace(f"{NBSP}%", f"{NBSP}points")
+
+
+def bounds(low: float, high: float) -> str:
+    """The ends of an interval in percent, without the sign: [−0.42, 2.7]."""
+    size = max(abs(low), abs(high))
+    if not math.isfinite(size) or size >= 1e5:
+        return f"[{figure(low)}, {figure(high)}]"
+    decimals = 2 if size < 0.995 else 1 if size < 99.95 else 0
+    # Rounded first, so that no zero has a sign.
+    ends = [f"{round(end, decimals) + 0.0:,.{decimals}f}" for end in (low, high)]
+    return f"[{ends[0]},{NBSP}{ends[1]}]".replace("-", MINUS)
+
+
 def nats(value: float | None) -> str:
     """A divergence or a loss, in nats per token."""
     if value is None or not math.isfinite(value):
@@ -57,6 +79,11 @@ def fraction(value: float | None) -> str:
         if value is not None and math.isfinite(value)
         else _special(value)
     )
+
+
+def probability(value: float | None) -> str:
+    """A probability as a percentage; what would round to nothing as less than the least shown."""
+    return f"<0.1{NBSP}%" if value is not None and 0 < value < 0.001 else fraction(value)
 
 
 def figure(value: float | None) -> str:
@@ -114,54 +141,36 @@ def clean(text: str, limit: int = 0) -> str:
 _DIRECTION = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+# White space and what else could not be seen in a token.
+_VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍", "\u2028": "↵", "\u2029": "↵"}
+
+
+def token(text: str, limit: int = 24) -> str:
+    """A token with its white space made visible; what has no shape or turns others is a �."""
+    shown = "".join(_VISIBLE.get(c) or _shape(c) for c in text)
+    if limit and len(shown) > limit:
+        shown = f"{shown[: limit - 1]}…"
+    if shown and unicodedata.combining(shown[0]):
+        shown = f"◌{shown}"
+    return shown or "(empty)"
+
+
+def passage(text: str, limit: int = 200) -> str:
+    """The end of a context: line breaks visible and kept short, other white space as it is."""
+    shown = "".join(
+        " " if c == " " else "↵ " if c in "\n\u2028\u2029" else _VISIBLE.get(c) or _shape(c)
+        for c in text
+    )
+    return shown if len(shown) <= limit else f"…{shown[len(shown) - limit + 1 :]}"
+
+
+def _shape(c: str) -> str:
+    category = unicodedata.category(c)
+    if category == "Zs":
+        return "⍽"  # a space of another kind than the usual
+    return "�" if category in ("Cc", "Cf", "Cs", "Co", "Cn") else c
+
+
 def kind_name(kind: str) -> str:
     """A regulariser as prose names it."""
     return KINDS.get(kind, clean(kind, 24))
-
-
-def caveats(report: Report) -> list[str]:
-    """What the figures do not show."""
-    result: list[str] = []
-    seeds = {arm.seed for arm in report.arms.values()}
-    by_setting: dict[tuple[object, ...], int] = {}
-    for arm in report.arms.values():
-        key = (arm.kind, arm.weight, arm.direction, arm.temperature, arm.adapter, arm.scale)
-        by_setting[key] = by_setting.get(key, 0) + 1
-    if max(by_setting.values(), default=0) <= 1:
-        result.append(
-            "One run per setting: differences may be chance. Repeat with other seeds before "
-            "relying on small ones; nothing here is a claim of significance."
-        )
-    else:
-        result.append(
-            f"{len(seeds)} seeds; no test of significance was made, and ranges are plain "
-            "minimum and maximum."
-        )
-    tokens = report.base.num_tokens
-    known = {name: tokens[name] for name in report.corpora if name in tokens}
-    if known:
-        sizes = ", ".join(f"{clean(name, 32)} {count(number)}" for name, number in known.items())
-        result.append(f"Retention was measured on samples (scored tokens): {sizes}.")
-    if len(known) < len(report.corpora):
-        result.append("For some corpora the number of scored tokens was not recorded.")
-    if report.base.num_adaptation_tokens is not None:
-        held = f"Adaptation: {count(report.base.num_adaptation_tokens)} held-out target tokens"
-        asked = report.base.num_adaptation_prompts
-        result.append(held + (f", {count(asked)} prompts for the exact match." if asked else "."))
-    if report.base.num_instructions is not None:
-        prompts, full = report.base.num_instruction_prompts, report.base.num_instructions
-        result.append(
-            f"Instructions followed: {count(full)} constraints in {count(prompts)} prompts, so one "
-            f"constraint is {100 / max(1, full):.1f} points; form only, not whether answers are "
-            "right."
-        )
-    if len({arm.num_steps for arm in report.arms.values()}) > 1:
-        result.append("The arms did not train for the same number of steps.")
-    for name, arm in report.arms.items():
-        if arm.status != "done":
-            result.append(f"{clean(name, 40)} ended as “{clean(arm.status, 40)}”.")
-    result.append(
-        "Perplexities compare only under the same tokenizer, texts and window length; text that "
-        "the base was trained on understates forgetting elsewhere."
-    )
-    return result

@@ -1,0 +1,261 @@
+"""Bootstrap intervals of reports against a plain implementation, and against the truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moored.errors import UserErrors
+from moored.report import ArmResult, Blocks, Report
+from moored.report import bootstrap as bs
+from moored.report.blocks import MOST_BLOCKS
+from moored.report.comparing import share_difference
+from report_cases import measured, one, where
+
+
+def text(rng: np.random.Generator, rise: float, num: int = 60, noise: float = 0.3) -> Blocks:
+    """Blocks of uneven length whose policy is `rise` nats per token worse on average."""
+    tokens = rng.integers(10, 40, num)
+    base = tokens * rng.normal(3, 0.5, num)
+    return Blocks(
+        num_tokens=tokens.tolist(),
+        ce=(base + tokens * rng.normal(rise, noise, num)).tolist(),
+        ce_base=base.tolist(),
+        kl=(tokens * 0.1).tolist(),
+    )
+
+
+def other(rng: np.random.Generator, like: Blocks, rise: float) -> Blocks:
+    tokens = np.array(like.num_tokens)
+    ce = np.array(like.ce_base) + tokens * rng.normal(rise, 0.3, len(tokens))
+    return Blocks(num_tokens=like.num_tokens, ce=ce.tolist(), ce_base=like.ce_base, kl=like.kl)
+
+
+def plain_rise(run: Blocks, drawn: list[int]) -> float:
+    num_tokens = sum(run.num_tokens[i] for i in drawn)
+    rise = sum(run.ce[i] - run.ce_base[i] for i in drawn) / num_tokens
+    return 100 * (math.exp(rise) - 1)
+
+
+def plain_interval(ours: list[Blocks], theirs: list[Blocks], seed: int) -> tuple[float, float]:
+    """Difference of mean rises, resampled one draw after the other with another generator."""
+    rng = np.random.RandomState(seed)
+    num_blocks = len(ours[0].num_tokens)
+    found = []
+    for _ in range(2000):
+        drawn = [int(i) for i in rng.randint(0, num_blocks, num_blocks)]
+        seeds = [int(i) for i in rng.randint(0, len(ours), len(ours))]
+        others = seeds
+        if len(theirs) != len(ours):
+            others = [int(i) for i in rng.randint(0, len(theirs), len(theirs))] if theirs else []
+        mine = sum(plain_rise(ours[i], drawn) for i in seeds) / len(seeds)
+        yours = sum(plain_rise(theirs[i], drawn) for i in others) / max(1, len(others))
+        found.append(mine - yours)
+    found.sort()
+    return found[49], found[1949]
+
+
+@pytest.mark.parametrize(("num_ours", "num_theirs"), [(1, 0), (1, 1), (3, 0), (3, 3), (2, 1)])
+def test_intervals_are_those_of_a_plain_loop(num_ours, num_theirs):
+    rng = np.random.default_rng(num_ours + 10 * num_theirs)
+    first = text(rng, 0.1)
+    ours = [first, *(other(rng, first, 0.1) for _ in range(num_ours - 1))]
+    theirs = [other(rng, first, 0.02) for _ in range(num_theirs)]
+    found = bs.difference(ours, theirs) if theirs else bs.interval(ours)
+    assert found is not None
+    everything = list(range(60))
+    mean = np.mean([plain_rise(run, everything) for run in ours])
+    mean -= np.mean([plain_rise(run, everything) for run in theirs]) if theirs else 0.0
+    assert found.value == pytest.approx(mean, rel=1e-9)
+    low, high = plain_interval(ours, theirs, seed=5)
+    # Two sets of 2000 draws: the standard error of a 2.5 % quantile of a normal distribution is
+    # sqrt(0.025 * 0.975 / 2000) / 0.0584 = 0.06 standard deviations, so 0.085 of their difference,
+    # and the interval is 3.92 wide: five times that is 0.11 of its width.
+    assert found.low == pytest.approx(low, abs=0.11 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.11 * (high - low))
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    truth, held, told = 100 * math.expm1(0.1), 0, 0
+    for _ in range(300):
+        run = text(rng, 0.1)
+        found = bs.interval([run])
+        assert found is not None
+        held += found.low <= truth <= found.high
+        same = bs.difference([run], [other(rng, run, 0.1)])
+        assert same is not None
+        told += same.is_clear
+    # Binomial: 285 and 15 of 300 with a standard deviation of 3.8; percentile intervals of 60
+    # blocks are about 1 % short. Four standard deviations and that.
+    assert 285 - 15 - 3 <= held <= 285 + 15
+    assert told <= 15 + 15 + 3
+
+
+def test_pairing_cancels_what_both_have_in_common():
+    rng = np.random.default_rng(1)
+    run = text(rng, 0.1, noise=1.0)
+    tokens = np.array(run.num_tokens)
+    shifted = Blocks(
+        num_tokens=run.num_tokens,
+        ce=(np.array(run.ce) + 0.05 * tokens).tolist(),
+        ce_base=run.ce_base,
+        kl=run.kl,
+    )
+    ratio, alone = bs.ratio_pct([shifted], [run]), bs.interval([run])
+    assert ratio is not None
+    assert alone is not None
+    exact = 100 * math.expm1(0.05)
+    assert (ratio.low, ratio.value, ratio.high) == pytest.approx((exact, exact, exact), rel=1e-9)
+    assert alone.high - alone.low > 10  # on its own the text leaves it wide open
+    apart = bs.difference([shifted], [run], same_text=False)
+    assert apart is not None
+    assert not apart.is_clear  # drawn apart, nothing cancels
+
+
+def test_seeds_are_pairs():
+    rng = np.random.default_rng(2)
+    first = text(rng, 0.0, noise=0.0)
+    rises = (0.05, 0.30, 0.60)  # seeds differ a lot, each arm alike
+    ours = [other_exact(first, rise) for rise in rises]
+    theirs = [other_exact(first, rise - 0.02) for rise in rises]
+    paired = bs.difference(ours, theirs, bs.log_perplexity)
+    assert paired is not None
+    assert (paired.low, paired.high) == pytest.approx((0.02, 0.02))
+    crossed = bs.difference(ours, theirs[::-1], bs.log_perplexity)
+    assert crossed is not None
+    assert crossed.value == pytest.approx(0.02)
+    assert not crossed.is_clear
+
+
+def other_exact(like: Blocks, rise: float) -> Blocks:
+    ce = [base + rise * n for base, n in zip(like.ce_base, like.num_tokens, strict=True)]
+    return Blocks(num_tokens=like.num_tokens, ce=ce, ce_base=like.ce_base, kl=like.kl)
+
+
+nats = st.floats(-1e3, 1e3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 2000), nats, nats, nats), min_size=5, max_size=12),
+    st.sampled_from([bs.increase_pct, bs.log_perplexity, bs.gain, bs.drift]),
+)
+def test_every_interval_holds_its_figure(rows, statistic):
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    run = Blocks(num_tokens=columns[0], ce=columns[1], ce_base=columns[2], kl=columns[3])
+    again = Blocks(num_tokens=columns[0], ce=columns[3], ce_base=columns[2], kl=columns[1])
+    for found in (bs.interval([run], statistic), bs.difference([run], [again], statistic)):
+        if found is not None:
+            assert math.isfinite(found.value)
+            assert found.low <= found.value <= found.high
+    if statistic is not bs.increase_pct:  # whose exponential may overflow
+        assert bs.interval([run], statistic) is not None
+
+
+def test_there_is_no_interval_where_there_cannot_be_one():
+    rng = np.random.default_rng(3)
+    run = text(rng, 0.1, num=bs.FEWEST_BLOCKS)
+    assert bs.interval([run]) is not None
+    assert bs.interval([text(rng, 0.1, num=bs.FEWEST_BLOCKS - 1)]) is None
+    assert bs.interval([]) is None
+    assert bs.difference([run], []) is None
+    assert bs.difference([run], [text(rng, 0.1, num=bs.FEWEST_BLOCKS)]) is None  # another text
+    broken = Blocks(num_tokens=run.num_tokens, ce=[math.nan] * 5, ce_base=run.ce_base, kl=run.kl)
+    assert bs.interval([broken]) is None
+
+
+def test_shares_of_few_prompts_are_told_apart_only_when_far_apart():
+    # Agresti and Caffo by hand: (12 + 1) / 26 and (18 + 1) / 26.
+    one, two = 13 / 26, 19 / 26
+    reach = 1.96 * math.sqrt(one * (1 - one) / 26 + two * (1 - two) / 26)
+    found = share_difference(0.5, 0.75, 24)
+    assert (found.low, found.high) == pytest.approx(
+        (100 * (two - one - reach), 100 * (two - one + reach)), abs=0.01
+    )
+    assert found.value == 25
+    assert not found.is_clear
+    assert share_difference(0.0, 1.0, 24).is_clear
+    assert share_difference(1.0, 1.0, 24).high > 0
+
+
+def test_blocks_keep_every_sample():
+    sums = {
+        "num_tokens": [float(1 + i % 3) for i in range(501)],
+        "ce": [0.1 * i for i in range(501)],
+        "ce_base": [0.2 * i for i in range(501)],
+        "kl": [0.01] * 501,
+        "agree": [1.0] * 501,
+    }
+    blocks = Blocks.of(sums)
+    assert len(blocks.num_tokens) == MOST_BLOCKS
+    assert blocks.is_even
+    assert sum(blocks.num_tokens) == sum(sums["num_tokens"])
+    # Written with eight digits.
+    assert sum(blocks.ce) == pytest.approx(sum(sums["ce"]), rel=1e-7)
+    assert sum(blocks.kl) == pytest.approx(5.01, rel=1e-7)
+    # Neighbours together, in their order: a fifth of the samples is a fifth of the blocks.
+    assert sum(blocks.ce[: MOST_BLOCKS // 5]) == pytest.approx(sum(sums["ce"][:100]), rel=1e-7)
+    few = Blocks.of({name: values[:3] for name, values in sums.items()})
+    assert few.num_tokens == [1, 2, 3]
+    assert Blocks.of({name: [] for name in sums}).num_tokens == []
+
+
+ARM = ("arms", "tmkl")
+SPOT = (*ARM, "where", "python-reference", "spots", 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        ((*ARM, "adaptation_blocks", "ce"), 3, "tmkl.adaptation_blocks.ce: expected a list, got 3"),
+        ((*ARM, "adaptation_blocks", "ce", 2), "x", "adaptation_blocks.ce[2]: expected a number"),
+        ((*ARM, "adaptation_blocks", "ce"), [1.0], "adaptation_blocks: its lists differ in length"),
+        (
+            (*ARM, "retention_blocks", "base-samples", "num_tokens", 0),
+            1.5,
+            "tmkl.retention_blocks.'base-samples'.num_tokens[0]: expected an integer, got 1.5",
+        ),
+        ((*ARM, "retention_blocks"), [], "tmkl.retention_blocks: expected an object, got []"),
+        (
+            (*ARM, "retention_increase_interval_pct", "base-samples"),
+            [1.0],
+            "retention_increase_interval_pct.'base-samples': [1.0] is no interval",
+        ),
+        (
+            (*ARM, "retention_increase_interval_pct", "base-samples"),
+            [3.0, 1.0],
+            "[3.0, 1.0] is no interval: expected [low, high] in percent",
+        ),
+        ((*SPOT, "target"), 5, "where.'python-reference'.spots[1].target: expected text, got 5"),
+        ((*SPOT, "choices", 0, "base"), None, "spots[1].choices[0].base: expected a number"),
+        ((*SPOT, "choices", 2, "tokn"), 1, "choices[2].tokn: unknown key; did you mean token?"),
+        ((*SPOT,), "x", "spots[1]: expected an object, got x"),
+    ],
+)
+def test_nested_data_is_checked_with_its_place(keys, value, message):
+    report = one("tmkl")
+    full = measured("tmkl", 1.018, 26.8, 4.25, where={"python-reference": where(" ")})
+    data = Report(base=report.base, arms={"tmkl": full}).to_json()
+    assert Report.from_json(data).arms["tmkl"] == full
+    at = data
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    with pytest.raises(UserErrors) as caught:
+        Report.from_json(data)
+    assert message in str(caught.value)
+
+
+def test_reports_from_before_there_were_blocks_are_read():
+    data = one("tmkl").to_json()
+    for name in ("adaptation_blocks", "retention_blocks", "where"):
+        del data["arms"]["tmkl"][name]
+    arm = Report.from_json(data).arms["tmkl"]
+    assert isinstance(arm, ArmResult)
+    assert arm.adaptation_blocks is None
+    assert arm.retention_blocks == arm.where == {}
