@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -29,6 +30,7 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True, help="folder of the public texts")
     arguments.add_argument("--work", type=Path, default=Path("study-work"), help="run directories")
     arguments.add_argument("--only", default="", help="runs whose name holds this text")
+    arguments.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
     arguments.add_argument("--list", action="store_true", help="say what is left, and stop")
     given = arguments.parse_args()
     RESULTS.mkdir(exist_ok=True)
@@ -37,11 +39,11 @@ def main() -> None:
     if given.list:
         return
     texts = prepare(given.data, given.work)
-    failed: list[str] = []
-    for number, spec in enumerate(left, 1):
-        print(f"[{number}/{len(left)}] {spec.name}", flush=True)
-        if not _run(spec, given.work, texts):
-            failed.append(spec.name)
+    # Two processes of one thread each do more than one of two.
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        done = list(pool.map(lambda spec: _run(spec, given.work, texts, threads), left))
+    failed = [spec.name for spec, is_done in zip(left, done, strict=True) if not is_done]
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {' '.join(failed)}: see their logs")
 
@@ -50,7 +52,8 @@ def _result(spec: Spec) -> Path:
     return RESULTS / f"{spec.name}.json"
 
 
-def _run(spec: Spec, work: Path, texts: Path) -> bool:
+def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
+    print(spec.name, flush=True)
     folder = work / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{spec.name}.yaml"
@@ -63,6 +66,7 @@ def _run(spec: Spec, work: Path, texts: Path) -> bool:
             stdout=stream,
             stderr=stream,
             check=False,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
     run = work / "runs" / spec.name
     report = run / "report" / "report.json"
