@@ -126,6 +126,10 @@ def test_seeds_are_pairs():
     paired = bs.difference(ours, theirs, bs.log_perplexity)
     assert paired is not None
     assert (paired.low, paired.high) == pytest.approx((0.02, 0.02))
+    apart = bs.difference(ours, theirs, bs.log_perplexity, same_seeds=False)
+    assert apart is not None
+    assert apart.value == pytest.approx(0.02)
+    assert not apart.is_clear
     crossed = bs.difference(ours, theirs[::-1], bs.log_perplexity)
     assert crossed is not None
     assert crossed.value == pytest.approx(0.02)
