@@ -235,6 +235,12 @@ SPOT = (*ARM, "where", "python-reference", "spots", 1)
             [3.0, 1.0],
             "[3.0, 1.0] is no interval: expected [low, high] in percent",
         ),
+        ((*ARM, "adaptation_blocks", "ce"), [2.0] * 40, "perplexity 1.018, but its blocks give"),
+        (
+            (*ARM, "retention_blocks", "base-samples", "ce"),
+            [1.0] * 40,
+            "tmkl.retention.'base-samples': perplexity 4.25, but its blocks give exp(0.04)",
+        ),
         ((*SPOT, "target"), 5, "where.'python-reference'.spots[1].target: expected text, got 5"),
         ((*SPOT, "choices", 0, "base"), None, "spots[1].choices[0].base: expected a number"),
         ((*SPOT, "choices", 2, "tokn"), 1, "choices[2].tokn: unknown key; did you mean token?"),
