@@ -126,6 +126,10 @@ def test_seeds_are_pairs():
     paired = bs.difference(ours, theirs, bs.log_perplexity)
     assert paired is not None
     assert (paired.low, paired.high) == pytest.approx((0.02, 0.02))
+    apart = bs.difference(ours, theirs, bs.log_perplexity, same_seeds=False)
+    assert apart is not None
+    assert apart.value == pytest.approx(0.02)
+    assert not apart.is_clear
     crossed = bs.difference(ours, theirs[::-1], bs.log_perplexity)
     assert crossed is not None
     assert crossed.value == pytest.approx(0.02)
@@ -230,6 +234,12 @@ SPOT = (*ARM, "where", "python-reference", "spots", 1)
             (*ARM, "retention_increase_interval_pct", "base-samples"),
             [3.0, 1.0],
             "[3.0, 1.0] is no interval: expected [low, high] in percent",
+        ),
+        ((*ARM, "adaptation_blocks", "ce"), [2.0] * 40, "perplexity 1.018, but its blocks give"),
+        (
+            (*ARM, "retention_blocks", "base-samples", "ce"),
+            [1.0] * 40,
+            "tmkl.retention.'base-samples': perplexity 4.25, but its blocks give exp(0.04)",
         ),
         ((*SPOT, "target"), 5, "where.'python-reference'.spots[1].target: expected text, got 5"),
         ((*SPOT, "choices", 0, "base"), None, "spots[1].choices[0].base: expected a number"),

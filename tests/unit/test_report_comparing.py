@@ -142,6 +142,22 @@ def test_seeds_of_one_setting_are_taken_together():
     assert shown["rows"][0]["forgot"][0].word == "better"
 
 
+def test_runs_are_pairs_only_where_their_seeds_are_the_same():
+    def rise(first: int) -> str:
+        """The rise of a text that depends on the seed alone, but for half a point."""
+        arms = [
+            *(measured("none", 1.05, 30.5 + 4 * s, 4.3, seed=s, noise=0.001) for s in range(3)),
+            *(
+                measured("tmkl", 1.05, 30.3 + 4 * s, 4.3, seed=first + s, noise=0.001)
+                for s in range(3)
+            ),
+        ]
+        return title(*arms)
+
+    assert "forgot about as much" in rise(0)
+    assert "cannot be told apart from it in what it forgot" in rise(10)
+
+
 def test_runs_are_seeds_of_one_setting_only_if_nothing_else_can_differ():
     twice = report_of(measured("tmkl", 1.05, 27.0, 4.3), measured("tmkl", 1.2, 26.5, 4.3))
     assert len(settings(twice)) == 2  # one seed twice: something else was changed

@@ -17,7 +17,7 @@ from rich.console import Console
 from moored.config import load_config
 from moored.errors import UserError
 from moored.report import Report, run_command, settings_of, show, table, write
-from report_cases import arm, base, one, report_of, strict_json, three
+from report_cases import arm, base, measured, one, report_of, strict_json, three, where
 
 PLAIN = arm("none", 1.0, 61.6, 9.8)
 
@@ -89,6 +89,16 @@ def test_write_makes_private_whole_files(tmp_path):
     assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
     assert Report.read(folder / "report.json") == three()
     strict_json((folder / "report.json").read_text())
+
+
+def test_report_json_keeps_lists_of_numbers_on_a_line(tmp_path):
+    odd = '[\n 1,\n 2 ] "['
+    full = measured("tmkl", 1.018, 26.8, 4.25, where={"python-reference": where(odd)})
+    report = Report(base=base(), arms={odd: full})
+    text = (write(report, tmp_path) / "report.json").read_text()
+    assert Report.from_json(strict_json(text)) == report
+    assert '"num_tokens": [25, 25, ' in text
+    assert len(text.splitlines()) < 250
 
 
 def test_write_refuses_contradictions_and_leaves_the_old_report(tmp_path):

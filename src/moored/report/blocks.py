@@ -35,6 +35,12 @@ class Blocks:
         """Whether all lists are of one length."""
         return len({len(getattr(self, item.name)) for item in fields(self)}) == 1
 
+    @property
+    def mean_ce(self) -> float | None:
+        """The policy's mean cross-entropy, nats per token; None without a token."""
+        num_tokens = sum(self.num_tokens)
+        return sum(self.ce) / num_tokens if num_tokens else None
+
     @staticmethod
     def of(sums: Mapping[str, Sequence[float]]) -> Blocks:
         """Blocks of per-sample sums by the names above; at most `MOST_BLOCKS`, of like size."""

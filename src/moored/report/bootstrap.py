@@ -92,10 +92,9 @@ def difference(
     seed: int = 0,
     *,
     same_text: bool = True,
+    same_seeds: bool = True,
 ) -> Interval | None:
     """Mean of `ours` minus mean of `theirs` on one text, paired by block; see `interval`.
-
-    As many runs in both are taken for pairs, in their order: give them in the order of the seeds.
 
     Args:
         ours: one text, measured for each run of a setting.
@@ -103,11 +102,17 @@ def difference(
         statistic: of the sums over the text.
         seed: of the resampling.
         same_text: else `theirs` are of another text, whose blocks are drawn on their own.
+        same_seeds: as many runs in both are pairs, in their order; else drawn on their own.
     """
     if same_text and not _same_blocks([*ours, *theirs]):
         return None
     mine = resampled(ours, statistic, seed)
-    other = resampled(theirs, statistic, seed if same_text else seed + 1)
+    other = resampled(
+        theirs,
+        statistic,
+        seed if same_text else seed + 1,
+        runs_stream=_RUNS if same_seeds else _OTHER_RUNS,
+    )
     return None if mine is None or other is None else _interval(mine - other)
 
 
@@ -117,28 +122,42 @@ def increase_intervals(blocks: Mapping[str, Blocks]) -> dict[str, list[float]]:
     return {name: [i.low, i.high] for name, i in found.items() if i is not None}
 
 
-def ratio_pct(ours: Sequence[Blocks], theirs: Sequence[Blocks], seed: int = 0) -> Interval | None:
+def ratio_pct(
+    ours: Sequence[Blocks],
+    theirs: Sequence[Blocks],
+    seed: int = 0,
+    *,
+    same_seeds: bool = True,
+) -> Interval | None:
     """100 * (perplexity of `ours` / of `theirs` - 1), means over runs being geometric."""
-    found = difference(ours, theirs, log_perplexity, seed)
+    found = difference(ours, theirs, log_perplexity, seed, same_seeds=same_seeds)
     if found is None:
         return None
     low, value, high = (100.0 * float(np.expm1(x)) for x in (found.low, found.value, found.high))
     return Interval(value=value, low=low, high=high)
 
 
+# Streams of random numbers: blocks, runs, and runs that are no pairs of those.
+_BLOCKS, _RUNS, _OTHER_RUNS = 0, 1, 2
+
+
 def resampled(
-    runs: Sequence[Blocks], statistic: Statistic = increase_pct, seed: int = 0
+    runs: Sequence[Blocks],
+    statistic: Statistic = increase_pct,
+    seed: int = 0,
+    *,
+    runs_stream: int = _RUNS,
 ) -> np.ndarray | None:
     """The mean over runs of a statistic, [1 + R]: of the text as it is, then of R resamples.
 
-    The same seed draws the same blocks of texts of as many blocks, and the same runs of as many.
+    The same seed draws the same blocks of texts of as many blocks; of as many runs the same ones
+    are drawn, unless they come from another stream.
     None where `interval` has none.
     """
     if not runs or not _same_blocks(runs) or len(runs[0].num_tokens) < FEWEST_BLOCKS:
         return None
-    counts_RN = _drawn(len(runs[0].num_tokens), seed, 0)
-    # As many runs here as there: they are pairs (one seed each), and drawn as such.
-    weights_RS = _drawn(len(runs), 0, 1) / len(runs)
+    counts_RN = _drawn(len(runs[0].num_tokens), seed, _BLOCKS)
+    weights_RS = _drawn(len(runs), 0, runs_stream) / len(runs)
     with np.errstate(all="ignore"):  # of figures that are not finite, or texts without a token
         values_SR = np.stack([statistic(*_sums(run, counts_RN)) for run in runs])
         values_R = (values_SR * weights_RS.T).sum(0)

@@ -48,6 +48,11 @@ class Setting:
         return without.pop() or next(iter(self.arms))
 
     @property
+    def seeds(self) -> list[int | None]:
+        """Of the runs: runs of two settings with the same ones are pairs."""
+        return [arm.seed for arm in self.runs]
+
+    @property
     def learned(self) -> float | None:
         """Adaptation perplexity, if every run has a finite one."""
         known = [a.adaptation_ppl for a in self.runs]
@@ -157,12 +162,16 @@ def share_difference(before: float, after: float, num: int) -> Interval:
 
 def learned_more(ours: Setting, theirs: Setting) -> Interval | None:
     """Percent by which our adaptation perplexity is above theirs; less is better."""
-    return bootstrap.ratio_pct(ours.blocks(None), theirs.blocks(None))
+    return bootstrap.ratio_pct(
+        ours.blocks(None), theirs.blocks(None), same_seeds=ours.seeds == theirs.seeds
+    )
 
 
 def forgot_more(ours: Setting, theirs: Setting, corpus: str) -> Interval | None:
     """Points by which our rise of a corpus is above theirs; less is better."""
-    return bootstrap.difference(ours.blocks(corpus), theirs.blocks(corpus))
+    return bootstrap.difference(
+        ours.blocks(corpus), theirs.blocks(corpus), same_seeds=ours.seeds == theirs.seeds
+    )
 
 
 def forgot_more_at_worst(ours: Setting, theirs: Setting) -> Interval | None:
@@ -171,7 +180,10 @@ def forgot_more_at_worst(ours: Setting, theirs: Setting) -> Interval | None:
     if mine is None or other is None:
         return None
     return bootstrap.difference(
-        ours.blocks(mine[0]), theirs.blocks(other[0]), same_text=mine[0] == other[0]
+        ours.blocks(mine[0]),
+        theirs.blocks(other[0]),
+        same_text=mine[0] == other[0],
+        same_seeds=ours.seeds == theirs.seeds,
     )
 
 

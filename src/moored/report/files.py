@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
     folder = Path(folder)
     data = report.to_json()
     Report.from_json(data, source=f"figures for {folder / 'report.json'}")
-    content = (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
+    content = (_on_lines(json.dumps(data, indent=1, allow_nan=False)) + "\n").encode()
     try:
         with _private():
             # The figures first: they cost a training run, the pictures can be drawn again.
@@ -56,6 +57,11 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
             "folder, or make room"
         ) from error
     return folder
+
+
+def _on_lines(text: str) -> str:
+    """Indented JSON with each list of plain numbers on one line; strings hold no line breaks."""
+    return re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 @contextlib.contextmanager

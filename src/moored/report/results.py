@@ -268,6 +268,7 @@ def _contradictions(report: Report) -> list[str]:
                     f"{where}: corpus {short(corpus)} is not in base.retention_ppl: "
                     "measure the base on it too"
                 )
+        problems += [f"{where}.{problem}" for problem in _off_their_sums(arm)]
         for corpus, ends in arm.retention_increase_interval_pct.items():
             # Written so that NaN is refused as well.
             if len(ends) != 2 or not ends[0] <= ends[1]:
@@ -287,6 +288,26 @@ def _contradictions(report: Report) -> list[str]:
                     f"{where}.retention_increase_pct.{short(corpus)}: {given:g} percent, but the "
                     f"perplexities give {expected:g}: evaluate the run again"
                 )
+    return problems
+
+
+def _off_their_sums(arm: ArmResult) -> list[str]:
+    """Perplexities that are not those of the sums beside them, so that intervals would mislead."""
+    pairs = [("adaptation", arm.adaptation_ppl, arm.adaptation_blocks)]
+    pairs += [
+        (f"retention.{short(corpus)}", arm.retention_ppl.get(corpus), blocks)
+        for corpus, blocks in arm.retention_blocks.items()
+    ]
+    problems: list[str] = []
+    for name, ppl, blocks in pairs:
+        nats = None if blocks is None else blocks.mean_ce
+        if ppl is None or nats is None or not math.isfinite(ppl) or not math.isfinite(nats):
+            continue
+        if ppl > 0 and abs(math.log(ppl) - nats) > 0.02:
+            problems.append(
+                f"{name}: perplexity {ppl:g}, but its blocks give exp({nats:.4g}): evaluate the "
+                "run again"
+            )
     return problems
 
 
