@@ -150,8 +150,12 @@ def prepare(data: Path, work: Path) -> Path:
     paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
     paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
     cut = len(paragraphs) * 7 // 10
-    _jsonl(texts / "german-train.jsonl", [{"text": line} for line in paragraphs[:cut]])
-    _jsonl(texts / "german-eval.jsonl", [{"text": line} for line in paragraphs[cut:]])
+    chats = [
+        _chat("Setze den Text fort: " + head, tail) for head, tail in map(_opening, paragraphs)
+    ]
+    _jsonl(texts / "german-train.jsonl", chats[:cut])
+    _jsonl(texts / "german-eval.jsonl", chats[cut:])
+    _jsonl(texts / "german-text.jsonl", [{"text": line} for line in paragraphs[cut:]])
     rows = [json.loads(line) for line in (data / "gsm8k-train.jsonl").open(encoding="utf-8")]
     chats = [_chat(row["question"], row["answer"]) for row in rows]
     _jsonl(texts / "gsm8k-train.jsonl", chats[:6000])
@@ -170,6 +174,12 @@ def prepare(data: Path, work: Path) -> Path:
     return texts
 
 
+def _opening(paragraph: str) -> tuple[str, str]:
+    """The first eight words, and the rest."""
+    words = paragraph.split()
+    return " ".join(words[:8]), " ".join(words[8:])
+
+
 def _chat(question: str, answer: str) -> dict[str, Any]:
     turns = (("user", question), ("assistant", answer))
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
@@ -182,12 +192,6 @@ def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
     """The recipe of a run, as YAML would have it."""
-    sources: dict[str, dict[str, Any]] = {
-        "headers": {"format": "messages", "examples": 40},
-        "gsm8k": {"format": "messages", "examples": 24},
-        "german": {"format": "text", "examples": 24},
-    }
-    one = sources[spec.data]
     retention: dict[str, Any] = {
         "wikitext-2": {
             "path": str(texts / "wikitext2-valid.txt"),
@@ -211,7 +215,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "window_tokens": 128,
         },
         "german": {
-            "path": str(texts / "german-eval.jsonl"),
+            "path": str(texts / "german-text.jsonl"),
             "max_tokens": 2048,
             "window_tokens": 128,
         },
@@ -227,8 +231,8 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         },
         "adapter": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
         "data": {
-            "train": [{"path": str(texts / f"{spec.data}-train.jsonl"), "format": one["format"]}],
-            "eval": [{"path": str(texts / f"{spec.data}-eval.jsonl"), "format": one["format"]}],
+            "train": [{"path": str(texts / f"{spec.data}-train.jsonl"), "format": "messages"}],
+            "eval": [{"path": str(texts / f"{spec.data}-eval.jsonl"), "format": "messages"}],
             "max_length": 256,
             "too_long": "drop",
             "max_dropped_fraction": 0.5,
@@ -246,7 +250,11 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "keep_checkpoints": 1,
             "seed": spec.seed,
         },
-        "evaluation": {"before": False, "max_examples": one["examples"], "micro_batch_size": 8},
+        "evaluation": {
+            "before": False,
+            "max_examples": 40 if spec.data == "headers" else 24,
+            "micro_batch_size": 8,
+        },
         "track": {"mlflow": False},
     }
     budget = spec.overrides.get("regularizer.budget")
