@@ -50,12 +50,12 @@ def _all() -> Iterator[Spec]:
             yield from _weights(data, seed)
         for data in ("headers", "german"):
             for limit in (1.0, 3.0):
-                budget = {"retention_increase_pct": limit, "every": 4, "when_broken": "continue"}
+                budget = {"retention_increase_pct": limit, "every": 5, "when_broken": "continue"}
                 yield Spec(
                     data=data,
                     label=f"budget-{limit:g}",
                     seed=seed,
-                    overrides=_kind("tmkl", 0.3, budget=budget),
+                    overrides=_kind("tmkl", 0.3, budget=budget) | {"train.steps": 100},
                 )
         yield from _adapters("headers", seed)
         yield from _baselines("headers", seed)
