@@ -148,7 +148,7 @@ def prepare(data: Path, work: Path) -> Path:
         return texts
     texts.mkdir(parents=True, exist_ok=True)
     paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
-    paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
+    paragraphs = [line.strip() for line in paragraphs if len(line.split()) > 16]
     cut = len(paragraphs) * 7 // 10
     chats = [
         _chat("Setze den Text fort: " + head, tail) for head, tail in map(_opening, paragraphs)
