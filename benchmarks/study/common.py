@@ -192,6 +192,7 @@ def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
     """The recipe of a run, as YAML would have it."""
+    is_headers = spec.data == "headers"
     retention: dict[str, Any] = {
         "wikitext-2": {
             "path": str(texts / "wikitext2-valid.txt"),
@@ -211,7 +212,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         },
         "base-samples": {
             "path": str(texts / "headers-base-samples.jsonl"),
-            "max_tokens": 1536,
+            "max_tokens": 1536 if is_headers else 3072,
             "window_tokens": 128,
         },
         "german": {
@@ -239,7 +240,11 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "packing": True,
         },
         "retention": retention,
-        "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 4},
+        "optim": {
+            "learning_rate": 1e-3 if is_headers else 3e-3,
+            "schedule": "cosine",
+            "warmup_steps": 4,
+        },
         "parallel": {"zero_stage": 0},
         "train": {
             "steps": 40,
@@ -252,7 +257,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         },
         "evaluation": {
             "before": False,
-            "max_examples": 40 if spec.data == "headers" else 24,
+            "max_examples": 40 if is_headers else 24,
             "micro_batch_size": 8,
         },
         "track": {"mlflow": False},
