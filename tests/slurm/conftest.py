@@ -20,8 +20,13 @@ SPANK_HEADER = Path("/usr/include/slurm/spank.h")
 
 
 def _free_ports(count: int) -> int:
-    """The first of so many ports in a row that are free."""
-    for first in range(24000, 30000, count):
+    """The first of so many ports in a row that are free.
+
+    Workers that start at once look in ranges of their own: what one has found is not bound yet.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    start = 24000 + 750 * (number % 8)
+    for first in range(start, start + 750 - count, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
             for offset, each in enumerate(sockets):
