@@ -148,13 +148,12 @@ def prepare(data: Path, work: Path) -> Path:
         return texts
     texts.mkdir(parents=True, exist_ok=True)
     paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
-    paragraphs = [line.strip() for line in paragraphs if len(line.split()) > 16]
+    paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
     cut = len(paragraphs) * 7 // 10
-    chats = [
-        _chat("Setze den Text fort: " + head, tail) for head, tail in map(_opening, paragraphs)
-    ]
-    _jsonl(texts / "german-train.jsonl", chats[:cut])
-    _jsonl(texts / "german-eval.jsonl", chats[cut:])
+    for part, lines in (("train", paragraphs[:cut]), ("eval", paragraphs[cut:])):
+        openings = [_opening(line) for line in lines if len(line.split()) > 16]
+        chats = [_chat(f"Setze den Text fort: {head}", tail) for head, tail in openings]
+        _jsonl(texts / f"german-{part}.jsonl", chats)
     _jsonl(texts / "german-text.jsonl", [{"text": line} for line in paragraphs[cut:]])
     rows = [json.loads(line) for line in (data / "gsm8k-train.jsonl").open(encoding="utf-8")]
     chats = [_chat(row["question"], row["answer"]) for row in rows]
