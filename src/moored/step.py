@@ -55,11 +55,8 @@ class StepStats:
 
 def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The learning rate of update `step` (from 0) of `num_steps`; a pure function."""
-    if step < optim.warmup_steps:
-        return optim.learning_rate * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-    factor = _falling(optim.schedule, progress)
-    return optim.learning_rate * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * factor)
+    peak, rise, end = optim.learning_rate, optim.warmup_steps, optim.min_lr_ratio
+    return _scheduled(step, num_steps, peak, optim.schedule, rise, end)
 
 
 def needs_kl(step: int, regularizer: Regularizer) -> bool:
@@ -69,18 +66,24 @@ def needs_kl(step: int, regularizer: Regularizer) -> bool:
 
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
     """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
-    if step < regularizer.warmup_steps:
-        return regularizer.weight * (step + 1) / regularizer.warmup_steps
-    progress = (step - regularizer.warmup_steps) / max(1, num_steps - regularizer.warmup_steps)
-    factor = _falling(regularizer.schedule, progress)
-    return regularizer.weight * (regularizer.end_ratio + (1.0 - regularizer.end_ratio) * factor)
+    peak, rise, end = regularizer.weight, regularizer.warmup_steps, regularizer.end_ratio
+    return _scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
 
 
-def _falling(schedule: str, progress: float) -> float:
-    """From 1 at progress 0 to 0 at 1, unless constant."""
+def _scheduled(
+    step: int, num_steps: int, peak: float, schedule: str, warmup_steps: int, end_ratio: float
+) -> float:
+    """A linear rise to `peak`, then its schedule towards `end_ratio` times that."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     if schedule == "constant":
-        return 1.0
-    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        factor = 1.0
+    elif schedule == "linear":
+        factor = 1.0 - progress
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (end_ratio + (1.0 - end_ratio) * factor)
 
 
 def dropout_seed(seed: int, step: int, batch: Batch) -> int:
