@@ -318,15 +318,20 @@ def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
 
 
 def product_norm(causal_lm: Any) -> torch.Tensor:
-    """Squared Frobenius norm of what LoRA adds, sum over layers of ||s B A||^2, differentiable.
-
-    ||B A||^2 = tr((B^T B) (A A^T)), of r x r matrices: the product is never formed.
-    """
+    """Squared Frobenius norm of what LoRA adds, sum over layers of ||s B A||^2, differentiable."""
     norms: list[torch.Tensor] = []
     for layer in causal_lm.modules():
         if isinstance(layer, LoraLayer):
             for name in (name for name in layer.active_adapters if name in layer.lora_A):
                 a: Any = layer.lora_A[name].weight  # [r, D_in]
                 b: Any = layer.lora_B[name].weight  # [D_out, r]
-                norms.append(layer.scaling[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+                norms.append(layer.scaling[name] ** 2 * product_squares(a, b))
     return torch.stack(norms).sum()
+
+
+def product_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||B A||_F^2 of a [r, in] and b [out, r].
+
+    tr((B^T B) (A A^T)), of r x r matrices: the product is never formed.
+    """
+    return ((b.T @ b) * (a @ a.T)).sum()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moored.batch import left_padded
 from moored.config import EvaluationConfig
 from moored.data import Prompt, pad_token_id
 from moored.engine import Engine
@@ -194,12 +195,7 @@ def continuations(
         base: generate with adapters off.
         **options: of Hugging Face's `generate`; by default greedy.
     """
-    longest = max(len(row) for row in rows)
-    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
+    ids, mask = left_padded(rows, pad)
     # Said in full: a model's generation_config.json may say otherwise.
     greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     tokens = engine.generate(
@@ -212,4 +208,4 @@ def continuations(
         eos_token_id=sorted(stop_token_ids),
         **(greedy | options),
     )
-    return tokens[:, longest:].cpu()
+    return tokens[:, ids.shape[1] :].cpu()

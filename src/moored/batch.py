@@ -170,6 +170,17 @@ def answer_offsets(target_index: Tensor) -> Tensor:
     return here - torch.where(starts, here, 0).cummax(0).values if len(here) else here
 
 
+def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts as generation needs them, padded on the left: token ids and mask, int64 [B, L]."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask
+
+
 def empty_batch(pad_token_id: int) -> Batch:
     """One padding token without targets: keeps a rank's number of forwards equal to the others'."""
     return collate([], pad_token_id)

@@ -31,7 +31,7 @@ from moored.data import (
 from moored.drift import DriftSums
 from moored.engine import Engine
 from moored.mesh import Mesh
-from moored.pinpoint import SPOTS_PER_BATCH, Collector
+from moored.pinpoint import Collector
 from moored.report import (
     Blocks,
     Where,
@@ -184,6 +184,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     base: bool = False,
+    pinpoint: bool = False,
     poll: Callable[[], None] = _go_on,
 ) -> Evaluation:
     """Measure the engine's policy against its base on every text. Collective.
@@ -195,6 +196,7 @@ def evaluate(
         tokenizer: of the model.
         config: lengths and batch sizes of the generated answers.
         base: generate the answers with adapters off.
+        pinpoint: also find out where the policy drifts, for a report.
         poll: called before every batch, on all ranks; may raise to stop.
     """
     of = partial(measure, engine, mesh=mesh, poll=poll)
@@ -202,9 +204,10 @@ def evaluate(
     retention: dict[str, TextFigures] = {}
     where: dict[str, Where] = {}
     for name, text in suite.retention.items():
-        collector = Collector(config.num_examples)
+        collector = Collector(config.num_examples) if pinpoint else None
         retention[name] = of(text, collector=collector)
-        where[name] = collector.where(mesh, tokenizer)
+        if collector is not None:
+            where[name] = collector.where(mesh, tokenizer)
     answered = answer_all(
         engine,
         mesh,
@@ -272,7 +275,7 @@ def sample_sums(
         if references is not None and index == len(references):
             references.append(engine.reference(batch))
         known = None if references is None else references[index]
-        rows = engine.drift(batch, known, SPOTS_PER_BATCH if collector else 0)
+        rows = engine.drift(batch, known, collector.spots_per_batch if collector else 0)
         if collector is not None:
             collector.add(batch, rows)
         sums = _by_sample(rows, batch).tolist()

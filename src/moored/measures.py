@@ -34,9 +34,9 @@ def of_step(
     return values
 
 
-def of_budget(controller: Controller, *, by_drift: bool) -> dict[str, float]:
+def of_budget(controller: Controller) -> dict[str, float]:
     """The metrics of one measurement of the budget's probe, and the weight that follows from it."""
-    unit = "drift_nats_per_token" if by_drift else "retention_increase_pct"
+    unit = "drift_nats_per_token" if controller.budget.by_drift else "retention_increase_pct"
     assert controller.measured is not None
     return {
         f"budget/{unit}": controller.measured,

@@ -177,6 +177,12 @@ class Mesh:
             yield
 
 
+def alone(device: str = "cpu") -> Mesh:
+    """The mesh of a process that meets no other."""
+    world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
+    return Mesh(world=world, dp=dp, tp=tp, device=torch.device(device))
+
+
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

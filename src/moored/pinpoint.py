@@ -46,6 +46,7 @@ class Collector:
 
     def __init__(self, num_spots: int):
         self.num_spots = num_spots
+        self.spots_per_batch = SPOTS_PER_BATCH if num_spots else 0
         self._stretches: Counter[int] = Counter()
         self._stretch_drift: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()

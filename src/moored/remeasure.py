@@ -176,7 +176,12 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
     engine = Engine(policy, config, mesh)
     try:
         ask: Any = partial(
-            evaluate, engine, mesh=mesh, tokenizer=located.tokenizer, config=config.evaluation
+            evaluate,
+            engine,
+            mesh=mesh,
+            tokenizer=located.tokenizer,
+            config=config.evaluation,
+            pinpoint=True,
         )
         measured: dict[float | None, Evaluation] = {}
         run_tasks, base_figures = None, {}

@@ -42,7 +42,7 @@ from moored.log import setup
 from moored.mesh import peak_memory_bytes, start_mesh
 from moored.outcome import Training, to_report
 from moored.progress import Progress
-from moored.report import show, write
+from moored.report import rise_pct, show, write
 from moored.rundir import heartbeat, path_of
 from moored.step import StepStats, learning_rate_at, train_step, weight_at
 from moored.track.journal import metrics
@@ -180,10 +180,10 @@ def _steer(run: Run) -> None:
         return
     # Not to be stopped in between: a run that goes on must not go on without this measurement.
     found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
-    by_drift = controller.budget.drift_nats_per_token is not None
-    measured = found.kl if by_drift else 100 * (found.policy_ppl / found.base_ppl - 1)
-    controller.update(measured)
-    run.tracker.metrics(run.step, measures.of_budget(controller, by_drift=by_drift))
+    rise = rise_pct(found.base_ppl, found.policy_ppl)
+    assert rise is not None
+    controller.update(found.kl if controller.budget.by_drift else rise)
+    run.tracker.metrics(run.step, measures.of_budget(controller))
     if controller.is_lost and controller.budget.when_broken == "stop":
         _save(run)
         raise TrainingRefusedError(f"{controller.verdict(run.step)}; the last step is saved")
@@ -290,7 +290,7 @@ def _export(run: Run) -> None:
     log.info("adapter written to %s", run.directory.adapter)
 
 
-def _measure(run: Run, suite: Suite, *, base: bool = False) -> Evaluation:
+def _measure(run: Run, suite: Suite, *, base: bool = False, pinpoint: bool = False) -> Evaluation:
     return evaluate(
         run.engine,
         suite,
@@ -298,6 +298,7 @@ def _measure(run: Run, suite: Suite, *, base: bool = False) -> Evaluation:
         tokenizer=run.located.tokenizer,
         config=run.config.evaluation,
         base=base,
+        pinpoint=pinpoint,
         poll=partial(_stop_if_asked, run),
     )
 
@@ -317,7 +318,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         run.directory.update_state(training=asdict(training))
     try:
         with failures_named(run.mesh):
-            after = _measure(run, run.suite)
+            after = _measure(run, run.suite, pinpoint=True)
             if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
                 run.base_answered = base.answered

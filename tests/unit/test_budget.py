@@ -89,7 +89,7 @@ def test_the_first_weight_is_within_the_bounds() -> None:
 def test_metrics_carry_their_unit() -> None:
     controller = Controller(Budget(retention_increase_pct=1.0), 1.0)
     controller.update(0.25)
-    assert of_budget(controller, by_drift=False) == {
+    assert of_budget(controller) == {
         "budget/retention_increase_pct": 0.25,
         "budget/limit_retention_increase_pct": 1.0,
         "budget/weight": controller.weight,

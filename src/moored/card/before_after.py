@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from moored.card.cells import NOT_KNOWN, code, commands, known, table, text
 from moored.card.facts import Card, Figures, Text
-from moored.report import increase_pct
+from moored.report import rise_pct
 from moored.report.words import count, fraction, nats, percent, ppl
 
 
@@ -59,8 +59,7 @@ def _corpus(one: Text) -> str:
 
 def _pair(figures: Figures) -> tuple[str, str, str]:
     before, after = figures.adaptation_ppl_before, figures.adaptation_ppl_after
-    change = increase_pct({"": before}, {"": after})[""]
-    return known(ppl(before)), known(ppl(after)), known(percent(change))
+    return known(ppl(before)), known(ppl(after)), known(percent(rise_pct(before, after)))
 
 
 def _change(one: Text) -> tuple[str, str, str]:

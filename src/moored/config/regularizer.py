@@ -57,7 +57,12 @@ class Budget(Section):
     @property
     def unit(self) -> str:
         """Of the budget, in words."""
-        return "% of perplexity" if self.retention_increase_pct else "nats per token"
+        return "nats per token" if self.by_drift else "% of perplexity"
+
+    @property
+    def by_drift(self) -> bool:
+        """Whether the drift is limited, not the rise of the perplexity."""
+        return self.drift_nats_per_token is not None
 
     def problems(self) -> Iterator[Problem]:
         """One budget, and weights in order."""

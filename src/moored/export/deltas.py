@@ -1,6 +1,6 @@
 """How far an adapter moves the weights, by Frobenius norms: of its product, or as merged.
 
-Nothing of the size of dW is made for an adapter: ||B A||^2 = tr((A A^T) (B^T B)).
+Nothing of the size of dW is made for an adapter, see `adapters.product_squares`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moored.adapters import product_squares
 from moored.card import Delta, Deltas
 from moored.weights import Files
 
@@ -44,12 +45,6 @@ def squares(tensor: Tensor) -> float:
     """The squared Frobenius norm, summed row by row in fp64 without an fp64 copy."""
     rows = torch.linalg.vector_norm(tensor.float().flatten(1), dim=1)
     return rows.double().square().sum().item()
-
-
-def product_squares(a: Tensor, b: Tensor) -> float:
-    """||B A||_F^2 of a [r, in] and b [out, r], in fp64."""
-    a, b = a.double(), b.double()
-    return max(0.0, ((a @ a.t()) * (b.t() @ b).t()).sum().item())
 
 
 def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
@@ -80,7 +75,8 @@ def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
             if stored.numel() == a.shape[1] * b.shape[0] and stored.is_floating_point():
                 weight = squares(stored)
         scale = _scale(config, name)
-        moved.append(Moved(name=name, delta=scale**2 * product_squares(a, b), weight=weight))
+        delta = scale**2 * max(0.0, product_squares(a.double(), b.double()).item())
+        moved.append(Moved(name=name, delta=delta, weight=weight))
     return summary("adapter", moved)
 
 

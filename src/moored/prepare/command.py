@@ -27,8 +27,9 @@ from moored.data.kept import tokens_folder
 from moored.errors import MooredError, UserError, UserErrors
 from moored.launched import launched
 from moored.log import redact
+from moored.mesh import alone
 from moored.prepare.drawing import draw
-from moored.prepare.items import Item, alone, require_model, size_of
+from moored.prepare.items import Item, require_model, size_of
 from moored.prepare.weights import verify
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,14 @@ import transformers
 
 from moored import sealed
 from moored.base import Located, resolve_dtype
+from moored.batch import left_padded
 from moored.config import Config, Corpus
 from moored.data import pad_token_id
 from moored.data.chat import ChatEncoder
 from moored.data.drawn import SEED, BaseIdentity, drawn_folder, write_drawn
 from moored.data.questions import QUESTIONS
 from moored.loading import load_base
-from moored.mesh import Axis, Mesh
+from moored.mesh import alone
 from moored.reference import dropout_off
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ def draw(config: Config, located: Located) -> list[Path]:
 
 
 def _load(config: Config, located: Located) -> Any:
-    world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mesh = Mesh(world=world, dp=dp, tp=tp, device=device)
+    mesh = alone("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_base(located.source.path, config.model, mesh, config.parallel)[0]
     # Said in full: a model's own generation_config.json may cut off unlikely tokens.
     model.generation_config = transformers.GenerationConfig(
@@ -120,13 +119,8 @@ def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
 def _texts(
     model: Any, prompts: list[list[int]], chat: ChatEncoder, corpus: Corpus
 ) -> list[list[int]]:
-    longest = max(map(len, prompts))
     pad = pad_token_id(chat.tokenizer)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask = left_padded(prompts, pad)
     tokens = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -134,7 +128,7 @@ def _texts(
         eos_token_id=chat.eos,
         pad_token_id=pad,
         use_cache=True,
-    )[:, longest:].tolist()
+    )[:, ids.shape[1] :].tolist()
     texts: list[list[int]] = []
     for prompt, row in zip(prompts, tokens, strict=True):
         end = row.index(chat.eos) + 1 if chat.eos in row else len(row)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from moored import sealed
 from moored.base import locate
 from moored.config import Config, Corpus, Source
@@ -21,7 +19,7 @@ from moored.data.files import open_sources
 from moored.data.kept import content, content_of_texts
 from moored.evaluate import build_suite
 from moored.loading import require_architecture, require_layout
-from moored.mesh import Axis, Mesh
+from moored.mesh import alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +71,6 @@ def find_everything(config: Config) -> list[Item]:
     build_suite(config, located, mesh)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     return items + [_corpus(place, corpus, base) for place, corpus in config.corpora().items()]
-
-
-def alone() -> Mesh:
-    """The mesh of a process that meets no other, on the CPU."""
-    world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
-    return Mesh(world=world, dp=dp, tp=tp, device=torch.device("cpu"))
 
 
 def require_model(folder: Path, config: Config) -> None:

@@ -8,7 +8,7 @@ from moored.report.bootstrap import increase_intervals
 from moored.report.files import labels_of, run_command, write
 from moored.report.headline import Headline, headline
 from moored.report.merging import merge
-from moored.report.results import ArmResult, BaseResult, Figures, Report, increase_pct
+from moored.report.results import ArmResult, BaseResult, Figures, Report, increase_pct, rise_pct
 from moored.report.settings import settings_of
 from moored.report.terminal import show, table
 from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
@@ -30,6 +30,7 @@ __all__ = [
     "increase_pct",
     "labels_of",
     "merge",
+    "rise_pct",
     "run_command",
     "settings_of",
     "show",

@@ -313,8 +313,9 @@ def _off_their_sums(arm: ArmResult) -> list[str]:
 
 def increase_pct(base: Mapping[str, float | None], after: Mapping[str, float | None]) -> Figures:
     """Percent by which each perplexity rose over the base's; None where one was not measured."""
-    result: Figures = {}
-    for corpus, ppl in after.items():
-        before = base.get(corpus)
-        result[corpus] = None if not before or ppl is None else 100.0 * (ppl / before - 1.0)
-    return result
+    return {corpus: rise_pct(base.get(corpus), ppl) for corpus, ppl in after.items()}
+
+
+def rise_pct(before: float | None, after: float | None) -> float | None:
+    """Percent by which a perplexity rose; None where one was not measured."""
+    return None if not before or after is None else 100.0 * (after / before - 1.0)

@@ -22,7 +22,7 @@ from moored.report.comparing import (
     yardstick,
 )
 from moored.report.figures import bent
-from moored.report.results import ArmResult, Report
+from moored.report.results import ArmResult, Report, rise_pct
 
 # Bars become logarithmic above this.
 BENT_BARS_ABOVE_PCT = 1000.0
@@ -49,9 +49,10 @@ def row(report: Report, name: str, arm: ArmResult) -> dict[str, Any]:
     """An arm in the summary table."""
     base, worst = report.base, arm.worst()
     learned = forgot = None
-    if base.adaptation_ppl and arm.adaptation_ppl is not None:
+    rise = rise_pct(base.adaptation_ppl, arm.adaptation_ppl)
+    if rise is not None:
         found = bootstrap.interval([arm.adaptation_blocks]) if arm.adaptation_blocks else None
-        learned = change(100 * (arm.adaptation_ppl / base.adaptation_ppl - 1), found)
+        learned = change(rise, found)
     if worst is not None:
         forgot = change(worst[1], increase_interval(arm, worst[0]))
     return {
@@ -105,9 +106,8 @@ def versus(report: Report) -> dict[str, Any] | None:
 
 
 def _learned(ours: Setting, theirs: Setting) -> Change | None:
-    if ours.learned is None or theirs.learned is None:
-        return None
-    return change(100 * (ours.learned / theirs.learned - 1), learned_more(ours, theirs))
+    rise = rise_pct(theirs.learned, ours.learned)
+    return None if rise is None else change(rise, learned_more(ours, theirs))
 
 
 def _forgot(ours: Setting, theirs: Setting, corpus: str) -> Change | None:
