@@ -755,6 +755,24 @@ def test_the_resolved_copy_of_a_known_text_says_how_it_is_measured(tmp_path):
     }
 
 
+def test_an_arm_without_what_it_would_inherit_stays_without_it(tmp_path):
+    text = (
+        MINIMAL
+        + """
+regularizer: {kind: tmkl, first_tokens: 4, budget: {retention_increase_pct: 1}}
+compare:
+  - {kind: tmkl, budget: null, first_tokens: null, schedule: linear, end_ratio: 0.5}
+  - {kind: tmkl}
+  - {kind: none}
+"""
+    )
+    config = load_config(write(tmp_path, text))
+    assert [arm.budget is None for arm in config.compare] == [True, False, True]
+    again = load_config(write(tmp_path, config.dump_yaml(), "again.yaml"))
+    assert again.compare == config.compare
+    assert again.regularizer == config.regularizer
+
+
 def test_arms_of_one_kind_are_named_by_all_that_tells_them_apart(tmp_path):
     text = (
         MINIMAL

@@ -281,7 +281,15 @@ class Config(Section):
         values = self.model_dump(mode="json")
         for relation in self._without_effect():
             remove(values, relation.key)
-        return _without_null(values)
+        found = _without_null(values)
+        # Where an arm has none of what it would inherit, its null says something.
+        for arm, whole in zip(found["compare"], values["compare"], strict=True):
+            arm |= {
+                name: None
+                for name, value in whole.items()
+                if value is None and getattr(self.regularizer, name) is not None
+            }
+        return found
 
     def dump_yaml(self) -> str:
         """The resolved recipe as YAML; loading it gives an equal `Config`."""
