@@ -77,7 +77,12 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     controller = None
     if regularizer.budget is not None:
         controller = Controller(regularizer.budget, regularizer.weight)
-    require_same(mesh, config=config.fingerprint(), data=stream.fingerprint())
+    require_same(
+        mesh,
+        config=config.fingerprint(),
+        data=stream.fingerprint(),
+        replay=replay.fingerprint() if replay else "",
+    )
     tracker.dataset(
         name=samples.name,
         digest=stream.fingerprint(),
