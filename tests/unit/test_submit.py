@@ -123,6 +123,7 @@ def test_a_path_reaches_bash_as_it_is_or_is_refused(name: str) -> None:
         ("slurm.account=a;b", "expected a name of SLURM's"),
         ("slurm.time=soon", "expected a time such as"),
         ("slurm.time=03:00", "03:00 is 180 s, and SLURM would warn at once"),
+        ("slurm.time=04:00", "(warn_seconds is 180, and it comes up to 60 s early)"),
         ("slurm.options=[--wrap=x y]", "expected an option of sbatch"),
         ('slurm.options=["--comment=a\\n#SBATCH --uid=0"]', "expected an option of sbatch"),
         ("slurm.gpu_type=h100", "would be ignored, since gpus_per_node is 0"),

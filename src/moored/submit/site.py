@@ -72,6 +72,7 @@ JobPath = Annotated[
     str,
     _shaped(r"(/|\$)[A-Za-z0-9_./${}+@=,-]*", "an absolute path such as /scratch/$USER/moored"),
 ]
+EARLY = 60  # seconds that SLURM may warn before `--signal`'s time
 SECRETS = (
     "HF_TOKEN",
     "MLFLOW_TRACKING_URI",
@@ -125,13 +126,18 @@ class Slurm(Section):
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def problems(self) -> Iterator[Problem]:
-        """A start must be longer than the time that it is given to save."""
+        """A start must be longer than the time that it is given to save.
+
+        A warning that comes before the script listens for it is lost, and SLURM, which looks at
+        its jobs every half a minute, warns up to `EARLY` seconds too early.
+        """
         limit = _seconds(self.time) if self.time is not None else 0
-        if 0 < limit <= self.warn_seconds:
+        if 0 < limit <= self.warn_seconds + EARLY:
             yield Problem(
                 "time",
                 f"{self.time} is {limit} s, and SLURM would warn at once (warn_seconds is "
-                f"{self.warn_seconds}): give more time, or lower slurm.warn_seconds",
+                f"{self.warn_seconds}, and it comes up to {EARLY} s early): give more time, or "
+                "lower slurm.warn_seconds",
                 ("warn_seconds",),
             )
 
