@@ -53,7 +53,7 @@ def _result(spec: Spec) -> Path:
 
 
 def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
-    print(spec.name, flush=True)
+    print(f"{spec.name}\n", end="", flush=True)
     folder = work / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{spec.name}.yaml"
