@@ -139,7 +139,7 @@ def _kind(kind: str, weight: float | None = None, **more: Any) -> dict[str, Any]
 
 
 def prepare(data: Path, work: Path) -> Path:
-    """Cut the texts of `data` into what the recipes read, below `work`; done once.
+    """Cut the texts of `data` into what the recipes read, below `work`.
 
     Args:
         data: holds gsm8k-train.jsonl, wikitext2-valid.txt, lambada-dev.jsonl, german-prose.txt.
@@ -158,8 +158,6 @@ def prepare(data: Path, work: Path) -> Path:
     if missing:
         raise SystemExit(f"{data}: lacks {'; '.join(missing)}: put them there, or name --data")
     texts = work / "texts"
-    if (texts / "done").exists():
-        return texts
     texts.mkdir(parents=True, exist_ok=True)
     paragraphs = (data / "german-prose.txt").read_text(encoding="utf-8").splitlines()
     paragraphs = [line.strip() for line in paragraphs if len(line.strip()) > 120]
@@ -183,7 +181,6 @@ def prepare(data: Path, work: Path) -> Path:
         _jsonl(texts / f"wikitext2-{name}.jsonl", rows)
     for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
         (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
-    (texts / "done").touch()
     return texts
 
 
