@@ -30,7 +30,7 @@ quickstart: install-run ## fine-tune a small real model with and without TMKL (1
 
 # Two at a time: many wait more than they compute, for processes to start or for SLURM.
 test: install-test ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install-dev ## what CI checks besides the tests
 	@failed=; for check in "ruff check ." "ruff format --check ." "pyright --project pyproject.toml" \

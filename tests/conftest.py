@@ -28,6 +28,21 @@ for name in ("MLFLOW_TRACKING_URI", "MOORED_SHIP"):
     os.environ.pop(name, None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first, since a worker takes one at a time and must not end with ten minutes.
+
+    The faults of jobs mostly wait, so they run beside what computes.
+    """
+    order = ("slurm/test_faults.py", "distributed/", "slurm/", "")
+    here = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(here).as_posix()
+        return next(i for i, start in enumerate(order) if path.startswith(start))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store with its tables, made once: that takes seconds."""

@@ -249,6 +249,8 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "max_dropped_fraction": 0.5,
             "packing": True,
         },
+        # All settings of a set share what the base makes of their texts; no number depends on it.
+        "reference": {"cache": True},
         "retention": retention,
         "optim": {
             "learning_rate": 1e-3 if is_headers else 3e-3,

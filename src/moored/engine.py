@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -24,10 +25,12 @@ from moored.batch import Batch
 from moored.config import Config
 from moored.drift import DriftSums
 from moored.errors import TrainingRefusedError, UserError
+from moored.forward import probe_batch
 from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
 from moored.partition import zero_config
 from moored.reference import adapters_off, dropout_off
+from moored.reference_cache import ReferenceCache, open_cache
 from moored.tmkl import LossSums
 
 log = logging.getLogger(__name__)
@@ -40,11 +43,13 @@ class Engine:
     Attributes:
         policy: the model; its parameters may be partitioned (stage 3).
         stage: the ZeRO stage.
+        references: what is kept of the base's hidden states; None: nothing.
     """
 
     def __init__(self, policy: PolicyModel, config: Config, mesh: Mesh):
         deepspeed_logger.setLevel(logging.ERROR)
         self.policy, self.mesh, self.stage = policy, mesh, config.parallel.zero_stage
+        self.references: ReferenceCache | None = None
         self._max_grad_norm = config.optim.max_grad_norm
         self._trainable = policy.trainable()
         if not self._trainable:
@@ -81,9 +86,30 @@ class Engine:
     # -- forward and backward ---------------------------------------------------------------
 
     def reference(self, batch: Batch) -> torch.Tensor:
-        """The base's final hidden states at the batch's targets, [N, D]: adapters off, no grad."""
+        """The base's final hidden states at the batch's targets, [N, D]: adapters off, no grad.
+
+        Args:
+            batch: better with its tensors on the CPU, where a cache looks at them.
+        """
+        if self.references is None:
+            return self._of_base(batch)
+        hidden = self.references.hidden(batch, partial(self._of_base, batch))
+        return hidden.to(self.mesh.device, non_blocking=True)
+
+    def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
+        """From here on read the base's hidden states where they are kept, and keep them.
+
+        Args:
+            config: the recipe.
+            revision: of the base, see `ResolvedModel`.
+            vocab_size: of the base.
+        """
+        probe = self._of_base(probe_batch(vocab_size, self.mesh.device))
+        self.references = open_cache(config, revision, self.mesh, probe)
+
+    def _of_base(self, batch: Batch) -> torch.Tensor:
         with adapters_off(self.policy):
-            return self._engine.module(batch)
+            return self._engine.module(batch.to(self.mesh.device))
 
     def forward(
         self, batch: Batch, reference_hidden: torch.Tensor | None, loss: LossArguments
@@ -289,6 +315,8 @@ class Engine:
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
+        if self.references is not None:
+            self.references.flush()
         self._engine.destroy()
 
 

@@ -272,10 +272,13 @@ def sample_sums(
     for index, host_batch in enumerate(batches):
         poll()
         batch = host_batch.to(mesh.device)
-        if references is not None and index == len(references):
-            references.append(engine.reference(batch))
-        known = None if references is None else references[index]
-        rows = engine.drift(batch, known, collector.spots_per_batch if collector else 0)
+        if references is None or index == len(references):
+            reference = engine.reference(host_batch)
+            if references is not None:
+                references.append(reference)
+        else:
+            reference = references[index]
+        rows = engine.drift(batch, reference, collector.spots_per_batch if collector else 0)
         if collector is not None:
             collector.add(batch, rows)
         sums = _by_sample(rows, batch).tolist()

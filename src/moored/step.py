@@ -151,7 +151,7 @@ def train_step(
     for i, (host_batch, loss_arguments) in enumerate(work):
         batch, is_task = host_batch.to(mesh.device), loss_arguments is of_task
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
-        reference_hidden = engine.reference(batch) if with_kl and is_task else None
+        reference_hidden = engine.reference(host_batch) if with_kl and is_task else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
         loss, sums = engine.forward(batch, reference_hidden, loss_arguments)

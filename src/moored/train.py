@@ -97,6 +97,7 @@ def run(
         _train(one)
         _export(one)
         _evaluate_and_report(one, arm or config.regularizer.kind)
+        _tell_references(one)
         _require_budget(one)
     return path
 
@@ -220,6 +221,21 @@ def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> Non
         )
 
 
+def _tell_references(run: Run) -> None:
+    """Say how often the cache saved this rank a forward of the base."""
+    references = run.engine.references
+    if references is None:
+        return
+    num_read, num_computed = references.num_read, references.num_computed
+    run.tracker.event("reference_cache", read=num_read, computed=num_computed)
+    log.info(
+        "reference cache: %d of %d micro-batches read from %s",
+        num_read,
+        num_read + num_computed,
+        references.folder,
+    )
+
+
 def _require_budget(run: Run) -> None:
     """Say whether the budget was held; where the recipe says so, end as refused if it was not."""
     controller = run.controller
@@ -236,6 +252,8 @@ def _require_budget(run: Run) -> None:
 
 def _save(run: Run) -> None:
     started = time.perf_counter()
+    if run.engine.references is not None:
+        run.engine.references.flush()
     saved = checkpoint.Checkpoint(
         step=run.step,
         optimizer=run.engine.optimizer_tensors(),

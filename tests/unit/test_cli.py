@@ -520,13 +520,20 @@ def test_prepare_hands_over_its_arguments(recipe, run, monkeypatch):
     room(
         monkeypatch,
         "prepare",
-        run=lambda config, only_check: seen.append((config.train.steps, only_check)),
+        run=lambda config, only_check, num_ranks: seen.append(
+            (config.train.steps, only_check, num_ranks)
+        ),
         prune=seen.append,
     )
     assert run("prepare", recipe, "train.steps=3")[0] == 0
     assert run("prepare", recipe, "--offline-check")[0] == 0
     assert run("prepare", "--prune", "1.5")[0] == 0
-    assert seen == [(3, False), (100, True), 1.5]
+    assert run("prepare", recipe, "--references", "8")[0] == 0
+    assert seen == [(3, False, None), (100, True, None), 1.5, (100, False, 8)]
+    for wrong in ((recipe, "--offline-check"), ("--prune", "1")):
+        code, _, said = run("prepare", *wrong, "--references", "8")
+        assert code == 2
+        assert "--references computes: give a recipe" in said
 
 
 # --- exit codes

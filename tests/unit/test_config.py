@@ -45,6 +45,7 @@ FULL: dict[str, Any] = {
         "replay": [{"path": "old.txt"}],
         "budget": {"drift_nats_per_token": 0.1, "probe": {"path": "probe.txt"}},
     },
+    "reference": {"cache": True, "max_gib": 5.0},
     "retention": {"reference": {"builtin": "python-reference"}, "wiki": {"hub": "wikitext"}},
     "optim": {"learning_rate": 1e-3, "betas": [0.9, 0.95]},
     "parallel": {"zero_stage": 3, "offload": "optimizer"},

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from moored.data.samples import SampleSet, load_samples
 from moored.data.stream import TrainStream
 from moored.errors import UserError, UserErrors
 from moored.prepare import command, weights
+from moored.reference_cache import references_folder
 from tiny import tiny_recipe, write_recipe
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "while", "a", "dog", "ran", "over", "it", "and"]
@@ -494,6 +496,18 @@ def test_of_two_processes_one_makes_the_tokens(tmp_path):
 
 
 # ---------------------------------------------------------------- pruning
+
+
+def test_prune_removes_hidden_states_of_bases_that_nothing_opens(cache, capsys):
+    for name, when in (("old", 0), ("new", time.time())):
+        folder = references_folder() / name
+        folder.mkdir(parents=True)
+        (folder / "a.safetensors").write_bytes(bytes(2000))
+        (folder / "facts.json").write_text("{}")
+        os.utime(folder / "facts.json", (when, when))
+    command.prune(7)
+    assert f"removed {references_folder() / 'old'} (2.0 kB)" in capsys.readouterr().out
+    assert [path.name for path in references_folder().iterdir()] == ["new"]
 
 
 def test_prune_removes_what_is_old_and_not_in_the_making(tmp_path, cache, capsys):

@@ -221,7 +221,14 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
     "days",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Instead, remove the tokens that nothing has read for so long; takes no recipe.",
+    help="Instead, remove tokens and hidden states unused for so long; takes no recipe.",
+)
+@click.option(
+    "--references",
+    "num_ranks",
+    type=click.IntRange(min=1),
+    metavar="RANKS",
+    help="Also fill the reference cache for a run on so many data-parallel ranks.",
 )
 @click.option("--site", help="Fill the cache of this site profile (storage.cache).")
 @launcher_argument
@@ -230,6 +237,7 @@ def prepare(
     overrides: tuple[str, ...],
     offline_check: bool,
     days: float | None,
+    num_ranks: int | None,
     site: str | None,
 ) -> None:
     """Bring here what a recipe needs, before its job starts.
@@ -239,6 +247,8 @@ def prepare(
     """
     if (recipe is None) == (days is None):
         raise UserError("give either a recipe, or --prune DAYS")
+    if num_ranks is not None and (recipe is None or offline_check):
+        raise UserError("--references computes: give a recipe, and no --offline-check")
     if site is not None:
         _use_caches(site)
     if days is not None:
@@ -249,7 +259,7 @@ def prepare(
     config = load(recipe, overrides)
     from moored import prepare as room
 
-    room.run(config, only_check=offline_check)
+    room.run(config, only_check=offline_check, num_ranks=num_ranks)
 
 
 @click.command()

@@ -26,6 +26,7 @@ from moored.config.running import (
     EvaluationConfig,
     OutputConfig,
     ParallelConfig,
+    ReferenceConfig,
     TrackConfig,
     TrainConfig,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "OptimConfig",
     "OutputConfig",
     "ParallelConfig",
+    "ReferenceConfig",
     "Regularizer",
     "Source",
     "TrackConfig",
@@ -66,7 +68,7 @@ _COSMETIC: tuple[Key, ...] = (
 )
 # What changes them by the order of sums at most, so that a run may go on on another mesh. (What it
 # may not go on with, other scales of the base, a checkpoint knows.)
-_MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"))
+_MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"), ("reference",))
 
 
 class Config(Section):
@@ -79,6 +81,7 @@ class Config(Section):
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = Field(description="what is learned: a list of sources under train")
     regularizer: Regularizer = Regularizer()
+    reference: ReferenceConfig = ReferenceConfig()
     retention: dict[Annotated[str, Field(pattern=CORPUS_NAME, max_length=60)], Corpus] = Field(
         default_factory=dict, description="name -> text that must not be forgotten"
     )

@@ -63,6 +63,30 @@ class ParallelConfig(Section):
                 yield Ignored(name, ("tensor_parallel_degree",), "tensor_parallel_degree is 1")
 
 
+class ReferenceConfig(Section):
+    """Whether what the base makes of a text is kept on disk, see docs/reference_cache.md."""
+
+    cache: Annotated[
+        bool, about("keep the base's final hidden states, so that they are computed once")
+    ] = False
+    match: Annotated[
+        Literal["batch", "sample"],
+        about(
+            "what a kept state serves; batch: the same micro-batch, bit for bit as computed; "
+            "sample: the same sample in any micro-batch, epoch and mesh, the same but for rounding"
+        ),
+    ] = "batch"
+    max_gib: Annotated[
+        float, Field(gt=0, description="GiB of all kept states; no more are added beyond it")
+    ] = 100.0
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Nothing is kept."""
+        if not self.cache:
+            for name in ("match", "max_gib"):
+                yield Ignored(name, ("cache",), "cache is false")
+
+
 class TrainConfig(Section):
     """How long, in which batches, and what is saved on the way."""
 

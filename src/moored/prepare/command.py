@@ -30,7 +30,9 @@ from moored.log import redact
 from moored.mesh import alone
 from moored.prepare.drawing import draw
 from moored.prepare.items import Item, require_model, size_of
+from moored.prepare.references import fill, require_fillable
 from moored.prepare.weights import verify
+from moored.reference_cache import FACTS, references_folder
 
 log = logging.getLogger(__name__)
 DAY = 86400.0  # seconds
@@ -42,12 +44,13 @@ OFFLINE = {
 }
 
 
-def run(config: Config, *, only_check: bool = False) -> None:
+def run(config: Config, *, only_check: bool = False, num_ranks: int | None = None) -> None:
     """Bring everything that a recipe needs to this machine's caches, and prove it.
 
     Args:
         config: the recipe.
         only_check: fetch and keep nothing; prove only.
+        num_ranks: also fill the reference cache for a run on so many data-parallel ranks.
 
     Raises:
         UserError: something cannot be had, is broken, or would need a network in a job.
@@ -59,10 +62,12 @@ def run(config: Config, *, only_check: bool = False) -> None:
             f"{world} processes were started, but prepare works alone: start it without torchrun, "
             "or with srun --ntasks=1"
         )
+    if num_ranks is not None:
+        require_fillable(config)
     _require_local(config)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     if not only_check:
-        _fetch(config, console)
+        _fetch(config, console, num_ranks)
     for item in prove(config):
         identity = item.identity if len(item.identity) < 50 else item.identity[:23]
         size, note = readable(item.num_bytes), f"  {item.note}" if item.note else ""
@@ -99,14 +104,16 @@ def prove(config: Config) -> list[Item]:
 
 
 def prune(days: float) -> None:
-    """Remove the tokens that nothing has read for so many days, and what killed processes left.
+    """Remove tokens and hidden states that nothing has used for so many days.
+
+    And what killed processes left of them.
 
     Raises:
         UserError: a folder cannot be removed.
     """
     before, freed, left = time.time() - days * DAY, 0, 0
-    folder = tokens_folder()
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    folders = (tokens_folder(), references_folder())
+    for path in (path for at in folders if at.is_dir() for path in sorted(at.iterdir())):
         if not path.is_dir():
             continue
         try:
@@ -118,7 +125,8 @@ def prune(days: float) -> None:
             continue
         freed += size
         print(f"removed {path} ({readable(size)})")
-    print(f"freed {readable(freed)}; {readable(left)} of tokens are left in {folder}")
+    where = " and ".join(map(str, folders))
+    print(f"freed {readable(freed)}; {readable(left)} are left in {where}")
 
 
 def readable(num_bytes: int) -> str:
@@ -141,7 +149,7 @@ def _require_local(config: Config) -> None:
         raise UserErrors(problems)
 
 
-def _fetch(config: Config, console: Console) -> None:
+def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
     """The order of a run: data first, since that is soon found wrong."""
     check_data(config)
     located = locate(config.model, alone())
@@ -159,6 +167,10 @@ def _fetch(config: Config, console: Console) -> None:
     for place, corpus in config.corpora().items():
         if corpus.builtin != "base-samples":
             retention_samples(place.rpartition(".")[2], corpus, tokenizer, keep=True, place=place)
+    if num_ranks is not None:
+        cache = fill(config, located, num_ranks=num_ranks)
+        count, size = cache.num_computed, readable(size_of(cache.folder))
+        console.print(f"{cache.folder}: {size}; {count:,} micro-batches of the base were computed")
     total = sum(size_of(path) for path in tokens_folder().glob("[!.]*"))
     console.print(
         f"{tokens_folder()}: {readable(total)} of tokens, of all recipes (`moored prepare "
@@ -168,8 +180,8 @@ def _fetch(config: Config, console: Console) -> None:
 
 def _last_used(path: Path) -> float:
     """Unix seconds; of what a killed process left, when it was made."""
-    manifest = path / sealed.MANIFEST
-    return (manifest if manifest.is_file() else path).stat().st_mtime
+    marks = [path / name for name in (sealed.MANIFEST, FACTS) if (path / name).is_file()]
+    return (*marks, path)[0].stat().st_mtime
 
 
 def _removed(path: Path) -> bool:

@@ -1,0 +1,73 @@
+"""What the base makes of the training data, computed beforehand for the reference cache."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from moored.base import Located
+from moored.batch import Batch
+from moored.config import Config
+from moored.data import TrainStream, load_samples
+from moored.errors import UserError
+from moored.forward import probe_batch
+from moored.mesh import alone
+from moored.model import PolicyModel, load_policy
+from moored.reference import adapters_off
+from moored.reference_cache import ReferenceCache, open_cache
+
+
+def require_fillable(config: Config) -> None:
+    """Refuse what `fill` cannot do, before anything is fetched.
+
+    Raises:
+        UserError: the recipe keeps nothing, or is for tensor-parallel ranks, whose sums differ.
+    """
+    if not config.reference.cache:
+        raise UserError("the recipe keeps no hidden states: set reference.cache to true")
+    degree = config.parallel.tensor_parallel_degree
+    if degree > 1:
+        raise UserError(
+            f"parallel.tensor_parallel_degree is {degree}, and one process adds up in another "
+            "order than these: leave it to the first run, which keeps what it computes"
+        )
+
+
+def fill(config: Config, located: Located, *, num_ranks: int) -> ReferenceCache:
+    """Run the base over every micro-batch of a run, in one process; what is kept is passed over.
+
+    It may be stopped at any point, and goes on there.
+
+    Args:
+        config: the recipe; see `require_fillable`.
+        located: the base.
+        num_ranks: data-parallel ranks of the run, on which its micro-batches depend.
+
+    Returns:
+        The cache.
+    """
+    mesh = alone("cuda" if torch.cuda.is_available() else "cpu")
+    whole = config.parallel.model_copy(update={"zero_stage": 0, "offload": "none"})
+    policy = load_policy(located.source.path, config.model_copy(update={"parallel": whole}), mesh)
+    probe = _of_base(policy, probe_batch(located.vocab_size, mesh.device))
+    cache = open_cache(config, located.source.revision, mesh, probe)
+    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
+    ranks = [TrainStream(config, located.tokenizer, samples) for _ in range(num_ranks)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(cache.flush)  # also when it is broken off
+        steps = range(ranks[0].total_steps())
+        for _ in track(steps, "steps of the base", console=Console(stderr=True)):
+            for rank, stream in enumerate(ranks):
+                for batch in stream.next_step(dp_rank=rank, dp_size=num_ranks):
+                    if not cache.has(batch):
+                        cache.hidden(batch, partial(_of_base, policy, batch.to(mesh.device)))
+    return cache
+
+
+def _of_base(policy: PolicyModel, batch: Batch) -> torch.Tensor:
+    with adapters_off(policy):
+        return policy(batch)

@@ -1,0 +1,222 @@
+"""The kept hidden states of a base: what serves what, and what breaks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moored import reference_cache
+from moored.batch import Batch, Sample, collate
+from moored.config import load_config
+from moored.reference_cache import ReferenceCache, facts_of
+from tiny import tiny_recipe, write_recipe
+
+D = 8
+
+
+def sample(name: str, length: int, *, first_target: int = 1) -> Sample:
+    ids = np.random.default_rng(sum(name.encode())).integers(0, 1000, length).astype(np.int32)
+    labels = np.arange(length) >= first_target
+    return Sample(sample_id=name, input_ids=ids, label_mask=labels)
+
+
+A, B, C = sample("a", 9), sample("b", 7, first_target=3), sample("c", 5)
+
+
+def base(batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As a causal model would: of a sample's tokens up to the target, and of nothing else."""
+    ids, positions = batch.input_ids.reshape(-1), batch.position_ids.reshape(-1)
+    rows = []
+    for at in batch.target_index.tolist():
+        start = at - int(positions[at])
+        seed = hash(tuple(ids[start : at + 1].tolist())) % 2**31
+        rows.append(torch.randn(D, generator=torch.Generator().manual_seed(seed)))
+    return torch.stack(rows).to(dtype) if rows else torch.empty((0, D), dtype=dtype)
+
+
+class Counting:
+    """A cache in `folder` that counts how often the base is asked."""
+
+    def __init__(self, folder: Path, **options: object):
+        dtype = options.pop("dtype", torch.float32)
+        given = {"facts": {}, "by_batch": False, "max_bytes": 2**30} | options
+        like = torch.empty((1, D), dtype=dtype)
+        self.cache, self.dtype, self.asked = ReferenceCache(folder, like=like, **given), dtype, 0
+
+    def __call__(self, *rows: list[Sample]) -> bool:
+        """Whether the batch came out of the cache; it is right in any case."""
+        batch, before = collate(rows, 0), self.asked
+
+        def compute() -> torch.Tensor:
+            self.asked += 1
+            return base(batch, self.dtype)
+
+        assert torch.equal(self.cache.hidden(batch, compute), base(batch, self.dtype))
+        return self.asked == before
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "reference" / "base"
+
+
+def test_a_sample_serves_wherever_it_is_laid(folder: Path) -> None:
+    cache = Counting(folder)
+    assert not cache([A, B], [C])
+    for rows in ([[A, B], [C]], [[C, B, A]], [[A], [B]], [[B]], []):
+        assert cache(*rows), rows
+    longer, other = sample("a", 10), sample("b", 7, first_target=2)
+    assert not cache([longer])
+    assert not cache([other]), "the same tokens, but other targets"
+    assert not cache([A], [sample("d", 4)]), "one of its samples is new"
+
+
+def test_a_batch_serves_itself_alone(folder: Path) -> None:
+    cache = Counting(folder, by_batch=True)
+    assert not cache([A, B], [C])
+    assert cache([A, B], [C])
+    for rows in ([[A, B]], [[B, A], [C]], [[C], [A, B]], [[A, B], [sample("c", 6)]]):
+        assert not cache(*rows), rows
+
+
+def test_a_sample_that_lies_in_a_batch_twice_has_two_records(folder: Path) -> None:
+    cache = ReferenceCache(
+        folder, facts={}, like=torch.empty((1, D)), by_batch=True, max_bytes=2**30
+    )
+    batch = collate([[A, B], [A]], 0)
+    hidden = torch.randn(batch.num_targets, D)  # A's differ by where it lies
+    assert cache.hidden(batch, lambda: hidden) is hidden
+    assert torch.equal(cache.hidden(batch, pytest.fail), hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_flushed_is_there_for_others(folder: Path, dtype: torch.dtype) -> None:
+    first, second = (Counting(folder, dtype=dtype) for _ in range(2))
+    assert not first([A, B])
+    assert not second([A]), "not written yet"
+    first.cache.flush()
+    assert second([B]), "a file that came while it ran"
+    third = Counting(folder, dtype=dtype)
+    assert third([A, B])
+    assert (third.cache.num_read, third.cache.num_computed) == (1, 0)
+    assert not Counting(folder, dtype=torch.float64)([A, B]), "of another dtype"
+
+
+def test_large_amounts_are_written_on_the_way(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(reference_cache, "FILE_BYTES", 20 * D * 4)
+    killed = Counting(folder)  # that is, never flushed
+    for length in range(5, 25):
+        killed([sample(f"s{length}", length)])
+    again = Counting(folder)
+    found = [again([sample(f"s{length}", length)]) for length in range(5, 25)]
+    assert sum(found) >= 17, found
+    assert not list(folder.glob("*.draft"))
+
+
+@pytest.mark.parametrize("where", ["record", "header", "cut", "empty", "text"])
+def test_broken_files_are_computed_again(folder: Path, where: str, caplog) -> None:
+    first = Counting(folder)
+    first([A, B], [C])
+    first.cache.flush()
+    (path,) = folder.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    if where == "record":
+        data[-5] ^= 1
+    elif where == "header":
+        data[20] ^= 255
+    elif where == "cut":
+        del data[-40:]
+    else:
+        data = bytearray(b"" if where == "empty" else b"not a tensor" * 10)
+    path.write_bytes(data)
+    caplog.set_level(logging.WARNING)
+    found = [Counting(folder)(row) for row in ([A], [B], [C])]
+    assert not all(found)
+    assert f"{path.name} is broken" in caplog.text
+    assert not path.exists(), "it would be found again and again"
+    assert path.with_suffix(".broken").exists()
+    mended = Counting(folder)
+    mended([A, B], [C])
+    mended.cache.flush()
+    caplog.clear()
+    assert Counting(folder)([A, B], [C])
+    assert not caplog.text
+
+
+def test_the_disk_is_bounded(folder: Path, caplog) -> None:
+    beside = folder.parent / "another"
+    full = Counting(beside)
+    full([A])
+    full.cache.flush()
+    used = sum(path.stat().st_size for path in folder.parent.glob("*/*.safetensors"))
+    cache = Counting(folder, max_bytes=used + 100)
+    assert not cache([A])
+    cache.cache.flush()
+    assert not list(folder.glob("*.safetensors"))
+    assert caplog.text.count("raise reference.max_gib") == 1
+    assert not cache([B])
+    assert not cache([B]), "nothing is kept any more"
+    assert caplog.text.count("raise reference.max_gib") == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog) -> None:
+    (tmp_path / "reference").write_text("a file")
+    cache = Counting(tmp_path / "reference" / "base")
+    assert not cache([A])
+    assert not cache([A])
+    assert "nothing more is added to the reference cache" in caplog.text
+
+
+def test_a_rank_that_does_not_write_reads(folder: Path) -> None:
+    reader = Counting(folder, writes=False)
+    assert not reader([A])
+    reader.cache.flush()
+    assert not list(folder.glob("*.safetensors"))
+    writer = Counting(folder)
+    writer([A])
+    writer.cache.flush()
+    assert reader([A])
+
+
+def test_where_others_lack_something_all_compute(folder: Path) -> None:
+    seen: list[bool] = []
+
+    def agree(hit: bool) -> bool:
+        seen.append(hit)
+        return False
+
+    writer = Counting(folder)
+    writer([A])
+    writer.cache.flush()
+    cache = Counting(folder, agree=agree)
+    assert not cache([A])
+    assert seen == [True]
+    assert not cache.cache._pending, "it is kept already"
+
+
+def test_other_bases_have_other_folders(tmp_path: Path) -> None:
+    config = load_config(write_recipe(tmp_path, tiny_recipe(tmp_path)))
+    probe = torch.arange(6.0).reshape(2, 3)
+
+    def facts(*changes: str, revision: str = "r", hidden: torch.Tensor = probe) -> dict:
+        changed = load_config(tmp_path / "tiny.yaml", list(changes))
+        return facts_of(changed, revision, torch.device("cpu"), hidden)
+
+    same = facts_of(config, "r", torch.device("cpu"), probe)
+    assert facts() == same
+    assert facts("optim.learning_rate=0.5", "train.seed=3", "adapter.r=2") == same
+    assert facts(revision="other") != same
+    assert facts(hidden=probe + 1e-7) != same
+    assert facts(hidden=probe.bfloat16()) != same
+    for change in (
+        "model.quantization=none",
+        "model.double_quantization=false",
+        "model.dtype=bfloat16",
+        "model.attention=eager",
+        "parallel.tensor_parallel_degree=2",
+    ):
+        assert facts(change) != same, change
