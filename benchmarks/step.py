@@ -1,4 +1,6 @@
-"""One training step with TMKL against one without, by whole `moored train` runs side by side.
+"""One training step with TMKL, with and without the reference cache, against one without TMKL.
+
+By whole `moored train` runs side by side.
 
     python benchmarks/step.py                          # CPU: 30 million parameters, fp32 compute
     python benchmarks/step.py --size 3b --json step.json            # one GPU: NF4, bf16
@@ -30,7 +32,12 @@ SIZES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
-ARMS = {"ce": {"kind": "none"}, "tmkl": {"kind": "tmkl", "weight": 1.0}}
+TMKL = {"kind": "tmkl", "weight": 1.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "ce": {"regularizer": {"kind": "none"}},
+    "tmkl": {"regularizer": TMKL},
+    "cached": {"regularizer": TMKL, "reference": {"cache": True}},
+}
 
 
 def main() -> None:
@@ -52,6 +59,7 @@ def main() -> None:
         place = Path(folder)
         model = write_model(place / "model", args.size)
         data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
+        train(place / "filling", model, data, "cached", args)
         for i in range(args.rounds):
             for arm in ARMS if i % 2 == 0 else reversed(ARMS):
                 found[arm].append(train(place / f"{arm}-{i}", model, data, arm, args))
@@ -65,7 +73,8 @@ def main() -> None:
             f"{a} {seconds[a]:.3f} s, {tokens / seconds[a]:,.0f} tokens/s, {memory[a]:.2f} GiB"
             for a in ARMS
         )
-        + f"; ratio {seconds['tmkl'] / seconds['ce']:.3f}"
+        + f"; ratios to ce: tmkl {seconds['tmkl'] / seconds['ce']:.3f}, "
+        f"cached {seconds['cached'] / seconds['ce']:.3f}"
     )
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": found}))
@@ -125,7 +134,6 @@ def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namesp
             "max_length": args.tokens,
             "too_long": "truncate",
         },
-        "regularizer": ARMS[arm],
         "optim": {"learning_rate": 1e-4},
         "parallel": {"zero_stage": args.zero_stage},
         "train": {
@@ -137,11 +145,15 @@ def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namesp
         "evaluation": {"before": False},
         "track": {"mlflow": False},
         "output": {"dir": str(folder / "runs")},
+        **ARMS[arm],
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "moored", "train", str(folder / "recipe.yaml")]
     paths = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "MOORED_CACHE": str(folder.parent / "cache"),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{arm} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

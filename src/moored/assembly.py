@@ -6,6 +6,7 @@ What is done with them is `train.py`'s.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from moored import checkpoint
 from moored.answers import Answered
 from moored.base import Located, locate
+from moored.batch import Batch
 from moored.budget import Controller
 from moored.config import Config
-from moored.data import TrainStream, check_data, load_samples
+from moored.data import Ahead, TrainStream, check_data, load_samples
 from moored.engine import Engine
 from moored.errors import UserError
 from moored.evaluate import Suite, build_suite
@@ -40,7 +42,7 @@ class Run:
     located: Located
     policy: PolicyModel
     engine: Engine
-    stream: TrainStream
+    stream: Ahead
     replay: TrainStream | None
     suite: Suite
     controller: Controller | None
@@ -107,7 +109,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         located=located,
         policy=policy,
         engine=engine,
-        stream=stream,
+        stream=Ahead(stream, num_steps, prepare=_read_ahead(engine, config)),
         replay=replay,
         suite=suite,
         controller=controller,
@@ -116,6 +118,13 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         _resume(one, newest)
     return one
+
+
+def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
+    """What is done with the next step's batches while this one is computed."""
+    if engine.references is None or not config.regularizer.is_divergent:
+        return len
+    return engine.references.read_ahead
 
 
 def _resume(run: Run, folder: Path) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -117,10 +120,14 @@ class ReferenceCache:
         self.folder, self._by_batch, self._max_bytes = folder, by_batch, max_bytes
         self._like = torch.empty((0, like.shape[1]), dtype=like.dtype)
         self._writes, self._agree = writes, agree
+        self._pin = like.is_cuda
         self._found: dict[str, Path] = {}
         self._seen: set[Path] = set()
         self._scanned_at = -1
         self._pending: dict[str, Tensor] = {}
+        # What was read ahead, of this step and the next: not every step asks for it.
+        self._ahead: deque[dict[tuple[str, ...], Tensor]] = deque([{}, {}], maxlen=2)
+        self._lock = threading.Lock()
         self._opened = lru_cache(_OPEN_FILES)(_open)
         self.num_read = self.num_computed = 0
         try:
@@ -137,24 +144,50 @@ class ReferenceCache:
             compute: runs the base; called on all ranks that share its forwards, or on none.
         """
         records = list(self._records(batch))
-        parts = self._read(records)
-        if self._agree(parts is not None):
+        with self._lock:
+            key = tuple(name for name, _ in records)
+            found = next((step.pop(key) for step in self._ahead if key in step), None)
+            if found is None:
+                found = self._read(records)
+        if self._agree(found is not None) and found is not None:
             self.num_read += 1
-            return torch.cat([self._like, *(parts or ())])
+            return found
         self.num_computed += 1
         hidden = compute()
-        if self._writes and not all(self._knows(name) for name, _ in records):
-            self._add(records, hidden.detach().cpu())
+        with self._lock:
+            if self._writes and not all(self._knows(name) for name, _ in records):
+                self._add(records, hidden.detach().cpu())
         return hidden
+
+    def read_ahead(self, batches: Sequence[Batch]) -> None:
+        """Bring what is kept of a step into memory (pinned, for a GPU), for `hidden`.
+
+        In any thread, and before the step; what it does not ask for is let go of.
+        """
+        step: dict[tuple[str, ...], Tensor] = {}
+        with self._lock:
+            self._ahead.append(step)
+        for batch in batches:
+            records = list(self._records(batch))
+            with self._lock:
+                found = self._read(records)
+                if found is not None:
+                    key = tuple(name for name, _ in records)
+                    step[key] = found.pin_memory() if self._pin else found
 
     def has(self, batch: Batch) -> bool:
         """Whether everything of the batch is kept (unless it proves to be broken)."""
         records = list(self._records(batch))
-        self._rescan(records)
+        with self._lock:
+            self._rescan(records)
         return all(self._knows(name) for name, _ in records)
 
     def flush(self) -> None:
         """Write what waits to be written."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
         if not self._pending or not self._writes:
             return
         pending, self._pending = self._pending, {}
@@ -225,7 +258,7 @@ class ReferenceCache:
         except OSError as error:
             log.warning("reference cache %s cannot be read: %s", self.folder, error)
 
-    def _read(self, records: list[tuple[str, slice]]) -> list[Tensor] | None:
+    def _read(self, records: list[tuple[str, slice]]) -> Tensor | None:
         self._rescan(records)
         if not all(self._knows(name) for name, _ in records):
             return None
@@ -237,7 +270,7 @@ class ReferenceCache:
             if part is None:
                 return None
             parts.append(part)
-        return parts
+        return torch.cat([self._like, *parts])
 
     def _read_one(self, name: str, num_rows: int) -> Tensor | None:
         path = self._found[name]
@@ -270,7 +303,7 @@ class ReferenceCache:
             name: hidden[rows].clone() for name, rows in records if not self._knows(name)
         }
         if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
-            self.flush()
+            self._flush()
 
     def _stop_writing(self, why: object) -> None:
         log.warning(
@@ -292,4 +325,5 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
+    # Of gigabytes per second, unlike a cryptographic one; it guards against damage, not malice.
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor))

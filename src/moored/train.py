@@ -94,6 +94,7 @@ def run(
         one = assemble(config, mesh, directory, tracker)
         one.alone, one.base_answered, one.signals = parent is None, base_answered, signals
         stack.callback(one.engine.close)
+        stack.callback(one.stream.close)
         _train(one)
         _export(one)
         _evaluate_and_report(one, arm or config.regularizer.kind)

@@ -147,6 +147,31 @@ def test_broken_files_are_computed_again(folder: Path, where: str, caplog) -> No
     assert not caplog.text
 
 
+def test_what_is_read_ahead_is_used_once_and_let_go_of(folder: Path, monkeypatch) -> None:
+    first = Counting(folder)
+    for rows in ([A], [B], [C]):
+        first(rows)
+    first.cache.flush()
+    cache = Counting(folder)
+    cache.cache.read_ahead([collate([[A]], 0), collate([[B]], 0), collate([[sample("d", 4)]], 0)])
+    reads: list[str] = []
+    read_one = cache.cache._read_one
+    monkeypatch.setattr(
+        cache.cache, "_read_one", lambda name, n: (reads.append(name), read_one(name, n))[1]
+    )
+    assert cache([A])
+    assert reads == [], "it was in memory"
+    assert cache([A])
+    assert len(reads) == 1
+    cache.cache.read_ahead([])
+    assert cache([B]), "of the step before"
+    assert len(reads) == 1
+    cache.cache.read_ahead([collate([[C]], 0)])
+    cache.cache.read_ahead([])
+    cache.cache.read_ahead([])
+    assert not any(cache.cache._ahead), "a step that needs no reference does not ask"
+
+
 def test_the_disk_is_bounded(folder: Path, caplog) -> None:
     beside = folder.parent / "another"
     full = Counting(beside)

@@ -1,8 +1,9 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
 `formats`, `files` and `corpora` read, `records` validates (these four without torch), `chat` masks,
-`encode` tokenises, `samples` holds, `stream` orders, `heldout` evaluates. What this front door
-names is imported when it is asked for, so that validation on a login node loads no torch.
+`encode` tokenises, `samples` holds, `stream` orders, `ahead` keeps one step in store, `heldout`
+evaluates. What this front door names is imported when it is asked for, so that validation on a
+login node loads no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moored.data.ahead import Ahead
     from moored.data.corpora import resolve_text
     from moored.data.drawn import BaseIdentity
     from moored.data.heldout import (
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from moored.data.stream import TrainStream
 
 _ROOMS = {
+    "Ahead": "ahead",
     "BaseIdentity": "drawn",
     "resolve_text": "corpora",
     "Prompt": "heldout",
@@ -42,6 +45,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Ahead",
     "BaseIdentity",
     "Prompt",
     "SampleSet",
