@@ -18,7 +18,7 @@ QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
 SEEDS = (0, 1)
 WEIGHTS = {
     "headers": (0.03, 0.1, 0.3, 1.0),
-    "headers-long": (0.1, 0.3),
+    "headers-long": (0.1, 0.2, 0.3),
     "gsm8k": (0.1, 0.3, 1.0),
     "german": (0.1, 0.3, 1.0),
 }

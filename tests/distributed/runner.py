@@ -17,20 +17,29 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+# Forked from a process that has imported these: to import them costs each rank many seconds.
+PRELOADED = ["distributed.preloaded"]
+
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Call fn(rank, world_size, *args) on `world_size` spawned processes of one gloo group.
+    """Call fn(rank, world_size, *args) on `world_size` processes of one gloo group.
 
     Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT,
-    and one torch thread. The group meets over a file, so no port can be taken by another test.
+    and one torch thread, beside this process's environment. The group meets over a file, so no port
+    can be taken by another test. With `fresh` each process starts from nothing, as a launcher's do.
 
     Returns:
         The results in rank order.
@@ -38,13 +47,15 @@ def run_distributed(
     Raises:
         RuntimeError: a rank raised (with its traceback), died, or `timeout` seconds passed.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if fresh else "forkserver")
+    _start_server()
     results = context.Queue()
     # By value: tensors shared between processes would die with the process that made them.
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
-        job = (world_size, meeting, _free_port(), list(sys.path), timeout)
+        place = (dict(os.environ), list(sys.path))
+        job = (world_size, meeting, _free_port(), place, timeout)
         processes = [
             context.Process(target=_worker, args=(rank, job, results, call))
             for rank in range(world_size)
@@ -62,6 +73,20 @@ def run_distributed(
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def _start_server() -> None:
+    """Start the process that ranks are forked from, if it does not run yet."""
+    mp.set_forkserver_preload(PRELOADED)
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # it is told no other way
+    try:
+        forkserver.ensure_running()
+    finally:
+        if given is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = given
 
 
 def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
@@ -85,10 +110,12 @@ def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
     return [done[rank] for rank in range(len(processes))]
 
 
-def _worker(rank: int, job: tuple[int, str, int, list[str], float], results: Any, call: bytes):
-    world_size, meeting, port, path, timeout = job
+def _worker(rank: int, job: tuple[int, str, int, Any, float], results: Any, call: bytes):
+    world_size, meeting, port, (environment, path), timeout = job
     sys.path[:] = path
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

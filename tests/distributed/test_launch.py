@@ -177,7 +177,7 @@ def test_a_signal_saves_and_ends(place: Path) -> None:
     process = start(place, *command)
     wait_for(at_step(place, "signal", 3), process)
     process.send_signal(signal.SIGTERM)
-    output = finish(process, 75, 30)
+    output = finish(process, 75, 90)
     assert "starting again" not in output
     first = state(place, "signal")
     assert (first["status"], first["exit_code"]) == ("preempted", 75)
@@ -187,7 +187,7 @@ def test_a_signal_saves_and_ends(place: Path) -> None:
     process = start(place, *command)
     wait_for(lambda: len(ranks("signal")) == 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal sends it
-    finish(process, 75, 30)
+    finish(process, 75, 90)
     second = state(place, "signal")
     assert (second["status"], second["attempt"]) == ("preempted", 2)
     assert second["step"] > first["step"]

@@ -145,10 +145,10 @@ def loaded(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
             names = [name for name, (size, _) in MESHES.items() if size == world_size]
             cases = [config_of(folder, *MESHES[name][1]) for name in names]
             warm_up = small(folder, *MESHES[names[-1]][1])
-            ranks = run_distributed(loading, world_size, cases, warm_up, timeout=300)
+            ranks = run_distributed(loading, world_size, cases, warm_up, timeout=300, fresh=True)
             for name, *each in zip(names, *ranks, strict=True):
                 found[name] = each
-        peak = run_distributed(stock, 1, config_of(folder), timeout=200)[0]
+        peak = run_distributed(stock, 1, config_of(folder), timeout=200, fresh=True)[0]
     found["stock"] = [{"peak": peak}]
     return found
 

@@ -66,19 +66,18 @@ def assert_same(one: Path, other: Path) -> None:
         assert of(one)[key] == of(other)[key], key
 
 
-MESHES = {
-    "alone": (1, ()),
-    "zero-2": (2, ("parallel.zero_stage=2",)),
-    "zero-3": (2, ("parallel.zero_stage=3", "model.dtype=bfloat16")),
-    "tp": (2, ("parallel.tensor_parallel_degree=2", "model.quantization=none")),
-    "tp-sp": (
+TP = ("parallel.tensor_parallel_degree=2", "model.quantization=none")
+# By who meets: one start of the processes for all that they can do.
+MESHES: dict[str, tuple[int, dict[str, tuple[str, ...]]]] = {
+    "one": (1, {"alone": ()}),
+    "dp": (
         2,
-        (
-            "parallel.tensor_parallel_degree=2",
-            "parallel.sequence_parallel=true",
-            "model.quantization=none",
-        ),
+        {
+            "zero-2": ("parallel.zero_stage=2",),
+            "zero-3": ("parallel.zero_stage=3", "model.dtype=bfloat16"),
+        },
     ),
+    "tp": (2, {"tp": TP, "tp-sp": (*TP, "parallel.sequence_parallel=true")}),
 }
 
 
@@ -87,26 +86,33 @@ def train_all(_rank: int, _world_size: int, configs: dict[str, Config], folder: 
         train.run(config, path=folder / name, parent=folder)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_run_with_the_cache_is_the_run_without_it(tmp_path: Path, mesh: str) -> None:
-    size, overrides = MESHES[mesh]
-    on = (*overrides, "reference.cache=true")
+@pytest.mark.parametrize("ranks", MESHES)
+def test_a_run_with_the_cache_is_the_run_without_it(tmp_path: Path, ranks: str) -> None:
+    size, meshes = MESHES[ranks]
+    cache = ("reference.cache=true",)
+    runs = {
+        "without": (),
+        "filling": cache,
+        "filled": cache,
+        "another-weight": (*cache, "regularizer.weight=0.2"),
+    }
     configs = {
-        "without": recipe_of(tmp_path, *overrides),
-        "filling": recipe_of(tmp_path, *on),
-        "filled": recipe_of(tmp_path, *on),
-        "another-weight": recipe_of(tmp_path, *on, "regularizer.weight=0.2"),
+        f"{mesh}/{name}": recipe_of(tmp_path, *overrides, *options)
+        for mesh, overrides in meshes.items()
+        for name, options in runs.items()
     }
     run_distributed(train_all, size, configs, tmp_path, timeout=300)
-    assert_same(tmp_path / "filling", tmp_path / "without")
-    assert_same(tmp_path / "filled", tmp_path / "without")
-    said = {name: of(tmp_path / name)["said"] for name in configs}
-    assert said["without"] == []
-    ((filling,), (filled,)) = said["filling"], said["filled"]
-    assert filling["read"] == 0
-    assert filled == {"read": filling["computed"], "computed": 0}
-    assert said["another-weight"] == [filled], "a sweep shares it"
-    assert of(tmp_path / "another-weight")["losses"] != of(tmp_path / "filled")["losses"]
+    for mesh in meshes:
+        place = tmp_path / mesh
+        assert_same(place / "filling", place / "without")
+        assert_same(place / "filled", place / "without")
+        said = {name: of(place / name)["said"] for name in runs}
+        assert said["without"] == []
+        ((filling,), (filled,)) = said["filling"], said["filled"]
+        assert filling["read"] == 0
+        assert filled == {"read": filling["computed"], "computed": 0}
+        assert said["another-weight"] == [filled], "a sweep shares it"
+        assert of(place / "another-weight")["losses"] != of(place / "filled")["losses"]
 
 
 def test_samples_serve_in_the_next_epoch_and_on_another_mesh(tmp_path: Path) -> None:

@@ -71,29 +71,33 @@ def recipe_of(folder: Path, *overrides: str) -> Config:
 def cut_and_resume(
     rank: int, world_size: int, configs: dict[Any, Config], folder: Path
 ) -> dict[Any, dict[str, Any]]:
-    """Run without a break, then with one; what each rank's samples were, step by step."""
-    seen: list[list[str]] = []
+    """Run without a break, then with one; each rank's samples, by stream, step by step."""
+    seen: dict[str, list[list[str]]] = {}
     original, after = TrainStream.next_step, [10**9]
 
     def spying(self: TrainStream, **place: int) -> Any:
         batches = original(self, **place)
-        if len(seen) == after[0]:
+        steps = seen.setdefault(self.samples.section, [])
+        if len(steps) == after[0] and self.samples.section == "data.train":
             raise Cut
-        seen.append([name for batch in batches for name in batch.sample_ids])
+        steps.append([name for batch in batches for name in batch.sample_ids])
         return batches
 
     TrainStream.next_step = spying  # type: ignore[method-assign]
     results = {}
     for case, config in configs.items():
-        place, seen[:] = folder / "-".join(map(str, case)), []
+        place = folder / "-".join(map(str, case))
+        seen.clear()
         train.run(config, path=place / "whole", parent=folder)
-        whole, seen[:], after[0] = list(seen), [], CUT
+        whole, after[0] = dict(seen), CUT
+        seen.clear()
         with pytest.raises(Cut):
             train.run(config, path=place / "cut", parent=folder)
         after[0] = 10**9
-        seen[:] = seen[: CUT // 2 * 2]  # what the newest checkpoint has seen
+        for steps in seen.values():
+            del steps[CUT:]  # the newest checkpoint has seen so many
         train.run(config, path=place / "cut", parent=folder)
-        results[case] = {"whole": whole, "cut": list(seen)}
+        results[case] = {"whole": whole, "cut": dict(seen)}
     return results
 
 
