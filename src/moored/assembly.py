@@ -99,8 +99,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         checkpoint.load_adapter(newest, policy)
     engine = Engine(policy, config, mesh)
-    if config.reference.cache:
-        engine.keep_references(config, located.source.revision, located.vocab_size)
+    engine.keep_references(config, located.source.revision, located.vocab_size)
     one = Run(
         config=config,
         mesh=mesh,

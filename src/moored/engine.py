@@ -29,7 +29,7 @@ from moored.forward import probe_batch
 from moored.mesh import Mesh, leave_mesh
 from moored.model import LossArguments, PolicyModel
 from moored.partition import zero_config
-from moored.reference import adapters_off, dropout_off
+from moored.reference import adapters_off, dropout_off, of_base
 from moored.reference_cache import ReferenceCache, open_cache
 from moored.tmkl import LossSums
 
@@ -97,19 +97,19 @@ class Engine:
         return hidden.to(self.mesh.device, non_blocking=True)
 
     def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
-        """From here on read the base's hidden states where they are kept, and keep them.
+        """Read the base's hidden states where they are kept, and keep them, if the recipe says so.
 
         Args:
             config: the recipe.
             revision: of the base, see `ResolvedModel`.
             vocab_size: of the base.
         """
-        probe = self._of_base(probe_batch(vocab_size, self.mesh.device))
-        self.references = open_cache(config, revision, self.mesh, probe)
+        if config.reference.cache:
+            probe = self._of_base(probe_batch(vocab_size, self.mesh.device))
+            self.references = open_cache(config, revision, self.mesh, probe)
 
     def _of_base(self, batch: Batch) -> torch.Tensor:
-        with adapters_off(self.policy):
-            return self._engine.module(batch.to(self.mesh.device))
+        return of_base(self._engine.module, batch.to(self.mesh.device))
 
     def forward(
         self, batch: Batch, reference_hidden: torch.Tensor | None, loss: LossArguments

@@ -27,7 +27,7 @@ from moored.head import Head, attach_gradient
 from moored.loading import load_base
 from moored.mesh import Mesh
 from moored.partition import Partition
-from moored.reference import adapters_off, dropout_off, require_identity
+from moored.reference import dropout_off, of_base, require_identity
 from moored.tensor_parallel import Sharding
 from moored.weighting import CEWeighting, KLWeighting
 
@@ -209,8 +209,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
             )
     policy = PolicyModel(model, dtype, sharding, partition)
     policy.train()
-    with adapters_off(policy):
-        off = policy(batch)
+    off = of_base(policy, batch)
     require_identity(pristine, off, adapter=label, where="before training")
     if adapter is None and config.adapter.family != "dora":
         with torch.no_grad(), dropout_off(policy):

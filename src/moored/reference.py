@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from moored.batch import Batch
 from moored.errors import UserError
 
 
@@ -46,6 +47,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         for peft_model in peft_models:
             stack.enter_context(peft_model.disable_adapter())
         yield
+
+
+def of_base(policy: nn.Module, batch: Batch) -> torch.Tensor:
+    """The final hidden states of a policy's base at the targets of a batch, [N, D]."""
+    with adapters_off(policy):
+        return policy(batch)
 
 
 def require_identity(

@@ -9,6 +9,7 @@ written, is computed again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -192,8 +193,7 @@ class ReferenceCache:
             return
         pending, self._pending = self._pending, {}
         size = sum(tensor.nbytes for tensor in pending.values())
-        used = sum(path.stat().st_size for path in self.folder.parent.glob("*/*.safetensors"))
-        if used + size > self._max_bytes:
+        if self._used() + size > self._max_bytes:
             limit = self._max_bytes / 2**30
             self._stop_writing(f"more than reference.max_gib, {limit:g}, would be used")
             return
@@ -209,6 +209,14 @@ class ReferenceCache:
             return
         self._seen.add(path)
         self._found |= dict.fromkeys(pending, path)
+
+    def _used(self) -> int:
+        """Bytes of this folder and those beside it, from which others take files meanwhile."""
+        used = 0
+        for path in self.folder.parent.glob("*/*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                used += path.stat().st_size
+        return used
 
     def _records(self, batch: Batch) -> Iterator[tuple[str, slice]]:
         """Name of each sample's record, and which of the N targets are its own.

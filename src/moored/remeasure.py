@@ -174,8 +174,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
     suite = build_suite(config, located, mesh)
     policy = load_policy(located.source.path, config, mesh, adapter=target.adapter)
     engine = Engine(policy, config, mesh)
-    if config.reference.cache:
-        engine.keep_references(config, located.source.revision, located.vocab_size)
+    engine.keep_references(config, located.source.revision, located.vocab_size)
     try:
         ask: Any = partial(
             evaluate,

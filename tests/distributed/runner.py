@@ -48,7 +48,8 @@ def run_distributed(
         RuntimeError: a rank raised (with its traceback), died, or `timeout` seconds passed.
     """
     context = mp.get_context("spawn" if fresh else "forkserver")
-    _start_server()
+    if not fresh:
+        _start_server()
     results = context.Queue()
     # By value: tensors shared between processes would die with the process that made them.
     call = pickle.dumps((fn, args))

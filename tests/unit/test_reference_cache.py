@@ -188,6 +188,17 @@ def test_the_disk_is_bounded(folder: Path, caplog) -> None:
     assert caplog.text.count("raise reference.max_gib") == 1
 
 
+def test_a_file_that_others_take_away_costs_nothing(folder: Path, monkeypatch) -> None:
+    """As `moored prepare --prune` does, between the listing and the look at its size."""
+    cache = Counting(folder)
+    cache([A])
+    gone = folder.parent / "another/gone.safetensors"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone]))
+    cache.cache.flush()
+    monkeypatch.undo()
+    assert Counting(folder)([A])
+
+
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog) -> None:
     (tmp_path / "reference").write_text("a file")
     cache = Counting(tmp_path / "reference" / "base")

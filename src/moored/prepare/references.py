@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.progress import track
 
 from moored.base import Located
-from moored.batch import Batch
 from moored.config import Config
 from moored.data import TrainStream, load_samples
 from moored.errors import UserError
 from moored.forward import probe_batch
 from moored.mesh import alone
-from moored.model import PolicyModel, load_policy
-from moored.reference import adapters_off
+from moored.model import load_policy
+from moored.reference import of_base
 from moored.reference_cache import ReferenceCache, open_cache
 
 
@@ -53,7 +52,7 @@ def fill(config: Config, located: Located, *, num_ranks: int) -> ReferenceCache:
     mesh = alone("cuda" if torch.cuda.is_available() else "cpu")
     whole = config.parallel.model_copy(update={"zero_stage": 0, "offload": "none"})
     policy = load_policy(located.source.path, config.model_copy(update={"parallel": whole}), mesh)
-    probe = _of_base(policy, probe_batch(located.vocab_size, mesh.device))
+    probe = of_base(policy, probe_batch(located.vocab_size, mesh.device))
     cache = open_cache(config, located.source.revision, mesh, probe)
     samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
     ranks = [TrainStream(config, located.tokenizer, samples) for _ in range(num_ranks)]
@@ -64,10 +63,5 @@ def fill(config: Config, located: Located, *, num_ranks: int) -> ReferenceCache:
             for rank, stream in enumerate(ranks):
                 for batch in stream.next_step(dp_rank=rank, dp_size=num_ranks):
                     if not cache.has(batch):
-                        cache.hidden(batch, partial(_of_base, policy, batch.to(mesh.device)))
+                        cache.hidden(batch, partial(of_base, policy, batch.to(mesh.device)))
     return cache
-
-
-def _of_base(policy: PolicyModel, batch: Batch) -> torch.Tensor:
-    with adapters_off(policy):
-        return policy(batch)
