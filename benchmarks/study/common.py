@@ -15,7 +15,6 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
 
-SEEDS = (0, 1)
 WEIGHTS = {
     "headers": (0.03, 0.1, 0.3, 1.0),
     "headers-long": (0.1, 0.2, 0.3),
@@ -56,16 +55,24 @@ def specs() -> Iterator[Spec]:
 
 
 def _all() -> Iterator[Spec]:
-    for seed in SEEDS:
-        for data in SETS:
-            yield from _weights(data, seed)
-            if data == "headers-long":
-                yield from _budgets(data, seed)
-    for seed in SEEDS:
-        yield from _adapters("headers", seed)
-        yield from _baselines("headers", seed)
-        if seed == SEEDS[0]:
-            yield from _options("headers", seed)
+    for runs, data, seed in (
+        (_weights, "headers", 0),
+        (_weights, "headers-long", 0),
+        (_budgets, "headers-long", 0),
+        (_weights, "gsm8k", 0),
+        (_weights, "headers", 1),
+        (_adapters, "headers", 0),
+        (_weights, "headers-long", 1),
+        (_budgets, "headers-long", 1),
+        (_baselines, "headers", 0),
+        (_weights, "gsm8k", 1),
+        (_options, "headers", 0),
+        (_weights, "german", 0),
+        (_weights, "german", 1),
+        (_adapters, "headers", 1),
+        (_baselines, "headers", 1),
+    ):
+        yield from runs(data, seed)
 
 
 def _weights(data: str, seed: int) -> Iterator[Spec]:
