@@ -331,11 +331,13 @@ def check_dtypes(*named: tuple[str, Tensor | None]) -> None:
 def default_chunk_tokens(num_tokens: int, shard: VocabShard, *, on_gpu: bool = False) -> int:
     """Tokens per chunk: a function of T, vocabulary and ranks alone, so that ranks agree.
 
-    A buffer of 32 MiB of fp32 logits per rank on a CPU, 512 MiB on a GPU, if 64 rows fit in it.
+    A buffer of 64 MiB of fp32 logits per rank on a CPU, 512 MiB on a GPU; but at least as many rows
+    as a matrix product needs to be quick: 256, or 64.
     """
     columns = max(1, shard.vocab_size // shard.world_size)
-    rows, multiple = (2**27 // columns, 128) if on_gpu else (2**23 // columns, 16)
-    return max(1, min(num_tokens, max(64, min(4096, rows // multiple * multiple))))
+    size, multiple, least = (2**27, 128, 64) if on_gpu else (2**24, 16, 256)
+    rows = size // columns // multiple * multiple
+    return max(1, min(num_tokens, max(least, min(4096, rows))))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

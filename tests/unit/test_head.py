@@ -500,10 +500,10 @@ def test_fp16_does_not_underflow_under_the_mean() -> None:
 
 def test_the_default_chunk_is_a_pure_function() -> None:
     shard = VocabShard(0, 32768, 32768)
-    assert default_chunk_tokens(2048, shard) == 256
+    assert default_chunk_tokens(2048, shard) == 512
     assert default_chunk_tokens(100, shard) == 100
     assert default_chunk_tokens(0, shard) == 1
-    assert default_chunk_tokens(10**6, VocabShard(0, 256_000, 256_000)) == 64
+    assert default_chunk_tokens(10**6, VocabShard(0, 256_000, 256_000)) == 256
     assert default_chunk_tokens(10**6, VocabShard(0, 2, 2)) == 4096
     assert default_chunk_tokens(8192, VocabShard(0, 128_256, 128_256), on_gpu=True) == 1024
 
