@@ -2,8 +2,8 @@
 
 It knows numbers only; the probe is measured by `train.py`. The weight is the multiplier of the
 constrained problem "least cross-entropy with at most so much forgotten", raised while the budget
-is exceeded and lowered while it is not: dual ascent on its logarithm, which is the integral part of
-the PID Lagrangian methods of Stooke et al. (arXiv 2007.03964).
+is exceeded and lowered while it is not: dual ascent on its logarithm, with the proportional part
+that damps it, of the PID Lagrangian methods of Stooke et al. (arXiv 2007.03964).
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 
 from moored.config import Budget
 
-# Change of the log weight per measurement that is off by the whole budget, and its bounds: what was
-# forgotten comes back fast under a greater weight, so the weight rises faster than it falls.
-GAIN, MOST_UP, MOST_DOWN = 2.0, 1.5, 0.7
+# Change of the log weight per measurement: INTEGRAL times what is above the budget and PROPORTIONAL
+# times what was added since the last measurement, both in budgets, by MOST at most. What is
+# forgotten adds up at a rate that the weight sets, so by the integral alone it would swing.
+INTEGRAL, PROPORTIONAL, MOST = 1.0, 1.5, 1.5
 PATIENCE = 3  # measurements above the budget at the greatest weight until it is given up
 
 
@@ -36,10 +37,13 @@ class Controller:
 
     def update(self, measured: float) -> float:
         """Take a measurement, in the budget's unit, and return the weight from here on."""
-        error = measured / self.budget.limit - 1
-        # A perplexity that is not finite is as bad as can be.
-        step = min(max(GAIN * error, -MOST_DOWN), MOST_UP) if math.isfinite(error) else MOST_UP
-        moved = self.weight * math.exp(step)
+        limit, before = self.budget.limit, self.measured
+        step = MOST  # a perplexity that is not finite is as bad as can be
+        if math.isfinite(measured):
+            step = INTEGRAL * (measured / limit - 1)
+            if before is not None and math.isfinite(before):
+                step += PROPORTIONAL * (measured - before) / limit
+        moved = self.weight * math.exp(min(max(step, -MOST), MOST))
         self.weight = min(max(moved, self.budget.min_weight), self.budget.max_weight)
         self.measured = measured
         at_most = self.weight == self.budget.max_weight

@@ -37,6 +37,22 @@ def test_it_settles_at_the_budget_from_wherever_it_starts(
     assert controller.weight == pytest.approx(strength / limit - 1, rel=0.3)
 
 
+@pytest.mark.parametrize("limit", [1.0, 3.0])
+@pytest.mark.parametrize("rest", [0.05, 0.13, 0.6])
+@pytest.mark.parametrize("pull", [0.8, 1.7, 3.0])
+def test_what_adds_up_is_held_to_half_a_point_at_the_end(
+    limit: float, rest: float, pull: float
+) -> None:
+    """As real runs do: percent per measurement by the weight's log, less as the rate decays."""
+    controller, forgotten, ends = Controller(Budget(retention_increase_pct=limit), 0.3), -3.6, 20
+    controller.update(forgotten)
+    for i in range(ends):
+        rate = 0.5 * (1 + math.cos(math.pi * i / ends))
+        forgotten -= rate * pull * math.log(controller.weight / rest)
+        controller.update(forgotten)
+    assert forgotten == pytest.approx(limit, abs=0.5)
+
+
 def test_what_cannot_be_held_is_said_so() -> None:
     budget = Budget(retention_increase_pct=1.0, max_weight=5.0)
     controller = held_by(budget, 1.0, strength=60.0)
