@@ -1,8 +1,9 @@
 """One training step with TMKL, with and without the reference cache, against one without TMKL.
 
-By whole `moored train` runs side by side.
+By whole `moored train` runs side by side; and by TRL's SFTTrainer, plain and with a KL as one would
+add it by hand, where it is installed.
 
-    python benchmarks/step.py                          # CPU: 30 million parameters, fp32 compute
+    python benchmarks/step.py                          # CPU: 70 million parameters, fp32 compute
     python benchmarks/step.py --size 3b --json step.json            # one GPU: NF4, bf16
 
 The base has random weights and the shape of a Llama of that size, and is written to a temporary
@@ -13,6 +14,7 @@ each are left out, and the figure is the ratio of the medians of seconds per ste
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -27,7 +29,8 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 # Hidden size, intermediate size, layers, heads, key/value heads, vocabulary
 SIZES = {
-    "30m": (384, 1024, 8, 6, 3, 32000),
+    "30m": (384, 1024, 8, 6, 3, 32000),  # nearly half of all products are the head's
+    "70m": (512, 1408, 20, 8, 4, 8192),  # 6 %, as in an 8B model
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "3b": (3072, 8192, 28, 24, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
@@ -38,12 +41,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "tmkl": {"regularizer": TMKL},
     "cached": {"regularizer": TMKL, "reference": {"cache": True}},
 }
+TRL_ARMS = {"trl": [], "trl+kl": ["--kl"]}
 
 
 def main() -> None:
     """Run the arms in turns and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="30m")
+    parser.add_argument("--size", choices=SIZES, default="70m")
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
     parser.add_argument("--micro-batch-size", type=int, default=4)
@@ -54,30 +58,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    arms = list(ARMS)
+    if importlib.util.find_spec("trl"):
+        arms += TRL_ARMS
+    else:
+        print("trl: not installed, left out")
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = write_model(place / "model", args.size)
         data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
         train(place / "filling", model, data, "cached", args)
         for i in range(args.rounds):
-            for arm in ARMS if i % 2 == 0 else reversed(ARMS):
-                found[arm].append(train(place / f"{arm}-{i}", model, data, arm, args))
+            for arm in arms if i % 2 == 0 else reversed(arms):
+                run = train_by_trl if arm in TRL_ARMS else train
+                found[arm].append(run(place / f"{arm}-{i}", model, data, arm, args))
                 print(f"round {i + 1} {arm}: {found[arm][-1]}", flush=True)
-    seconds = {a: statistics.median(s for run in found[a] for s in run["seconds"]) for a in ARMS}
-    memory = {arm: max(run["peak_gib"] for run in found[arm]) for arm in ARMS}
-    tokens = args.tokens * args.sequences
-    print(
-        f"{args.size}, {tokens} tokens per step, ZeRO {args.zero_stage}, {args.checkpointing}: "
-        + "; ".join(
-            f"{a} {seconds[a]:.3f} s, {tokens / seconds[a]:,.0f} tokens/s, {memory[a]:.2f} GiB"
-            for a in ARMS
-        )
-        + f"; ratios to ce: tmkl {seconds['tmkl'] / seconds['ce']:.3f}, "
-        f"cached {seconds['cached'] / seconds['ce']:.3f}"
-    )
+    print(table(found, args))
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": found}))
+
+
+def table(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
+    """Median seconds per step, their ratio to cross-entropy alone, and the peak of memory."""
+    tokens = args.tokens * args.sequences
+    lines = [
+        f"{args.size}, {tokens} tokens per step, ZeRO {args.zero_stage}, {args.checkpointing}",
+        "",
+        "| | seconds | tokens/s | / ce | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    seconds = {
+        arm: statistics.median(s for run in runs for s in run["seconds"])
+        for arm, runs in found.items()
+    }
+    for arm, runs in found.items():
+        lines.append(
+            f"| {arm} | {seconds[arm]:.3f} | {tokens / seconds[arm]:,.0f} "
+            f"| {seconds[arm] / seconds['ce']:.2f} | {max(r['peak_gib'] for r in runs):.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def write_model(folder: Path, size: str) -> Path:
@@ -160,6 +180,23 @@ def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namesp
     values = metrics(folder / "runs" / arm)
     seconds = [value for _, value in values["perf/step_seconds"]][args.skip :]
     return {"seconds": seconds, "peak_gib": values["perf/peak_memory_bytes"][-1][1] / 2**30}
+
+
+def train_by_trl(
+    folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The same by TRL, in a process of its own."""
+    folder.mkdir()
+    script = Path(__file__).with_name("step_trl.py")
+    command = [sys.executable, str(script), "--model", str(model), "--data", str(data)]
+    for option in ("tokens", "sequences", "micro_batch_size", "checkpointing", "steps"):
+        command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
+    command += TRL_ARMS[arm]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return figures | {"seconds": figures["seconds"][args.skip :]}
 
 
 if __name__ == "__main__":
