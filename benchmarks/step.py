@@ -140,12 +140,11 @@ def write_data(path: Path, tokens: int, count: int) -> Path:
     return path
 
 
-def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace) -> dict:
-    """One run: seconds per step after the first ones, and the peak of memory."""
-    from moored.track.journal import metrics
-
-    folder.mkdir()
-    recipe = {
+def recipe(
+    folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What a run below `folder` is of."""
+    return {
         "name": arm,
         "model": {"name_or_path": str(model), "quantization": "nf4"},
         "adapter": {"r": 16, "alpha": 32.0},
@@ -167,8 +166,18 @@ def train(folder: Path, model: Path, data: Path, arm: str, args: argparse.Namesp
         "output": {"dir": str(folder / "runs")},
         **ARMS[arm],
     }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "moored", "train", str(folder / "recipe.yaml")]
+
+
+def train(
+    folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One run: seconds per step after the first ones, and the peak of memory."""
+    from moored.track.journal import metrics
+
+    folder.mkdir()
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe(folder, model, data, arm, args)))
+    command = [sys.executable, "-m", "moored", "train", str(path)]
     paths = [*sys.path[:2], *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
