@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from moored.config import AdapterConfig
 from moored.errors import UserError
+from moored.lora_linear import fuse
 from moored.sinelora import SineLayer, SineLoraConfig
 from moored.tensor_parallel import Sharding, whole_adapters
 
@@ -83,6 +84,7 @@ def add_adapters(
             if "lora" not in name:
                 raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
     _keep_dtype(model)
+    fuse(model)
     return model
 
 
@@ -147,6 +149,7 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     _keep_dtype(model)
+    fuse(model)
     return model
 
 
