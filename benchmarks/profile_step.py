@@ -71,7 +71,7 @@ def main() -> None:
     moored.train.train_step = watched
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = write_model(place / "model", args.size)
+        model = write_model(place / "model", SIZES[args.size])
         data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
         config = Config.model_validate(recipe(place, model, data, args.arm, args))
         moored.train.run(config)

@@ -66,7 +66,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        model = write_model(place / "model", args.size)
+        model = write_model(place / "model", SIZES[args.size])
         data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
         train(place / "filling", model, data, "cached", args)
         for i in range(args.rounds):
@@ -100,7 +100,7 @@ def table(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> s
     return "\n".join(lines)
 
 
-def write_model(folder: Path, size: str) -> Path:
+def write_model(folder: Path, shape: tuple[int, ...]) -> Path:
     """A Llama with random weights, in bf16, and a byte-level tokenizer."""
     import torch
     import transformers
@@ -108,7 +108,7 @@ def write_model(folder: Path, size: str) -> Path:
     from tiny import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
-    hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
+    hidden, intermediate, layers, heads, kv_heads, vocab = shape
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -118,7 +118,7 @@ def write_model(folder: Path, size: str) -> Path:
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
         max_position_embeddings=8192,
-        tie_word_embeddings=size != "8b",
+        tie_word_embeddings=hidden < 4096,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
