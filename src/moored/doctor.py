@@ -27,7 +27,7 @@ from moored.errors import UserError
 from moored.evaluate import build_suite
 from moored.loading import require_layout
 from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
-from moored.model import PolicyModel, load_policy
+from moored.model import PolicyModel, load_policy, num_checkpointed
 from moored.step import CE_WEIGHTINGS
 from moored.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.weighting import NUM_TOPS
@@ -155,16 +155,18 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
     assert policy.sharding is not None
     of_adapters = policy.trainable().items()
     hf_config: Any = policy.causal_lm.get_base_model().config
+    num_layers: int = hf_config.get_text_config().num_hidden_layers
     return Spread(
         degree=mesh.tp.size,
         hidden_size=hf_config.get_text_config().hidden_size,
-        num_layers=hf_config.get_text_config().num_hidden_layers,
+        num_layers=num_layers,
         activation_bytes=policy.compute_dtype.itemsize,
         shared_adapter_sizes=[
             p.numel() for name, p in of_adapters if policy.sharding.split_of(name) is None
         ],
         sequence_parallel=config.parallel.sequence_parallel,
         checkpointing=config.train.gradient_checkpointing,
+        num_recomputed=num_checkpointed(config.train.checkpointed_layers, num_layers),
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
         direction=config.regularizer.direction,
         is_warm=config.regularizer.temperature != 1.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moored.adapters import add_adapters, open_adapter, product_norm
 from moored.base import resolve_dtype
@@ -214,7 +216,8 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     if adapter is None and config.adapter.family != "dora":
         with torch.no_grad(), dropout_off(policy):
             _require_neutral(policy(batch), off, label)
-    _set_checkpointing(policy.causal_lm, config.train.gradient_checkpointing)
+    train = config.train
+    _set_checkpointing(policy.causal_lm, train.gradient_checkpointing, train.checkpointed_layers)
     return policy
 
 
@@ -262,7 +265,12 @@ def _require_isolation(
         )
 
 
-def _set_checkpointing(model: PeftModel, kind: str) -> None:
+def num_checkpointed(fraction: float, num_layers: int) -> int:
+    """How many of the layers, the first ones, are recomputed in the backward."""
+    return math.ceil(round(fraction * num_layers, 9))
+
+
+def _set_checkpointing(model: PeftModel, kind: str, fraction: float) -> None:
     if kind == "none":
         return
     causal_lm: Any = model.get_base_model()
@@ -280,3 +288,12 @@ def _set_checkpointing(model: PeftModel, kind: str) -> None:
     if reentrant:
         # A reentrant segment has a backward only if its input requires grad.
         causal_lm.enable_input_require_grads()
+    layers = [m for m in causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if fraction < 1 and not layers:
+        raise UserError(
+            f"train.checkpointed_layers: {type(causal_lm).__name__} recomputes all layers or none: "
+            "set it to 1"
+        )
+    # The last ones keep theirs: those are given up first, before any layer is recomputed.
+    for layer in layers[num_checkpointed(fraction, len(layers)) :]:
+        layer.gradient_checkpointing = False

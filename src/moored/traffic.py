@@ -71,6 +71,7 @@ class Spread:
         shared_adapter_sizes: elements of every adapter matrix that all ranks hold.
         sequence_parallel: norms and residuals are spread by tokens.
         checkpointing: none, reentrant or non_reentrant.
+        num_recomputed: layers that are checkpointed; None: all, if any are.
         chunk_tokens: rows of the head at a time.
         direction: of the divergence.
         is_warm: its temperature is not 1.
@@ -85,6 +86,7 @@ class Spread:
     shared_adapter_sizes: Sequence[int]
     sequence_parallel: bool = False
     checkpointing: str = "none"
+    num_recomputed: int | None = None
     chunk_tokens: int = 4096
     direction: str = "forward"
     is_warm: bool = False
@@ -106,11 +108,12 @@ def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     # With checkpointing the backward enters each region again, leaves it again (without reentry not
     # the last one of a layer), and goes down to the embedding, whose output then requires grad.
     again = spread.checkpointing != "none"
-    again_out = {"none": 0, "reentrant": regions, "non_reentrant": spread.num_layers}
+    layers = spread.num_layers if spread.num_recomputed is None else spread.num_recomputed
+    again_out = {"none": 0, "reentrant": 2 * layers, "non_reentrant": layers}
     backward_in = regions if again else regions - 1
     sent = [Sent("embedding", "all_reduce", passes, whole)]
     if spread.sequence_parallel:
-        gathers = passes * regions + again * regions + regions
+        gathers = passes * regions + again * 2 * layers + regions
         scatters = passes * regions + again_out[spread.checkpointing] + backward_in
         sent += [
             Sent("layers", "all_gather", gathers, stream),

@@ -185,6 +185,12 @@ def two_processes(tmp_path_factory) -> dict:
         configs[stage, "offload"] = recipe_config(
             folder, f"parallel.zero_stage={stage}", "parallel.offload=optimizer"
         )
+    configs[3, "half"] = recipe_config(
+        folder,
+        "parallel.zero_stage=3",
+        "train.gradient_checkpointing=non_reentrant",
+        "train.checkpointed_layers=0.5",
+    )
     for split in SPLITS:
         if split[0] == 2:
             configs[split] = recipe_config(
@@ -217,6 +223,10 @@ def test_two_processes_equal_one(two_processes, expected, stage, checkpointing):
     for name, tensor in first["adapter"].items():
         assert torch.equal(tensor, second["adapter"][name]), f"{name} differs between the ranks"
     assert first["loss"] == second["loss"]
+
+
+def test_layers_that_are_not_recomputed_change_nothing(two_processes, expected):
+    assert_same(two_processes[3, "half"][0], expected)
 
 
 @pytest.mark.parametrize("split", SPLITS[1:])

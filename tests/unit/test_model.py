@@ -149,6 +149,27 @@ def test_reference_pass_leaves_random_state_and_training_flags_alone(tmp_path):
         assert not torch.equal(policy(batch), policy(batch)), "the policy's own dropout is on"
 
 
+@pytest.mark.parametrize(
+    ("fraction", "recomputed"), [(1.0, 4), (0.75, 3), (0.6, 3), (0.5, 2), (0.01, 1)]
+)
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+def test_as_many_layers_are_recomputed_as_the_recipe_says(tmp_path, kind, fraction, recomputed):
+    overrides = [f"train.gradient_checkpointing={kind}", f"train.checkpointed_layers={fraction}"]
+    policy = policy_of(config_of(tmp_path, *overrides, num_hidden_layers=4))
+    layers = policy.causal_lm.get_base_model().model.layers
+    calls = [0] * 4
+    for i, layer in enumerate(layers):
+
+        def count(*_: object, i: int = i) -> None:
+            calls[i] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
+    batch = some_batch()
+    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    loss.backward()
+    assert calls == [2] * recomputed + [1] * (4 - recomputed)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_adapters_on_the_head_or_the_embedding_are_refused(tmp_path, target):
     config = config_of(tmp_path, f"adapter.target_modules=[q_proj, {target}]")

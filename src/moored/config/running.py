@@ -101,11 +101,21 @@ class TrainConfig(Section):
         Literal["none", "reentrant", "non_reentrant"],
         about("recompute activations in the backward"),
     ] = "non_reentrant"
+    checkpointed_layers: Annotated[
+        float,
+        Field(gt=0, le=1, description="part of them recomputed; below 1: less time, more memory"),
+    ] = 1.0
     save_every: Annotated[Positive, about("steps between checkpoints")] = 100
     keep_checkpoints: Annotated[Positive, about("checkpoints kept, the newest")] = 2
     log_every: Annotated[Positive, about("steps between logged points")] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of data order and adapter")] = 0
     max_nonfinite_updates: Annotated[Positive, about("refused updates in a row; then stop")] = 5
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Nothing is recomputed."""
+        if self.gradient_checkpointing == "none":
+            why = "gradient_checkpointing is none"
+            yield Ignored("checkpointed_layers", ("gradient_checkpointing",), why)
 
     def problems(self) -> Iterator[Problem]:
         """One length, one size of the global batch, and micro-batches that fit in it."""
