@@ -14,10 +14,13 @@ from typing import Any
 
 from moored.config import Budget
 
-# Change of the log weight per measurement: INTEGRAL times what is above the budget and PROPORTIONAL
-# times what was added since the last measurement, both in budgets, by MOST at most. What is
-# forgotten adds up at a rate that the weight sets, so by the integral alone it would swing.
-INTEGRAL, PROPORTIONAL, MOST = 1.0, 1.5, 1.5
+# Change of the log weight per measurement: INTEGRAL times what is above the aim and PROPORTIONAL
+# times what was added since the last measurement, both in aims, by MOST at most. What is forgotten
+# adds up at a rate that the weight sets, so by the integral alone it would swing.
+INTEGRAL, PROPORTIONAL, MOST = 1.0, 2.0, 1.5
+# The aim is the limit, but twice that at first: while the learning rate is high a model moves about
+# and loses for a time what it has again in the end. Nothing more is let pass in the last fifth.
+CLOSED_AT = 0.8
 PATIENCE = 3  # measurements above the budget at the greatest weight until it is given up
 
 
@@ -35,14 +38,20 @@ class Controller:
         self.measured: float | None = None
         self._stuck = 0
 
-    def update(self, measured: float) -> float:
-        """Take a measurement, in the budget's unit, and return the weight from here on."""
-        limit, before = self.budget.limit, self.measured
+    def update(self, measured: float, progress: float = 1.0) -> float:
+        """Take a measurement, in the budget's unit, and return the weight from here on.
+
+        Args:
+            measured: what is lost; less than nothing counts as nothing.
+            progress: the part of the run that is behind.
+        """
+        aim = self.budget.limit * (1 + max(0.0, 1 - progress / CLOSED_AT))
+        before = self.measured
         step = MOST  # a perplexity that is not finite is as bad as can be
         if math.isfinite(measured):
-            step = INTEGRAL * (measured / limit - 1)
+            step = INTEGRAL * (max(measured, 0.0) / aim - 1)
             if before is not None and math.isfinite(before):
-                step += PROPORTIONAL * (measured - before) / limit
+                step += PROPORTIONAL * (max(measured, 0.0) - max(before, 0.0)) / aim
         moved = self.weight * math.exp(min(max(step, -MOST), MOST))
         self.weight = min(max(moved, self.budget.min_weight), self.budget.max_weight)
         self.measured = measured
