@@ -127,8 +127,8 @@ def failures_named(mesh: Mesh) -> Iterator[None]:
         raise UserError(
             f"rank {mesh.world.rank}: {str(error).splitlines()[0][:160]} Lower "
             "train.micro_batch_size (or evaluation.micro_batch_size), then data.max_length; set "
-            "train.gradient_checkpointing to non_reentrant, model.quantization to nf4, "
-            "parallel.zero_stage to 3"
+            "train.gradient_checkpointing to non_reentrant and checkpointed_layers to 1, "
+            "model.quantization to nf4, parallel.zero_stage to 3"
         ) from error
     except RuntimeError as error:
         if mesh.world.size == 1 or not is_lost_peer(error):
