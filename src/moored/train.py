@@ -184,8 +184,7 @@ def _steer(run: Run) -> None:
     found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
     rise = rise_pct(found.base_ppl, found.policy_ppl)
     assert rise is not None
-    lost = found.kl if controller.budget.by_drift else rise
-    controller.update(lost, run.step / run.num_steps)
+    controller.update(found.kl if controller.budget.by_drift else rise)
     run.tracker.metrics(run.step, measures.of_budget(controller))
     if controller.is_lost and controller.budget.when_broken == "stop":
         _save(run)

@@ -17,9 +17,9 @@ def held_by(
 ) -> Controller:
     """Forgetting that moves a third of the way, per measurement, to strength / (1 + weight)."""
     controller, forgotten = Controller(budget, weight), 0.0
-    for i in range(num_measurements):
+    for _ in range(num_measurements):
         forgotten += (strength / (1 + controller.weight) - forgotten) / 3
-        controller.update(forgotten, (i + 1) / num_measurements)
+        controller.update(forgotten)
     return controller
 
 
@@ -38,24 +38,22 @@ def test_it_settles_at_the_budget_from_wherever_it_starts(
 
 
 @pytest.mark.parametrize("limit", [1.0, 3.0])
-@pytest.mark.parametrize("rest", [0.05, 0.13, 0.6])
-@pytest.mark.parametrize("pull", [1.2, 1.7, 3.0])
-def test_what_adds_up_is_held_to_half_a_point_at_the_end(
-    limit: float, rest: float, pull: float
+@pytest.mark.parametrize("first", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("num_measurements", [20, 40])
+def test_what_is_lost_faster_than_it_comes_back_is_held_by_a_steady_weight(
+    limit: float, first: float, num_measurements: int
 ) -> None:
-    """As real runs do: percent per measurement by the weight's log, and a part that passes.
-
-    Both fall with the learning rate; the first measurement finds a model that has got better.
-    """
-    controller, ends = Controller(Budget(retention_increase_pct=limit), 0.3), 20
-    controller.update(-3.6, 1 / ends)
-    stays = forgotten = 1.0
-    for i in range(1, ends):
-        rate = 0.5 * (1 + math.cos(math.pi * i / ends))
-        stays -= rate * pull * math.log(controller.weight / rest)
-        forgotten = stays + 2.5 * rate
-        controller.update(forgotten, (i + 1) / ends)
+    """The study's runs: at weight 0.3 about 0.5 %, at 0.2 2.8 %, at 0.1 6.5 %; better at first."""
+    controller = Controller(Budget(retention_increase_pct=limit), first)
+    forgotten, weights = -3.0, []
+    for i in range(num_measurements):
+        rate = 20 / num_measurements * 0.5 * (1 + math.cos(math.pi * i / num_measurements))
+        gap = -5.5 * math.log(controller.weight / 0.33) - forgotten
+        forgotten += gap * (1 - math.exp(-(1.2 if gap > 0 else 0.5) * rate)) if i else 0.0
+        weights.append(math.log(controller.update(forgotten)))
     assert forgotten == pytest.approx(limit, abs=0.5)
+    late = weights[num_measurements // 2 :]
+    assert max(late) - min(late) < math.log(2)
 
 
 def test_text_that_gets_better_is_nothing_lost() -> None:
@@ -63,12 +61,6 @@ def test_text_that_gets_better_is_nothing_lost() -> None:
     assert better.update(-5.0) == none.update(0.0)
     assert better.update(-1.0) == none.update(0.0)
     assert better.measured == -1.0
-
-
-def test_the_aim_closes_on_the_limit() -> None:
-    early, late = (Controller(Budget(retention_increase_pct=1.0), 1.0) for _ in range(2))
-    assert early.update(1.5, 0.1) < 1.0 < late.update(1.5, 0.8)
-    assert not early.is_held  # the verdict knows the limit alone
 
 
 def test_what_cannot_be_held_is_said_so() -> None:
