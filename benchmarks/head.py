@@ -26,12 +26,14 @@ import ctypes
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import torch
+from fresh import output_of
 from head_peers import CHUNK, CONTESTANTS
+from torch.nn import functional
 
 FLOOR = "three GEMMs"
 
@@ -71,10 +73,7 @@ def in_fresh_process(name: str, args: argparse.Namespace) -> dict:
     for option in ("tokens", "vocab", "hidden", "samples", "threads"):
         command += [f"--{option}", str(getattr(args, option))]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(output_of(name, command, env=environment).splitlines()[-1])
 
 
 def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
@@ -105,8 +104,6 @@ def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
 
 def measure(args: argparse.Namespace) -> dict:
     """Ratios to the floor, memory above the inputs, and the gradient's error."""
-    import torch
-
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(0)
     t, d, v = args.tokens, args.hidden, args.vocab
@@ -153,8 +150,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 def floor(hidden, reference, weight, rows: int) -> float:
     """Seconds of the three products over `rows` tokens, into buffers made beforehand."""
-    import torch
-
     logits, grad = torch.empty(CHUNK, len(weight)), torch.empty(CHUNK, weight.shape[1])
     logits.zero_()
     start = time.perf_counter()
@@ -168,9 +163,6 @@ def floor(hidden, reference, weight, rows: int) -> float:
 
 def exact_gradient(hidden, reference, weight, targets, computes: str):
     """fp64 autograd of the mean loss over these rows."""
-    import torch
-    from torch.nn import functional
-
     exact = hidden.detach().double().requires_grad_()
     weight = weight.double()
     policy, base = exact @ weight.T, reference.double() @ weight.T

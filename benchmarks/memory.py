@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from fresh import output_of
 from step import ARMS, SIZES, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.size, **json.loads(args.one))))
+        print(measure(args.size, **json.loads(args.one)))
         return
     found = []
     for quantity, values in VARIED.items():
@@ -56,10 +56,7 @@ def main() -> None:
 def in_fresh_process(size: str, run: dict[str, Any]) -> int:
     """Bytes at most above what was held."""
     command = [sys.executable, __file__, "--size", size, "--one", json.dumps(run)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{run} failed:\n{done.stderr[-3000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    return int(output_of(str(run), command).splitlines()[-1])
 
 
 def measure(size: str, tokens: int, vocab: int, layers: int, arm: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import ARMS, SIZES, recipe, write_data, write_model
+from step import ARMS, SIZES, add_options, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import moored.train
@@ -38,13 +38,8 @@ PARTS = {
 def main() -> None:
     """Train a few steps and print the tables of the last ones."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="70m")
+    add_options(parser)
     parser.add_argument("--arm", choices=ARMS, default="tmkl")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=4, help="per step")
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--checkpointing", default="non_reentrant")
-    parser.add_argument("--zero-stage", type=int, default=0)
     parser.add_argument("--skip", type=int, default=2, help="first steps left out")
     parser.add_argument("--steps", type=int, default=5, help="in all")
     parser.add_argument("--rows", type=int, default=16, help="operators shown")

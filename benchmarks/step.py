@@ -18,11 +18,12 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from fresh import output_of
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -47,12 +48,7 @@ TRL_ARMS = {"trl": [], "trl+kl": ["--kl"]}
 def main() -> None:
     """Run the arms in turns and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="70m")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
-    parser.add_argument("--sequences", type=int, default=4, help="per step")
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--checkpointing", default="non_reentrant")
-    parser.add_argument("--zero-stage", type=int, default=0)
+    add_options(parser)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--skip", type=int, default=3, help="first steps left out")
     parser.add_argument("--rounds", type=int, default=1)
@@ -77,6 +73,16 @@ def main() -> None:
     print(table(found, args))
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": found}))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a run is of: all that `recipe` reads but the number of steps."""
+    parser.add_argument("--size", choices=SIZES, default="70m")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--sequences", type=int, default=4, help="per step")
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--checkpointing", default="non_reentrant")
+    parser.add_argument("--zero-stage", type=int, default=0)
 
 
 def table(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> str:
@@ -183,9 +189,7 @@ def train(
         "PYTHONPATH": os.pathsep.join(paths),
         "MOORED_CACHE": str(folder.parent / "cache"),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    output_of(arm, command, env=environment)
     values = metrics(folder / "runs" / arm)
     seconds = [value for _, value in values["perf/step_seconds"]][args.skip :]
     return {"seconds": seconds, "peak_gib": values["perf/peak_memory_bytes"][-1][1] / 2**30}
@@ -201,10 +205,7 @@ def train_by_trl(
     for option in ("tokens", "sequences", "micro_batch_size", "checkpointing", "steps"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
     command += TRL_ARMS[arm]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{arm} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    figures = json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(output_of(arm, command, cwd=folder).splitlines()[-1])
     return figures | {"seconds": figures["seconds"][args.skip :]}
 
 

@@ -79,13 +79,9 @@ def add_adapters(
         assert isinstance(settings, LoraConfig)  # the recipe refuses the others on such a mesh
         _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, settings, seed))
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-            if "lora" not in name:
-                raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
-    _keep_dtype(model)
-    fuse(model)
-    return model
+        if parameter.requires_grad and "lora" not in name:
+            raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
+    return _for_training(model)
 
 
 def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
@@ -145,12 +141,7 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
             f"{folder}: not an adapter for this base: {where} {odd[0]} ({len(odd)} such tensors): "
             "name the base that it was trained on"
         )
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    _keep_dtype(model)
-    fuse(model)
-    return model
+    return _for_training(model)
 
 
 def frozen_buffers(model: PeftModel) -> dict[str, Tensor]:
@@ -202,6 +193,16 @@ def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
 def _without_references(names: Iterable[str]) -> set[str]:
     """The names in a RandLoRA adapter without those by which each layer refers to the bases."""
     return {name for name in names if not re.search(r"\.model\..*\.randlora_[AB]$", name)}
+
+
+def _for_training(model: PeftModel) -> PeftModel:
+    """With adapters in fp32, activations in their own dtype, and no pass that is not needed."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _keep_dtype(model)
+    fuse(model)
+    return model
 
 
 def _keep_dtype(model: PeftModel) -> None:
