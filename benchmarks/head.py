@@ -1,7 +1,7 @@
 """Time, memory and accuracy of cross-entropy + TMKL from hidden states, against its peers.
 
     python benchmarks/head.py                       # T = 2048, V = 32768, D = 512, fp32, CPU
-    python benchmarks/head.py --rounds 10 --samples 3 --json head.json
+    python benchmarks/head.py --rounds 10 --samples 3 --out head
 
 How it measures. Every sample is a fresh process, the contestants take turns round by round, and
 each process times its contestant and the floor alternately: the unit is the floor, three matrix
@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from fresh import output_of
 from head_peers import CHUNK, CONTESTANTS
+from outcome import Bar, Panel, add_option, write
 from torch.nn import functional
 
 FLOOR = "three GEMMs"
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="timed pairs per process")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS))
-    parser.add_argument("--json", type=Path)
+    add_option(parser)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant:
@@ -63,8 +64,7 @@ def main() -> None:
             runs[name].append(in_fresh_process(name, args))
             print(f"round {i + 1}/{args.rounds} {name}: {runs[name][-1]}", file=sys.stderr)
     print(table(runs, args))
-    if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": runs}))
+    write(args.out, {"arguments": vars(args), "runs": runs}, *picture(runs, args))
 
 
 def in_fresh_process(name: str, args: argparse.Namespace) -> dict:
@@ -86,17 +86,39 @@ def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, found in runs.items():
-        ratios = sorted(ratio for run in found for ratio in run["ratios"])
-        low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.8))
+        low, middle, high = spread(found)
         memory = max(run["extra_mib"] for run in found)
         errors = [run["error"] for run in found if run["error"] is not None]
         error = f"{max(errors):.1e}" if errors else "-"
         contestant = CONTESTANTS[name]
         lines.append(
-            f"| {name} | {contestant.computes} | {statistics.median(ratios):.2f} ({low:.2f}-"
-            f"{high:.2f}) | {memory:.0f} | {error} | {contestant.note} |"
+            f"| {name} | {contestant.computes} | {middle:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {memory:.0f} | {error} | {contestant.note} |"
         )
     return "\n".join(lines)
+
+
+def spread(found: list[dict]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th of the ratios to the floor."""
+    ratios = sorted(ratio for run in found for ratio in run["ratios"])
+    low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.8))
+    return low, statistics.median(ratios), high
+
+
+def picture(runs: dict[str, list[dict]], args: argparse.Namespace) -> tuple[str, list[Panel]]:
+    """A title, and time and memory as bars."""
+    time_bars, memory_bars = [], []
+    for name, found in runs.items():
+        low, middle, high = spread(found)
+        ours = CONTESTANTS[name].is_ours
+        time_bars.append(Bar(name=name, value=middle, low=low, high=high, is_ours=ours))
+        memory = max(run["extra_mib"] for run in found)
+        memory_bars.append(Bar(name=name, value=memory, is_ours=ours))
+    title = f"The head: T = {args.tokens:,}, V = {args.vocab:,}, D = {args.hidden:,}, fp32, CPU"
+    return title, [
+        Panel(f"time / {FLOOR}, forward and backward", time_bars, mark=1.0),
+        Panel("extra memory, MiB", memory_bars, form=",.0f"),
+    ]
 
 
 # ---------------------------------------------------------------- inside one process

@@ -1,7 +1,7 @@
 """Time, memory and accuracy of cross-entropy + TMKL from hidden states on one GPU, against peers.
 
     python benchmarks/head_gpu.py                               # three shapes of 8B to 70B models
-    python benchmarks/head_gpu.py --shape 8192,128256,4096 --json head_gpu.json
+    python benchmarks/head_gpu.py --shape 8192,128256,4096 --out head_gpu
 
 How it measures. bf16 hidden states and weight. Contestants take turns with the floor, timed by CUDA
 events; the unit is the floor, three matrix products (h W^T, h0 W^T, G W) with bf16 operands and
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import Bar, Panel, add_option, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", default=SHAPES, help="T,V,D")
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--only", nargs="*", help="contestants by name")
-    parser.add_argument("--json", type=Path)
+    add_option(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("a CUDA GPU is needed; on a CPU: benchmarks/head.py")
     found = [measure(*map(int, shape.split(",")), args.samples, args.only) for shape in args.shape]
     print("\n\n".join(table(result) for result in found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+    title = f"The head on {found[0]['gpu']}: T = {found[0]['T']:,}, bf16"
+    write(args.out, found, title, [panel(result) for result in found])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -78,6 +78,20 @@ def table(result: dict[str, Any]) -> str:
             f"({low:.2f}-{high:.2f}) | {run['extra_gib']:.2f} | {' | '.join(errors)} |"
         )
     return "\n".join(lines)
+
+
+def panel(result: dict[str, Any]) -> Panel:
+    """Milliseconds of everybody at one shape."""
+    bars = [
+        Bar(
+            name=name,
+            value=None if "failed" in run else statistics.median(run["ms"]),
+            is_ours=name.startswith("ours"),
+        )
+        for name, run in result["runs"].items()
+    ]
+    title = "V = {V:,}, D = {D:,}: ms (three products: the line)".format(**result)
+    return Panel(title, bars, mark=result["floor_ms"], form=",.1f")
 
 
 def measure(t: int, v: int, d: int, samples: int, only: list[str] | None) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Contestant:
         note: what one has to know to compare it.
         package: has to be installed for it.
         is_compiled: its first call compiles.
+        is_ours: Moored's own.
     """
 
     make: Callable[[Tensor], Loss]
@@ -42,6 +43,7 @@ class Contestant:
     note: str
     package: str = "torch"
     is_compiled: bool = False
+    is_ours: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -193,7 +195,7 @@ def ours_ce(weight: Tensor) -> Loss:
 
 
 CONTESTANTS = {
-    "ours": Contestant(ours, "tmkl", "`linear_tmkl_loss`"),
+    "ours": Contestant(ours, "tmkl", "`linear_tmkl_loss`", is_ours=True),
     "eager": Contestant(eager, "tmkl", "all logits at once, autograd"),
     "compiled": Contestant(compiled, "tmkl", "eager through torch.compile", is_compiled=True),
     "checkpointed": Contestant(
@@ -206,7 +208,9 @@ CONTESTANTS = {
     "liger-jsd": Contestant(
         liger_jsd, "jsd", "fused linear JSD as shipped (forms dW), uncompiled", "liger_kernel"
     ),
-    "ours-ce": Contestant(ours_ce, "ce", "`linear_tmkl_loss`, kl_weight=0: two products"),
+    "ours-ce": Contestant(
+        ours_ce, "ce", "`linear_tmkl_loss`, kl_weight=0: two products", is_ours=True
+    ),
     "torch-ce": Contestant(torch_ce, "ce", "`torch.nn.functional.linear_cross_entropy`"),
     "cut-ce": Contestant(
         cut_ce, "ce", 'impl="torch_compile", as without a GPU', "cut_cross_entropy", True

@@ -1,6 +1,6 @@
 """Memory of a training step against tokens, vocabulary and layers.
 
-    python benchmarks/memory.py [--json memory.json]
+    python benchmarks/memory.py [--out memory]
 
 Whole runs, in a process each. The figure is what torch had allocated at most during a step above
 what it held before it, by the allocator's own records on a CPU as on a GPU: neither the weights nor
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fresh import output_of
+from outcome import Bar, Panel, add_option, write
 from step import ARMS, SIZES, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="70m", help="of all that is not varied")
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=["ce", "tmkl"])
-    parser.add_argument("--json", type=Path)
+    add_option(parser)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -49,8 +50,22 @@ def main() -> None:
             taken = [in_fresh_process(args.size, run) for run in runs]
             found += [run | {"bytes": n} for run, n in zip(runs, taken, strict=True)]
             print(f"| {value:,} | {' | '.join(f'{n / 2**20:,.0f}' for n in taken)} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found))
+    write(args.out, found, "Memory of a step above what was held, MiB", picture(found, args.arms))
+
+
+def picture(found: list[dict[str, Any]], arms: list[str]) -> list[Panel]:
+    """A panel for each quantity that is varied."""
+    panels, runs = [], iter(found)
+    for quantity, values in VARIED.items():
+        bars = []
+        for value in values:
+            for arm in arms:
+                taken = next(runs)["bytes"] / 2**20
+                name = f"{value:,} {quantity}, {arm}"
+                bars.append(Bar(name=name, value=taken, is_ours=arm != "ce"))
+        fixed = ", ".join(f"{n:,} {name}" for name, n in SHAPE.items() if name != quantity)
+        panels.append(Panel(fixed, bars, form=",.0f"))
+    return panels
 
 
 def in_fresh_process(size: str, run: dict[str, Any]) -> int:

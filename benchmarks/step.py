@@ -4,7 +4,7 @@ By whole `moored train` runs side by side; and by TRL's SFTTrainer, plain and wi
 add it by hand, where it is installed.
 
     python benchmarks/step.py                          # CPU: 70 million parameters, fp32 compute
-    python benchmarks/step.py --size 3b --json step.json            # one GPU: NF4, bf16
+    python benchmarks/step.py --size 3b --out step                  # one GPU: NF4, bf16
 
 The base has random weights and the shape of a Llama of that size, and is written to a temporary
 folder: speed and memory do not depend on what a model knows. The runs alternate, the first steps of
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fresh import output_of
+from outcome import Bar, Panel, add_option, write
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--skip", type=int, default=3, help="first steps left out")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    add_option(parser)
     args = parser.parse_args()
     arms = list(ARMS)
     if importlib.util.find_spec("trl"):
@@ -71,8 +72,7 @@ def main() -> None:
                 found[arm].append(run(place / f"{arm}-{i}", model, data, arm, args))
                 print(f"round {i + 1} {arm}: {found[arm][-1]}", flush=True)
     print(table(found, args))
-    if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "runs": found}))
+    write(args.out, {"arguments": vars(args), "runs": found}, *picture(found, args))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -94,16 +94,46 @@ def table(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> s
         "| | seconds | tokens/s | / ce | peak GiB |",
         "|---|---|---|---|---|",
     ]
-    seconds = {
-        arm: statistics.median(s for run in runs for s in run["seconds"])
-        for arm, runs in found.items()
-    }
+    seconds = median_seconds(found)
     for arm, runs in found.items():
         lines.append(
             f"| {arm} | {seconds[arm]:.3f} | {tokens / seconds[arm]:,.0f} "
             f"| {seconds[arm] / seconds['ce']:.2f} | {max(r['peak_gib'] for r in runs):.2f} |"
         )
     return "\n".join(lines)
+
+
+def median_seconds(found: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Per step, of every arm."""
+    return {
+        arm: statistics.median(s for run in runs for s in run["seconds"])
+        for arm, runs in found.items()
+    }
+
+
+def picture(
+    found: dict[str, list[dict[str, Any]]], args: argparse.Namespace
+) -> tuple[str, list[Panel]]:
+    """A title, and seconds and memory as bars."""
+    seconds = median_seconds(found)
+    title = f"A step of {args.tokens * args.sequences:,} tokens, {args.size}"
+    return title, [
+        Panel(
+            "seconds / cross-entropy alone",
+            [
+                Bar(name=arm, value=seconds[arm] / seconds["ce"], is_ours=arm in ARMS)
+                for arm in found
+            ],
+            mark=1.0,
+        ),
+        Panel(
+            "memory at most, GiB",
+            [
+                Bar(name=arm, value=max(r["peak_gib"] for r in runs), is_ours=arm in ARMS)
+                for arm, runs in found.items()
+            ],
+        ),
+    ]
 
 
 def write_model(folder: Path, shape: tuple[int, ...]) -> Path:

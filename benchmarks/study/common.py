@@ -58,19 +58,20 @@ def _all() -> Iterator[Spec]:
     for runs, data, seed in (
         (_weights, "headers", 0),
         (_weights, "headers-long", 0),
-        (_budgets, "headers-long", 0),
         (_weights, "gsm8k", 0),
         (_weights, "headers", 1),
+        (_weights, "gsm8k", 1),
+        (_budgets, "headers-long", 0),
+        (_budgets, "headers-long", 1),
         (_adapters, "headers", 0),
         (_weights, "headers-long", 1),
-        (_budgets, "headers-long", 1),
-        (_baselines, "headers", 0),
-        (_weights, "gsm8k", 1),
+        (_baselines, "headers-long", 0),
         (_options, "headers", 0),
         (_weights, "german", 0),
         (_weights, "german", 1),
         (_adapters, "headers", 1),
-        (_baselines, "headers", 1),
+        (_baselines, "headers-long", 1),
+        (_options, "headers", 1),
     ):
         yield from runs(data, seed)
 
@@ -87,8 +88,7 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
 def _budgets(data: str, seed: int) -> Iterator[Spec]:
     """A limit on the rise of WikiText-2's perplexity instead of a weight."""
     for limit in (1.0, 3.0):
-        budget = {"retention_increase_pct": limit, "every": 5, "when_broken": "continue"}
-        overrides = _kind("tmkl", 0.3, budget=budget)
+        overrides = _kind("tmkl", 0.3, budget=_budget(limit, every=8, max_tokens=12288))
         yield Spec(data=data, label=f"budget-{limit:g}", seed=seed, overrides=overrides)
 
 
@@ -103,21 +103,33 @@ def _adapters(data: str, seed: int) -> Iterator[Spec]:
 
 
 def _baselines(data: str, seed: int) -> Iterator[Spec]:
-    """What else is said to keep a model from forgetting."""
-    replay = [{"path": "TEXTS/wikitext2-probe.jsonl", "format": "text"}]
+    """What else is said to keep a model from forgetting, under one budget if it has a weight."""
+    replay = [{"path": "TEXTS/wikitext2-replay.jsonl", "format": "text"}]
     found = {
-        "tmkl-reverse-0.3": _kind("tmkl", 0.3, direction="reverse"),
-        "tmkl-jsd-1": _kind("tmkl", 1.0, direction="jsd"),
-        "eaft": _kind("eaft"),
-        "asft-0.3": _kind("asft", 0.3),
-        "asft-1": _kind("asft", 1.0),
-        "l2-0.001": _kind("l2", 0.001),
-        "l2-0.01": _kind("l2", 0.01),
-        "replay-0.3": _kind("replay", 0.3, replay=replay, replay_fraction=0.5),
-        "replay-1": _kind("replay", 1.0, replay=replay, replay_fraction=0.5),
+        "tmkl": _kind("tmkl", 0.3),
+        "kl": _kind("kl", 0.3),
+        "reverse": _kind("tmkl", 0.3, direction="reverse"),
+        "jsd": _kind("tmkl", 1.0, direction="jsd"),
+        "asft": _kind("asft", 0.3),
+        "l2": _kind("l2", 0.01),
+        "replay": _kind("replay", 0.3, replay=replay, replay_fraction=0.5),
     }
+    yield Spec(data=data, label="eaft", seed=seed, overrides=_kind("eaft"))
     for label, overrides in found.items():
-        yield Spec(data=data, label=label, seed=seed, overrides=overrides)
+        overrides |= {"regularizer.budget": _budget(3.0, every=5, max_tokens=4096)}
+        yield Spec(data=data, label=f"under-3-{label}", seed=seed, overrides=overrides)
+
+
+def _budget(limit: float, *, every: int, max_tokens: int) -> dict[str, Any]:
+    """Of WikiText-2's perplexity; the probe holds every second paragraph."""
+    probe = {"path": "TEXTS/wikitext2-probe.jsonl", "max_tokens": max_tokens, "window_tokens": 128}
+    return {
+        "retention_increase_pct": limit,
+        "every": every,
+        "max_weight": 1000.0,
+        "when_broken": "continue",
+        "probe": probe,
+    }
 
 
 def _options(data: str, seed: int) -> Iterator[Spec]:
@@ -181,11 +193,13 @@ def prepare(data: Path, work: Path) -> Path:
     for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
         (texts / name).write_bytes((data / name).read_bytes())
     lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
-    # A budget's probe and what is measured in the end have the same articles, not the same text.
+    # A budget's probe and what is measured in the end have the same articles, not the same text;
+    # what is replayed comes from later articles than either.
     lines = [line.strip() for line in lines if len(line) > 100]
-    for part, name in enumerate(("probe", "unseen")):
-        rows = [{"text": line} for line in lines[part::2]]
-        _jsonl(texts / f"wikitext2-{name}.jsonl", rows)
+    cut = len(lines) * 2 // 3
+    parts = {"probe": lines[:cut:2], "unseen": lines[1:cut:2], "replay": lines[cut:]}
+    for name, part in parts.items():
+        _jsonl(texts / f"wikitext2-{name}.jsonl", [{"text": line} for line in part])
     for name in ("train.jsonl", "eval.jsonl", "base-samples.jsonl"):
         (texts / f"headers-{name}").write_bytes((QUICKSTART / name).read_bytes())
     return texts
@@ -284,12 +298,13 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
     budget = spec.overrides.get("regularizer.budget")
     if budget is not None:
         # The controller sees every second paragraph, the report the others.
-        part = {"max_tokens": 6144, "window_tokens": 128}
-        retention["wikitext-2-unseen"] = {"path": str(texts / "wikitext2-unseen.jsonl"), **part}
-        budget["probe"] = {"path": str(texts / "wikitext2-probe.jsonl"), **part}
-    for source in spec.overrides.get("regularizer.replay", []):
-        source["path"] = source["path"].replace("TEXTS", str(texts))
-    for key, value in spec.overrides.items():
+        retention["wikitext-2-unseen"] = {
+            "path": str(texts / "wikitext2-unseen.jsonl"),
+            "max_tokens": 2 * budget["probe"]["max_tokens"],
+            "window_tokens": 128,
+        }
+    overrides = json.loads(json.dumps(spec.overrides).replace("TEXTS", str(texts)))
+    for key, value in overrides.items():
         section, option = key.split(".", 1)
         found.setdefault(section, {})[option] = value
     if found["adapter"].get("method") == "randlora":

@@ -17,10 +17,11 @@ from typing import Any
 from common import HERE, RESULTS, SETS
 
 from moored.report import ArmResult, Report, merge
-from moored.report.bootstrap import Interval, interval, ratio_pct
+from moored.report.bootstrap import Interval, difference, interval, ratio_pct
 from moored.report.picture import frontier_png
 
 PAGE = HERE.parents[1] / "docs" / "study.md"
+ALWAYS = ("none", "tmkl-0.3", "kl-0.3")  # stand in every table of their set, to compare with
 EQUAL_PCT = 2.0  # adaptation perplexities within this are equal, as the paper compares
 
 
@@ -75,6 +76,15 @@ def retention(one: Setting, corpus: str) -> Interval | None:
     return interval(blocks) if blocks else None
 
 
+def forgot_more(one: Setting, other: Setting, corpus: str) -> Interval | None:
+    """Points by which a corpus rose more than with another setting, of the seeds that both have."""
+    pairs = [
+        [arm.retention_blocks[corpus] for arm in arms if corpus in arm.retention_blocks]
+        for arms in _same_seeds(one, other)
+    ]
+    return difference(*pairs) if all(pairs) else None
+
+
 def _same_seeds(one: Setting, other: Setting) -> tuple[list[ArmResult], list[ArmResult]]:
     seeds = {run["spec"]["seed"] for run in one.runs} & {r["spec"]["seed"] for r in other.runs}
     picked = []
@@ -89,19 +99,16 @@ def table(
 ) -> Iterator[str]:
     """One data set's settings as Markdown."""
     plain = every.get((data, "none"))
-    if plain is None:
+    chosen = [one for (name, label), one in every.items() if name == data and wanted(label)]
+    if plain is None or all(one.label in ALWAYS for one in chosen):
         yield "(no result yet)"
         return
     corpora = [c for c in plain.arms[0].retention_ppl if c != data]
-    yield (
-        "| setting | seeds | adaptation | against plain, % | " + " | ".join(corpora) + " | drift |"
-    )
-    yield "|---|---|---|---|" + "---|" * (len(corpora) + 1)
-    chosen = [one for (name, label), one in every.items() if name == data and wanted(label)]
+    yield "| setting | adaptation | against plain, % | " + " | ".join(corpora) + " | drift |"
+    yield "|---" * (4 + len(corpora)) + "|"
     for one in sorted(chosen, key=lambda s: _order(s.label)):
         arms = one.arms
-        ppl = sum(arm.adaptation_ppl or 0.0 for arm in arms) / len(arms)
-        cells = [one.label, str(len(arms)), f"{ppl:.3f}"]
+        cells = [one.label, ", ".join(f"{arm.adaptation_ppl:.3f}" for arm in arms)]
         cells.append("" if one is plain else shown(adaptation(one, plain)))
         cells += [shown(retention(one, corpus)) for corpus in corpora]
         worst = max(_mean(arm.drift_nats_per_token[c] for arm in arms) for c in corpora)
@@ -120,8 +127,9 @@ def _order(label: str) -> tuple[int, list[Any]]:
 
 def verdicts(every: dict[tuple[str, str], Setting]) -> Iterator[str]:
     """For each set, what of plain fine-tuning's forgetting is left at equal adaptation."""
-    yield "| set | setting | against plain, % | corpus | plain, % | here, % | left |"
-    yield "|---|---|---|---|---|---|---|"
+    head = "| set | setting | against plain, % | corpus | plain, % | here, % | difference | left |"
+    yield head
+    yield "|---" * 8 + "|"
     for data in SETS:
         plain = every.get((data, "none"))
         if plain is None:
@@ -137,8 +145,35 @@ def verdicts(every: dict[tuple[str, str], Setting]) -> Iterator[str]:
                 if lost is None or kept is None or not lost.is_clear or lost.value <= 0:
                     continue
                 share = f"{max(0.0, kept.value) / lost.value:.2f}"
-                cells = [data, label, shown(gap), corpus, shown(lost), shown(kept), share]
+                apart = shown(forgot_more(one, plain, corpus))
+                cells = [data, label, shown(gap), corpus, shown(lost), shown(kept), apart, share]
                 yield "| " + " | ".join(cells) + " |"
+
+
+def against(
+    every: dict[tuple[str, str], Setting], data: str, label: str, wanted: Callable[[str], bool]
+) -> Iterator[str]:
+    """Settings against one of them, with paired intervals; what is clear is in bold."""
+    mark = every.get((data, label))
+    chosen = [one for (name, of), one in every.items() if name == data and wanted(of)]
+    chosen = [one for one in chosen if one is not mark]
+    if mark is None or not chosen:
+        yield "(no result yet)"
+        return
+    corpora = list(mark.arms[0].retention_ppl)
+    yield "| setting | weight | probe, % | adaptation, % | " + " | ".join(corpora) + " |"
+    yield "|---" * (4 + len(corpora)) + "|"
+    for one in [mark, *sorted(chosen, key=lambda s: _order(s.label))]:
+        arm = one.arms[0]
+        lost = "–" if arm.budget_lost is None else f"{arm.budget_lost:+.2f}"
+        weight = "–" if arm.weight is None else f"{arm.weight:.3g}"
+        cells = [one.label, weight, lost]
+        if one is mark:
+            cells += ["0"] * (1 + len(corpora))
+        else:
+            found = [adaptation(one, mark), *(forgot_more(one, mark, c) for c in corpora)]
+            cells += [f"**{shown(x)}**" if x and x.is_clear else shown(x) for x in found]
+        yield "| " + " | ".join(cells) + " |"
 
 
 def budgets(every: dict[tuple[str, str], Setting]) -> Iterator[str]:
@@ -171,9 +206,13 @@ def main() -> None:
     parts["adapters"] = table(
         every, "headers", lambda s: s in ("none", "tmkl-0.3") or s.split("-")[0] in methods
     )
-    others = ("eaft", "asft", "l2", "replay")
-    rivals = ("none", "tmkl-0.3", "kl-0.3", "tmkl-reverse-0.3", "tmkl-jsd-1")
-    parts["baselines"] = table(every, "headers", lambda s: s in rivals or s.split("-")[0] in others)
+    rivals = re.compile(r"eaft|under-.*")
+    parts["baselines"] = table(
+        every, "headers-long", lambda s: s == "none" or bool(rivals.fullmatch(s))
+    )
+    parts["winners"] = against(
+        every, "headers-long", "under-3-tmkl", lambda s: bool(rivals.fullmatch(s))
+    )
     parts["options"] = table(
         every, "headers", lambda s: s in ("none", "tmkl-0.3") or s.startswith("tmkl-0.3-")
     )

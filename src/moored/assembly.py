@@ -26,6 +26,7 @@ from moored.lifecycle import require_same
 from moored.mesh import Mesh
 from moored.model import PolicyModel, load_policy
 from moored.rundir import RunDirectory
+from moored.step import StepStats
 from moored.track import Tracker
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Run:
     train_tokens: int = 0
     refused_in_a_row: int = 0
     last_loss: float = float("nan")
+    regularized: StepStats | None = None  # of the newest update with a divergence
     saved_step: int = 0  # of the newest checkpoint
     signals: list[int] = field(default_factory=list)
     base_answered: Answered | None = None  # by the base, once known
@@ -92,6 +94,8 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         num_tokens=samples.num_tokens,
     )
     tracker.event("sources", sources=samples.describe())
+    if replay is not None:
+        tracker.event("replayed_sources", sources=replay.samples.describe())
 
     policy = load_policy(located.source.path, config, mesh)
     newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None

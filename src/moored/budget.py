@@ -1,9 +1,9 @@
 """A forgetting budget held by moving the regulariser's weight: the controller and its state.
 
 It knows numbers only; the probe is measured by `train.py`. The weight is the multiplier of the
-constrained problem "least cross-entropy with at most so much forgotten", raised while the budget
-is exceeded and lowered while it is not: dual ascent on its logarithm, with the proportional part
-that damps it, of the PID Lagrangian methods of Stooke et al. (arXiv 2007.03964).
+constrained problem "least cross-entropy with at most so much forgotten": dual ascent on its
+logarithm, with the proportional part that damps it, of the PID Lagrangian methods of Stooke et al.
+(arXiv 2007.03964). It is never lowered while the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ class Controller:
     Args:
         budget: the recipe's.
         weight: at the start.
+
+    Attributes:
+        weight: from here on.
+        acted: the weight under which the last measurement came about.
+        measured: last, in the budget's unit.
     """
 
     def __init__(self, budget: Budget, weight: float):
         self.budget = budget
         self.weight = min(max(weight, budget.min_weight), budget.max_weight)
+        self.acted = self.weight
         self.measured: float | None = None
         self._stuck = 0
 
@@ -47,10 +53,14 @@ class Controller:
             step = INTEGRAL * (max(measured, 0.0) / limit - 1)
             if before is not None and math.isfinite(before):
                 step += PROPORTIONAL * (max(measured, 0.0) - max(before, 0.0)) / limit
+            if measured > limit:
+                step = max(step, 0.0)
+        self.acted = self.weight
         moved = self.weight * math.exp(min(max(step, -MOST_DOWN), MOST_UP))
         self.weight = min(max(moved, self.budget.min_weight), self.budget.max_weight)
         self.measured = measured
-        at_most = self.weight == self.budget.max_weight
+        # As good as the greatest: a step below it after the measurement before was a little better.
+        at_most = self.acted >= self.budget.max_weight * math.exp(-MOST_DOWN)
         self._stuck = self._stuck + 1 if at_most and not self.is_held else 0
         return self.weight
 
@@ -71,11 +81,11 @@ class Controller:
         measured = math.nan if self.measured is None else self.measured
         says = (
             f"after step {step} the probe of regularizer.budget has lost {measured:.3g} "
-            f"{budget.unit} of {budget.limit:g} that it may, at weight {self.weight:.3g}"
+            f"{budget.unit} of {budget.limit:g} that it may, at weight {self.acted:.3g}"
         )
         if self.is_held:
             return f"the budget was held: {says}"
-        at_most = " (the greatest)" if self.weight == budget.max_weight else ""
+        at_most = " (the greatest)" if self.acted == budget.max_weight else ""
         return (
             f"the budget was broken: {says}{at_most}: lower optim.learning_rate, raise "
             "regularizer.weight or budget.max_weight, measure more often (budget.every), or allow "
@@ -85,7 +95,7 @@ class Controller:
     def outcome(self) -> dict[str, Any]:
         """What a report says of it: fields of `outcome.Training`."""
         return {
-            "weight": self.weight,
+            "weight": self.acted,
             "budget_lost": self.measured,
             "budget_held": self.is_held,
         }
@@ -94,9 +104,16 @@ class Controller:
         """As JSON values."""
         finite = self.measured is not None and math.isfinite(self.measured)
         measured = self.measured if finite else None
-        return {"weight": self.weight, "measured": measured, "stuck": self._stuck}
+        return {
+            "weight": self.weight,
+            "acted": self.acted,
+            "measured": measured,
+            "stuck": self._stuck,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self.weight, self.measured = state["weight"], state["measured"]
+        self.weight, self.acted, self.measured = (
+            state[name] for name in ("weight", "acted", "measured")
+        )
         self._stuck = state["stuck"]

@@ -16,7 +16,7 @@ from moored import train
 from moored.answers import answered_in
 from moored.config import Config, arm_names
 from moored.engine import leave
-from moored.errors import PreemptedError
+from moored.errors import PreemptedError, TrainingRefusedError
 from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen, start_tracking
 from moored.log import setup
 from moored.mesh import start_mesh
@@ -35,6 +35,8 @@ def run(config: Config, *, restart: bool = False) -> Path:
         The comparison's directory: `arms/NAME/` are run directories, `report/` is over all.
 
     Raises:
+        TrainingRefusedError: arms were refused (a broken budget, say); the others went on, and are
+            reported on together with those that were refused after they were measured.
         MooredError: an arm's; the arms before it are kept.
     """
     os.umask(0o077)
@@ -49,6 +51,8 @@ def run(config: Config, *, restart: bool = False) -> Path:
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())  # between arms; an arm has its own
         base_answered = None  # generated once, by the first arm
+        measured: list[str] = []
+        refused: list[str] = []
         for name, regularizer in zip(names, config.compare, strict=True):
             if asked_to_stop(mesh, signals):
                 raise PreemptedError(
@@ -56,14 +60,23 @@ def run(config: Config, *, restart: bool = False) -> Path:
                 )
             if mesh.is_main:
                 Console(stderr=True).rule(f"arm {name}")
-            arm = config.model_copy(update={"regularizer": regularizer})
-            done = train.run(
-                arm, path=path / "arms" / name, arm=name, parent=path, base_answered=base_answered
+            arm, place = (
+                config.model_copy(update={"regularizer": regularizer}),
+                path / "arms" / name,
             )
-            base_answered = answered_in(Report.read(done / "report/report.json").base)
-        if mesh.is_main:
-            _report(directory, names, tracker)
+            try:
+                train.run(arm, path=place, arm=name, parent=path, base_answered=base_answered)
+            except TrainingRefusedError as error:
+                refused.append(f"arm {name}: {error}")
+            file = place / "report/report.json"
+            if mesh.world.broadcast(file.exists()):  # who broke a budget in the end has one, too
+                base_answered = answered_in(Report.read(file).base)
+                measured.append(name)
+        if mesh.is_main and measured:
+            _report(directory, measured, tracker)
         mesh.world.barrier()
+        if refused:
+            raise TrainingRefusedError("; ".join(refused))
     return path
 
 

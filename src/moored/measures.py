@@ -11,9 +11,22 @@ from moored.step import StepStats
 
 
 def of_step(
-    stats: StepStats, kind: str, *, seconds: float, peak_memory_bytes: int
+    stats: StepStats,
+    kind: str,
+    *,
+    seconds: float,
+    peak_memory_bytes: int,
+    regularized: StepStats | None = None,
 ) -> dict[str, float]:
-    """The metrics of one update; `kind` is the regulariser's."""
+    """The metrics of one update.
+
+    Args:
+        stats: of the update.
+        kind: the regulariser's.
+        seconds: that it took.
+        peak_memory_bytes: so far.
+        regularized: the newest update that had the regulariser, if this one has not.
+    """
     values = {
         "train/loss": stats.loss,
         "train/ce_nats_per_token": stats.ce,
@@ -24,13 +37,14 @@ def of_step(
         "perf/step_seconds": seconds,
         "perf/peak_memory_bytes": float(peak_memory_bytes),
     }
-    if stats.kl is not None:
-        values[f"train/{kind}_nats_per_token"] = stats.kl
-    if stats.penalty is not None:
+    held = regularized or stats
+    if held.kl is not None:
+        values[f"train/{kind}_nats_per_token"] = held.kl
+    if held.penalty is not None:
         unit = "squared_norm" if kind == "l2" else "nats_per_token"
-        values[f"train/{kind}_{unit}"] = stats.penalty
-    if stats.kl is not None or stats.penalty is not None:
-        values["train/regularizer_weight"] = stats.weight
+        values[f"train/{kind}_{unit}"] = held.penalty
+    if held.kl is not None or held.penalty is not None:
+        values["train/regularizer_weight"] = held.weight
     return values
 
 

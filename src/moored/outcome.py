@@ -30,7 +30,7 @@ class Training:
     tokens: int = 0
     final_loss: float | None = None
     peak_memory_bytes: int | None = None
-    weight: float | None = None  # of the regulariser at the end, where a budget moved it
+    weight: float | None = None  # that acted last, where a budget moved it
     budget_lost: float | None = None
     budget_held: bool | None = None
 
@@ -86,12 +86,14 @@ def to_report(
     blocks = {name: text.blocks for name, text in texts.items()}
     regularizer, budget = config.regularizer, config.regularizer.budget
     divergent = regularizer.is_divergent and not foreign
+    budgeted = budget is not None and not foreign and scale is None  # its verdict is of scale 1
     arm = ArmResult(
         kind="adapter" if foreign else regularizer.kind,
         weight=None if foreign else training.weight or regularizer.kl_weight,
         direction=regularizer.direction if divergent else None,
         temperature=regularizer.temperature if divergent else None,
         seed=None if foreign else config.train.seed,
+        setting=None if foreign else config.setting(),
         adapter=None if foreign else config.adapter.family,
         adaptation_ppl=task.policy_ppl if task else None,
         adaptation_exact_match=after.answered.exact_match,
@@ -113,9 +115,10 @@ def to_report(
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
         retention_blocks=blocks,
-        budget=None if foreign or budget is None else budget.in_words(),
-        budget_lost=None if foreign else training.budget_lost,
-        budget_held=None if foreign else training.budget_held,
+        budget=budget.in_words() if budget is not None and budgeted else None,
+        budget_lost=training.budget_lost if budgeted else None,
+        budget_held=training.budget_held if budgeted else None,
+        budget_watched=config.budget_watched() if budgeted else [],
         where=dict(after.where),
         instruction_following=followed.constraints if followed else None,
         instruction_prompts_followed=followed.prompts if followed else None,

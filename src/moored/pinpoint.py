@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ class Collector:
         """All ranks' together. Collective over the data-parallel axis."""
         parts: list[Collector] = mesh.dp.gather(self)
         stretches, stretch_drift, tokens, token_drift = (
-            sum((getattr(part, name) for part in parts), Counter())
+            _added([getattr(part, name) for part in parts])
             for name in ("_stretches", "_stretch_drift", "_tokens", "_token_drift")
         )
         spots = _worst([spot for part in parts for spot in part._spots], self.num_spots)
@@ -132,6 +133,15 @@ class Collector:
             ],
             spots=[_spot(spot, tokenizer) for spot in spots],
         )
+
+
+def _added(counters: Sequence[Counter[int]]) -> Counter[int]:
+    """Their sum, in which a figure that is not finite stays so (that of `Counter` drops NaN)."""
+    found: Counter[int] = Counter()
+    for counter in counters:
+        for key, value in counter.items():
+            found[key] += value
+    return found
 
 
 def _worst(spots: list[_Found], most: int) -> list[_Found]:

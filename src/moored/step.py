@@ -60,8 +60,11 @@ def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
 
 
 def needs_kl(step: int, regularizer: Regularizer) -> bool:
-    """Whether update `step` (from 0) computes the regulariser; the same on every rank."""
-    return regularizer.is_divergent and step % regularizer.every == 0
+    """Whether update `step` (from 0) computes the regulariser; the same on every rank.
+
+    The last of every k: at the very first there is nothing to hold, policy and base are equal.
+    """
+    return regularizer.is_divergent and (step + 1) % regularizer.every == 0
 
 
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:

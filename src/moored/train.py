@@ -192,10 +192,18 @@ def _steer(run: Run) -> None:
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
+    if stats.kl is not None:
+        run.regularized = stats
     if run.step % run.config.train.log_every and run.step != run.num_steps:
         return
     kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
-    values = measures.of_step(stats, kind, seconds=seconds, peak_memory_bytes=peak)
+    values = measures.of_step(
+        stats,
+        kind,
+        seconds=seconds,
+        peak_memory_bytes=peak,
+        regularized=run.regularized,
+    )
     run.tracker.metrics(run.step, values)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
 from moored import assembly, compare, evaluate, remeasure, train
@@ -316,6 +317,54 @@ def over_budget(folder: Path) -> None:
 
 def test_a_broken_budget_ends_the_run_as_the_recipe_says(tmp_path):
     in_one_process(over_budget, tmp_path)
+
+
+def every_second_step(folder: Path) -> None:
+    """At the first step policy and base are equal, so a KL there moves nothing."""
+    runs = []
+    for name, every, weight in (("second", 2, 0.5), ("all", 1, 1.0)):
+        text = [f"regularizer.every={every}", f"regularizer.weight={weight}", f"name={name}"]
+        runs.append(train.run(recipe_of(folder, *text, "train.steps=2", optim={"eps": 1e-3})))
+    shown = [
+        [line["values"] for line in read_journal(run / "journal.jsonl")
+         if line["kind"] == "metrics" and "train/loss" in line["values"]]
+        for run in runs
+    ]  # fmt: skip
+    assert "train/tmkl_nats_per_token" not in shown[0][0]
+    for name in ("train/loss", "train/tmkl_nats_per_token", "train/regularizer_weight"):
+        assert shown[0][1][name] == pytest.approx(shown[1][1][name], rel=1e-6)
+    assert shown[0][1]["train/tmkl_nats_per_token"] > 0
+    first, second = (load_file(run / "adapter/adapter_model.safetensors") for run in runs)
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_divergence_on_every_second_step_acts_with_twice_its_weight(tmp_path):
+    in_one_process(every_second_step, tmp_path)
+
+
+def one_arm_over_budget(folder: Path) -> None:
+    budget = (
+        f"compare.0.budget={{retention_increase_pct: 1.0e-6, max_weight: 0.01, every: 100, "
+        f"probe: {{path: {folder / 'fox.txt'}, max_tokens: 2000, window_tokens: 64}}}}"
+    )
+    optim = {"learning_rate": 0.05}
+    arms = [budget, "compare.0.kind=tmkl", "compare.0.weight=0.001", "compare.1.kind=none"]
+    config = recipe_of(folder, *arms, optim=optim)
+    with pytest.raises(TrainingRefusedError, match="arm tmkl: the budget was broken: after step 4"):
+        compare.run(config)
+    path = config.output.dir / "tiny"
+    assert (state(path)["status"], state(path)["exit_code"]) == ("refused", 3)
+    assert state(path / "arms/tmkl")["status"] == "refused"
+    assert state(path / "arms/none")["status"] == "done"
+    arms = report(path)["arms"]
+    assert {name: arm["budget_held"] for name, arm in arms.items()} == {"tmkl": False, "none": None}
+    page = (path / "report/report.html").read_text()
+    assert "The budget of tmkl (1e-06 % of perplexity on fox.txt) was BROKEN" in page
+
+
+def test_an_arm_that_breaks_its_budget_does_not_keep_the_others_from_running(tmp_path):
+    in_one_process(one_arm_over_budget, tmp_path)
 
 
 def on_other_data(folder: Path) -> None:

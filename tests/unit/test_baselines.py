@@ -214,10 +214,27 @@ def test_replayed_rows_come_beside_each_batch(tmp_path):
         (["regularizer.end_ratio=0.5"], "regularizer.end_ratio: would be ignored"),
         (["regularizer.budget={retention_increase_pct: 1, probe: {}}"], "path, hub or builtin"),
         (["regularizer.token_fraction=0"], "greater than 0"),
+        (["regularizer.every=9"], "regularizer.every: 9 is more than train.steps 4"),
+        (
+            ["compare=[{kind: none}, {kind: l2}]", "adapter.method=randlora"],
+            "compare.1.kind: l2 is not done with adapter.method",
+        ),
+        (
+            ["regularizer.budget={retention_increase_pct: 1, probe: {path: TRAINED}}"],
+            "regularizer.budget.probe: is also in data.train: a budget needs text that is not",
+        ),
+        (
+            [
+                "compare=[{kind: none}, {kind: replay, replay: [{path: old.txt}], "
+                "budget: {retention_increase_pct: 1, probe: {path: old.txt}}}]"
+            ],
+            "compare.1.budget.probe: is also in compare.1.replay",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(tmp_path, overrides, says):
+    trained = str(tmp_path / "train.jsonl")
     with pytest.raises(UserErrors) as caught:
-        config_of(tmp_path, *overrides)
+        config_of(tmp_path, *(override.replace("TRAINED", trained) for override in overrides))
     assert any(says in problem for problem in caught.value.problems), caught.value.problems
     assert len(caught.value.problems) == 1

@@ -754,3 +754,36 @@ def test_a_journal_without_sources_or_none_at_all_costs_only_what_it_lacks(run, 
     assert (data.num_samples, data.sources[0].num_samples) == (24, 24)  # there is one source only
     assert data.sources[0].sha256 is None
     assert provenance.ended is not None
+
+
+def test_a_card_names_what_was_replayed_and_no_folder(run, tmp_path):
+    old = tmp_path / "old.txt"
+    old.write_text("Once upon a time. " * 200)
+    budget = f"{{retention_increase_pct: 1, probe: {{path: {run.parents[1] / 'fox.txt'}}}}}"
+    config = load_config(
+        write_recipe(tmp_path, tiny_recipe(tmp_path)),
+        ["regularizer.kind=replay", f"regularizer.replay=[{{path: {old}}}]",
+         f"regularizer.budget={budget}"],
+    )  # fmt: skip
+    training, data, _ = card.of_run(RunDirectory(run), config)
+    assert [source.name for source in data.replayed] == ["old.txt"]
+    assert "/" not in json.dumps(training.regularizer)
+    assert training.regularizer["budget"]["probe"]["path"] == "fox.txt"
+    page = markdown(replace(a_card(), training=training, data=data))
+    assert "Replayed beside it, against forgetting:" in page
+    assert "at the start, moved by a forgetting budget" in page
+
+
+def test_the_bases_of_randlora_are_not_counted_as_trained(tmp_path):
+    config = {"peft_type": "RANDLORA", "r": 2, "randlora_alpha": 40, "randlora_dropout": 0.1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {
+        "base_model.randlora_A": (2, 1, 8),
+        "base_model.randlora_B": (8, 4, 2),
+        "base_model.model.q_proj.randlora_lambda": (2, 4),
+        "base_model.model.q_proj.randlora_gamma": (4, 8),
+    }
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = card.adapter_of(tmp_path)
+    assert (found.num_parameters, found.alpha, found.dropout) == (8 + 32, 40, 0.1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from moored.errors import UserErrors
 from moored.report import ArmResult, Blocks, Report
@@ -35,6 +36,12 @@ def other(rng: np.random.Generator, like: Blocks, rise: float) -> Blocks:
     return Blocks(num_tokens=like.num_tokens, ce=ce.tolist(), ce_base=like.ce_base, kl=like.kl)
 
 
+def shifted(like: Blocks, nats: float) -> Blocks:
+    """The same text, on which the policy is worse by `nats` per token."""
+    ce = [ce + nats * n for ce, n in zip(like.ce, like.num_tokens, strict=True)]
+    return Blocks(num_tokens=like.num_tokens, ce=ce, ce_base=like.ce_base, kl=like.kl)
+
+
 def plain_rise(run: Blocks, drawn: list[int]) -> float:
     num_tokens = sum(run.num_tokens[i] for i in drawn)
     rise = sum(run.ce[i] - run.ce_base[i] for i in drawn) / num_tokens
@@ -45,29 +52,46 @@ def plain_interval(ours: list[Blocks], theirs: list[Blocks], seed: int) -> tuple
     """Difference of mean rises, resampled one draw after the other with another generator."""
     rng = np.random.RandomState(seed)
     num_blocks = len(ours[0].num_tokens)
+
+    def mean(runs: list[Blocks], drawn: list[int]) -> float:
+        return sum(plain_rise(run, drawn) for run in runs) / max(1, len(runs))
+
+    everything = list(range(num_blocks))
+    value = mean(ours, everything) - mean(theirs, everything)
     found = []
     for _ in range(2000):
         drawn = [int(i) for i in rng.randint(0, num_blocks, num_blocks)]
-        seeds = [int(i) for i in rng.randint(0, len(ours), len(ours))]
-        others = seeds
-        if len(theirs) != len(ours):
-            others = [int(i) for i in rng.randint(0, len(theirs), len(theirs))] if theirs else []
-        mine = sum(plain_rise(ours[i], drawn) for i in seeds) / len(seeds)
-        yours = sum(plain_rise(theirs[i], drawn) for i in others) / max(1, len(others))
-        found.append(mine - yours)
+        found.append(mean(ours, drawn) - mean(theirs, drawn))
     found.sort()
-    return found[49], found[1949]
+    # Hesterberg's widening, then the seeds' own interval by scipy's tests, in quadrature.
+    wider = stats.t.ppf(0.975, num_blocks - 1) / 1.959964 * math.sqrt(num_blocks / (num_blocks - 1))
+    mine, yours = ([plain_rise(run, everything) for run in runs] for runs in (ours, theirs))
+    seeds = 0.0
+    if len(mine) > 2:
+        if len(mine) == len(yours):
+            test = stats.ttest_rel(mine, yours)
+        elif len(yours) > 2:
+            test = stats.ttest_ind(mine, yours, equal_var=False)
+        else:
+            test = stats.ttest_1samp(mine, 0.0)
+        ends = test.confidence_interval(0.95)
+        seeds = (ends.high - ends.low) / 2
+    low = value - math.hypot(wider * (value - found[49]), seeds)
+    return low, value + math.hypot(wider * (found[1949] - value), seeds)
 
 
-@pytest.mark.parametrize(("num_ours", "num_theirs"), [(1, 0), (1, 1), (3, 0), (3, 3), (2, 1)])
-def test_intervals_are_those_of_a_plain_loop(num_ours, num_theirs):
+@pytest.mark.parametrize(
+    ("num_ours", "num_theirs", "num_blocks"),
+    [(1, 0, 60), (1, 0, 8), (1, 1, 60), (3, 0, 60), (3, 3, 60), (2, 1, 60), (3, 2, 60), (4, 3, 60)],
+)
+def test_intervals_are_those_of_a_plain_loop(num_ours, num_theirs, num_blocks):
     rng = np.random.default_rng(num_ours + 10 * num_theirs)
-    first = text(rng, 0.1)
+    first = text(rng, 0.1, num=num_blocks)
     ours = [first, *(other(rng, first, 0.1) for _ in range(num_ours - 1))]
     theirs = [other(rng, first, 0.02) for _ in range(num_theirs)]
     found = bs.difference(ours, theirs) if theirs else bs.interval(ours)
     assert found is not None
-    everything = list(range(60))
+    everything = list(range(num_blocks))
     mean = np.mean([plain_rise(run, everything) for run in ours])
     mean -= np.mean([plain_rise(run, everything) for run in theirs]) if theirs else 0.0
     assert found.value == pytest.approx(mean, rel=1e-9)
@@ -77,6 +101,32 @@ def test_intervals_are_those_of_a_plain_loop(num_ours, num_theirs):
     # and the interval is 3.92 wide: five times that is 0.11 of its width.
     assert found.low == pytest.approx(low, abs=0.11 * (high - low))
     assert found.high == pytest.approx(high, abs=0.11 * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_seeds", "noise", "seed_noise"),
+    [
+        (16, 1, 0.3, 0.0),
+        (60, 2, 0.3, 0.0),
+        (60, 3, 0.3, 0.05),  # seeds vary about as much as the text does
+        (60, 3, 0.0, 0.1),  # nothing but the seeds varies
+        (16, 5, 0.3, 0.1),
+    ],
+)
+def test_intervals_hold_the_truth_with_few_blocks_and_few_seeds(
+    num_blocks, num_seeds, noise, seed_noise
+):
+    rng = np.random.default_rng(7)
+    held = 0
+    for _ in range(300):
+        first = text(rng, 0.0, num=num_blocks, noise=noise)
+        runs = [shifted(first, rng.normal(0.1, seed_noise)) for _ in range(num_seeds)]
+        found = bs.interval(runs, bs.gain)
+        assert found is not None
+        held += found.low <= -0.1 <= found.high
+    # Binomial: 285 of 300 with a standard deviation of 3.8; four of them. They may hold it more
+    # often where both vary, since half-widths with different tails are added in quadrature.
+    assert held >= 285 - 15
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -99,20 +149,14 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_pairing_cancels_what_both_have_in_common():
     rng = np.random.default_rng(1)
     run = text(rng, 0.1, noise=1.0)
-    tokens = np.array(run.num_tokens)
-    shifted = Blocks(
-        num_tokens=run.num_tokens,
-        ce=(np.array(run.ce) + 0.05 * tokens).tolist(),
-        ce_base=run.ce_base,
-        kl=run.kl,
-    )
-    ratio, alone = bs.ratio_pct([shifted], [run]), bs.interval([run])
+    worse = shifted(run, 0.05)
+    ratio, alone = bs.ratio_pct([worse], [run]), bs.interval([run])
     assert ratio is not None
     assert alone is not None
     exact = 100 * math.expm1(0.05)
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((exact, exact, exact), rel=1e-9)
     assert alone.high - alone.low > 10  # on its own the text leaves it wide open
-    apart = bs.difference([shifted], [run], same_text=False)
+    apart = bs.difference([worse], [run], same_text=False)
     assert apart is not None
     assert not apart.is_clear  # drawn apart, nothing cancels
 

@@ -13,6 +13,7 @@ from moored.report.caveats import caveats
 from moored.report.choosing import choose, recommendations
 from moored.report.comparing import increase_interval, settings, yardstick
 from moored.report.tables import change, row, versus
+from moored.report.terminal import plain
 from report_cases import arm, base, measured, report_of
 
 
@@ -92,8 +93,8 @@ def test_details_carry_the_intervals():
     assert found[0].endswith("] at worst (python-reference).")
     assert "+3.4 % [2.8, 4.1]" in found[0]
     assert found[2].startswith(
-        "TMKL against plain fine-tuning: adaptation perplexity +14.3 % [13.3, 15.3]; retention "
-        "perplexity at worst −11.5 points [−12.5, −10.5] (python-reference). Paired 95 %"
+        "TMKL against plain fine-tuning: adaptation perplexity +14.3 % [13.2, 15.4]; retention "
+        "perplexity at worst −11.5 points [−12.5, −10.4] (python-reference). Paired 95 %"
     )
 
 
@@ -170,6 +171,66 @@ def test_runs_are_seeds_of_one_setting_only_if_nothing_else_can_differ():
     assert len(settings(replace(longer, arms=arms))) == 2
 
 
+def test_runs_that_know_their_recipes_are_grouped_by_them():
+    every = [
+        measured("tmkl", 1.05, 27.0, 4.3, seed=s, setting=f"{i}") for i in (1, 2) for s in (0, 1)
+    ]
+    assert [len(group.arms) for group in settings(report_of(*every))] == [2, 2]
+    budget = [
+        measured("tmkl", 1.05, 27.0, 4.3, seed=s, weight=w, setting="b")
+        for s, w in ((0, 0.31), (1, 0.27))  # where a budget left them
+    ]
+    assert [len(group.arms) for group in settings(report_of(*budget))] == [2]
+    scaled = [measured("tmkl", 1.05, 27.0, 4.3, setting="b", scale=scale) for scale in (None, 0.5)]
+    assert [len(group.arms) for group in settings(report_of(*scaled))] == [1, 1]
+
+
+def test_nothing_is_forgotten_only_where_the_interval_says_so():
+    for pct, noise, says in (
+        (-0.4, 0.02, "forgot nothing ("),
+        (0.4, 0.02, "forgot next to nothing ("),
+        (-1.2, 0.3, "forgot nothing that can be told from chance ("),
+        (0.1, 0.3, "forgot nothing that can be told from chance ("),
+    ):
+        rises = [ppl * (1 + pct / 100) for ppl in (26.1, 4.2)]
+        assert says in title(measured("tmkl", 1.05, *rises, noise=noise)), pct
+    near = title(measured("tmkl", 13.4, 26.1, 4.2, noise=0.3))
+    assert "learned nothing that can be told from chance" in near
+    assert "learned next to nothing" in title(measured("tmkl", 13.4, 26.1, 4.2, noise=0.01))
+
+
+BROKEN = {"budget": "1 % of perplexity on x.txt", "budget_lost": 4.2, "budget_held": False}
+
+
+def test_a_budget_is_said_to_be_held_or_broken():
+    held = BROKEN | {"budget_lost": 0.93, "budget_held": True, "budget_watched": ["base-samples"]}
+    arms = [measured("tmkl", 1.05, 27.0, 4.3, **held), measured("kl", 1.05, 27.0, 4.3, **BROKEN)]
+    report = report_of(PLAIN, *arms)
+    says = [line for line in headline(report).details if "budget" in line]
+    assert says == [
+        "The budget of tmkl1 (1 % of perplexity on x.txt) was held: the probe lost 0.93.",
+        "The budget of kl2 (1 % of perplexity on x.txt) was BROKEN: the probe lost 4.2.",
+    ]
+    assert all(line in " ".join(plain(report).split()) for line in says)
+    assert any("measured on the text of base-samples" in line for line in caveats(report))
+    many = report_of(*(measured("kl", 1.05, 27.0, 4.3, seed=s, **held) for s in range(5)), arms[1])
+    says = [line for line in headline(many).details if "budget" in line]
+    assert says[0] == "5 of 6 forgetting budgets were held."
+    assert len(says) == 2
+
+
+def test_who_broke_its_budget_is_not_recommended():
+    better = measured("tmkl", 1.01, 26.2, 4.2, **BROKEN)
+    worse = measured("kl", 1.2, 30.0, 4.4)
+    worst = measured("none", 1.15, 40.0, 4.6)
+    choice, _ = recommendations(report_of(better, worse, worst))
+    assert choice is not None
+    assert choice.adapter == "kl1"
+    choice, _ = recommendations(report_of(replace(better, budget_held=True), worse, worst))
+    assert choice is not None
+    assert choice.adapter == "tmkl0"
+
+
 def test_several_settings_keep_their_ranges_and_say_so():
     weights = [measured("tmkl", 1.05 + w, 27.0 - w, 4.25, weight=w) for w in (0.1, 0.3)]
     found = details(PLAIN, *weights)
@@ -182,7 +243,7 @@ def test_one_arm_alone_is_held_to_its_interval():
     clear = measured("tmkl", 1.05, 27.0, 4.25)
     assert title(clear) == (
         "TMKL learned (adaptation perplexity 13.50 → 1.050) but forgot (retention perplexity "
-        "+3.4 % [2.9, 4.0] at worst)."
+        "+3.4 % [2.9, 4.1] at worst)."
     )
     noisy = measured("tmkl", 12.0, 27.0, 4.25, noise=1.0)
     said = title(noisy)
@@ -198,7 +259,7 @@ def test_change_is_neither_better_nor_worse_where_its_interval_holds_0():
     low, high = wide.retention_increase_interval_pct["python-reference"]
     assert low < 0 < high
     assert shown["forgot"].interval.startswith(f"[−{-low:.1f},")
-    assert change(3.0).word == "worse"
+    assert change(3.0).word == "no interval"
     assert change(3.0).interval == ""
     asked = {"adaptation_exact_match": 0.5}
     better = replace(wide, adaptation_exact_match=0.6)

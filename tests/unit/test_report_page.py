@@ -23,7 +23,7 @@ from moored.report.figures import frontier, styles, undrawn
 from moored.report.page import html
 from moored.report.picture import COLOURS, FONT, HEAD, HEIGHT, WIDTH, frontier_png
 from pagekit import check
-from report_cases import arm, base, report_of, three
+from report_cases import arm, base, measured, report_of, three
 
 NAN, INF = math.nan, math.inf
 
@@ -46,8 +46,11 @@ def test_page_answers_what_was_learned_and_forgotten():
     for figure in ("13.50", "1.018", "1.541", "+136 %", "+2.7 %", "61.60", "5,000 tokens"):
         assert figure in words, figure
     # Better and worse are words, not colours alone.
-    assert "▼ −92.5 % better" in words
-    assert "▲ +2.7 % worse" in words
+    assert "▼ −92.5 % no interval" in words
+    known = report_of(measured("none", 1.05, 30.0, 4.6), measured("tmkl", 1.06, 27.0, 4.25))
+    words_of_known = check(html(known)).words.replace("\u00a0", " ")
+    assert "▼ −92.2 % better" in words_of_known
+    assert "▲ +3.4 % worse" in words_of_known
     assert "nothing here is a claim of significance" in words
     assert "nats per token" in words
 

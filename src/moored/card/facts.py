@@ -256,12 +256,14 @@ class Data:
 
     Attributes:
         sources: in the recipe's order.
+        replayed: what was replayed beside them, so that it is not forgotten.
         num_samples: of all that were not streamed.
         num_tokens: of these.
         sha256: fingerprint of everything in its order, as the run's journal has it.
     """
 
     sources: tuple[Source, ...] = ()
+    replayed: tuple[Source, ...] = ()
     num_samples: int | None = None
     num_tokens: int | None = None
     sha256: str | None = None

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ from moored.card.facts import (
     Training,
 )
 from moored.config import Config, Corpus, ModelConfig
+from moored.config import Source as SourceConfig
 from moored.errors import MooredError
 from moored.log import redact
 from moored.report import Report
@@ -111,7 +112,7 @@ def of_run(run: RunDirectory, config: Config) -> tuple[Training, Data, Provenanc
     sections = config.resolved()
     spent = run.state().get("training") or {}
     training = Training(
-        regularizer=sections["regularizer"],
+        regularizer=_public_paths(sections["regularizer"]),
         optim=sections["optim"],
         train=sections["train"],
         steps=spent.get("num_steps", run.state().get("step")),
@@ -151,7 +152,21 @@ def _data(config: Config, events: Mapping[str, dict[str, Any]]) -> Data:
         is_all = len(config.data.train) == 1 and not config.data.train[0].streaming
         counts = {name: all_of_them.get(name) for name in ("num_samples", "num_tokens")}
         said = [counts if is_all else {}] * len(config.data.train)
-    sources = tuple(
+    replayed = config.regularizer.replay
+    told = events.get("replayed_sources", {}).get("sources", [])
+    return Data(
+        sources=_sources(config.data.train, said),
+        replayed=_sources(replayed, told if len(told) == len(replayed) else [{}] * len(replayed)),
+        num_samples=all_of_them.get("num_samples"),
+        num_tokens=all_of_them.get("num_tokens"),
+        sha256=all_of_them.get("digest"),
+    )
+
+
+def _sources(
+    sources: Sequence[SourceConfig], said: Sequence[Mapping[str, Any]]
+) -> tuple[Source, ...]:
+    return tuple(
         Source(
             name=redact(told.get("name") or public(source.path or source.hub or "")),
             hub=None if source.hub is None else hub_name(source.hub),
@@ -164,14 +179,20 @@ def _data(config: Config, events: Mapping[str, dict[str, Any]]) -> Data:
             num_dropped=told.get("num_dropped"),
             sha256=told.get("digest"),
         )
-        for source, told in zip(config.data.train, said, strict=True)
+        for source, told in zip(sources, said, strict=True)
     )
-    return Data(
-        sources=sources,
-        num_samples=all_of_them.get("num_samples"),
-        num_tokens=all_of_them.get("num_tokens"),
-        sha256=all_of_them.get("digest"),
-    )
+
+
+def _public_paths(value: Any) -> Any:
+    """A section of the recipe whose paths, at any depth, are names."""
+    if isinstance(value, list):
+        return [_public_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: public(item) if key == "path" and isinstance(item, str) else _public_paths(item)
+        for key, item in value.items()
+    }
 
 
 def _stores(run: Path) -> list[dict[str, str]]:
@@ -208,13 +229,15 @@ def adapter_of(folder: Path) -> Adapter:
     method = str(config.get("peft_type") or "unknown").lower()
     targets = config.get("target_modules")
     with safe_open(file, framework="numpy") as tensors:
-        sizes = [_elements(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    frozen = ("randlora_A", "randlora_B")  # random bases, stored beside what is trained
+    sizes = [_elements(shape) for name, shape in shapes.items() if not name.endswith(frozen)]
     return Adapter(
         method="dora" if config.get("use_dora") else method,
         r=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        alpha=config.get("randlora_alpha" if method == "randlora" else "lora_alpha"),
         rslora=bool(config.get("use_rslora")),
-        dropout=config.get("lora_dropout"),
+        dropout=config.get("randlora_dropout" if method == "randlora" else "lora_dropout"),
         target_modules=tuple(sorted(targets)) if isinstance(targets, list) else targets,
         num_parameters=sum(sizes),
         sha256=sealed.sha256(file),

@@ -74,13 +74,23 @@ def _regularizer(settings: Mapping[str, Any]) -> str:
     kind = str(settings.get("kind"))
     if kind == "none":
         return "plain fine-tuning (no regulariser)"
-    parts = [f"weight {settings['weight']:g}"] if "weight" in settings else []
+    start = " at the start, moved by a forgetting budget" if settings.get("budget") else ""
+    parts = [f"weight {settings['weight']:g}{start}"] if "weight" in settings else []
     if direction := settings.get("direction"):
         parts.append(_DIVERGENCES.get(direction, text(direction, 24)))
     if settings.get("temperature", 1) != 1:
         parts.append(f"temperature {settings['temperature']:g}")
     if settings.get("every", 1) != 1:
         parts.append(f"every {settings['every']} steps")
+    if settings.get("token_fraction", 1) != 1:
+        parts.append(f"on {settings['token_fraction']:g} of the targets")
+    if settings.get("token_weighting", "uniform") != "uniform":
+        parts.append(f"targets weighed by {settings['token_weighting']}")
+    if settings.get("first_tokens"):
+        factor = settings.get("first_tokens_factor", 1)
+        parts.append(f"the first {settings['first_tokens']} tokens times {factor:g}")
+    if settings.get("schedule", "constant") != "constant":
+        parts.append(f"{settings['schedule']} schedule")
     name = "target-masked KL to the base (TMKL)" if kind == "tmkl" else text(kind_name(kind))
     return f"{name}, {', '.join(parts)}" if parts else name
 
@@ -163,6 +173,9 @@ def _data(card: Card) -> Iterator[str]:
         total = f"{count(card.data.num_samples)} samples, {count(card.data.num_tokens)} tokens"
         apart = " (streamed sources are not counted)" if any(s.streamed for s in sources) else ""
         yield f"In all {total}{apart}; fingerprint {code(card.data.sha256)}."
+    if card.data.replayed:
+        yield "Replayed beside it, against forgetting:"
+        yield table(head, [_source(source) for source in card.data.replayed], left=2)
 
 
 def _source(source: Source) -> tuple[str, ...]:

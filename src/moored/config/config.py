@@ -22,6 +22,7 @@ from moored.config.method import AdapterConfig, OptimConfig
 from moored.config.paths import resolve_paths
 from moored.config.recipe import Key, dotted_key
 from moored.config.regularizer import Regularizer, arm_names
+from moored.config.relations import across_sections
 from moored.config.running import (
     EvaluationConfig,
     OutputConfig,
@@ -69,6 +70,8 @@ _COSMETIC: tuple[Key, ...] = (
 # What changes them by the order of sums at most, so that a run may go on on another mesh. (What it
 # may not go on with, other scales of the base, a checkpoint knows.)
 _MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"), ("reference",))
+# What is measured of an adapter, which does not depend on it.
+_MEASURED: tuple[Key, ...] = (("retention",), ("evaluation",), ("data", "eval"))
 
 
 class Config(Section):
@@ -176,108 +179,37 @@ class Config(Section):
                 )
                 if not inherited:
                     yield Relation(where, message, involves or tuple((*key, n) for n in names))
-        yield from self._across_sections()
+        yield from across_sections(self)
 
-    def _across_sections(self) -> Iterator[Relation]:
-        data, train, evaluation = self.data, self.train, self.evaluation
-        if train.steps is not None and self.optim.warmup_steps >= train.steps:
-            yield Relation(
-                ("optim", "warmup_steps"),
-                f"{self.optim.warmup_steps} is not less than train.steps {train.steps}, so the "
-                "learning rate would never reach its peak: lower warmup_steps or raise steps",
-                (("train", "steps"),),
-            )
-        if train.global_batch_tokens is not None and train.global_batch_tokens < data.max_length:
-            yield Relation(
-                ("train", "global_batch_tokens"),
-                f"{train.global_batch_tokens} is less than data.max_length {data.max_length}, so "
-                "one sample may not fit in an update: raise it, or lower data.max_length",
-                (("data", "max_length"),),
-            )
-        if train.epochs is not None and any(source.streaming for source in data.train):
-            yield Relation(
-                ("train", "epochs"),
-                "the length of a streaming source is not known: set train.steps instead",
-                (("data", "train"),),
-            )
-        if evaluation.exact_match and all(source.format == "text" for source in data.eval):
-            reason = "every source of data.eval has format text" if data.eval else "it is empty"
-            yield Relation(
-                ("evaluation", "exact_match"),
-                f"needs prompts and answers in data.eval, but {reason}: add a source with messages "
-                "or prompt_completion, or set exact_match to false",
-                (("data", "eval"),),
-            )
-        if evaluation.every is not None and not data.eval and not self.retention:
-            yield Relation(
-                ("evaluation", "every"),
-                "there is nothing to evaluate: add data.eval or retention, or remove it",
-                (("data", "eval"), ("retention",)),
-            )
-        if evaluation.max_examples is not None and not data.eval:
-            yield Relation(
-                ("evaluation", "max_examples"),
-                "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
-                (("data", "eval"),),
-            )
-        if self.regularizer.kind == "l2":
-            yield from self._l2_relations()
-        parallel, nf4 = self.parallel, self.model.quantization == "nf4"
-        for field, message, names in self.adapter.spread(
-            nf4=nf4,
-            zero_stage=parallel.zero_stage,
-            tensor_parallel_degree=parallel.tensor_parallel_degree,
-        ):
-            involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
-            yield Relation(("adapter", field), message, tuple(involves))
-        for index, arm in enumerate(self.compare):
-            first = self.compare.index(arm)
-            if first < index:
-                yield Relation(
-                    ("compare", index),
-                    f"is the same regularizer as compare.{first}: change or remove one",
-                    (("compare",), ("regularizer",)),
-                )
-
-    def _l2_relations(self) -> Iterator[Relation]:
-        """The norm of B A is read beside the layers, from whole matrices."""
-        parallel, kind = self.parallel, ("regularizer", "kind")
-        refused = [
-            (
-                self.adapter.family == "lora",
-                ("adapter", "method"),
-                "set adapter.method to lora",
-            ),
-            (parallel.zero_stage != 3, ("parallel", "zero_stage"), "set zero_stage to 2 or less"),
-            (
-                parallel.tensor_parallel_degree == 1,
-                ("parallel", "tensor_parallel_degree"),
-                "set tensor_parallel_degree to 1",
-            ),
-            (
-                self.train.gradient_checkpointing != "reentrant",
-                ("train", "gradient_checkpointing"),
-                "set gradient_checkpointing to non_reentrant",
-            ),
-        ]
-        for fits, key, fix in refused:
-            if not fits:
-                yield Relation(
-                    kind, f"l2 is not done with {'.'.join(key)} as it is: {fix}", (kind, key)
-                )
+    def regularizers(self) -> Iterator[tuple[Key, Regularizer]]:
+        """All of them, by their places: the recipe's, and those of a comparison's arms."""
+        yield ("regularizer",), self.regularizer
+        yield from ((("compare", index), arm) for index, arm in enumerate(self.compare))
 
     def sources(self) -> dict[str, list[Source]]:
         """Every list of data sources that is not empty, by its place in the recipe."""
         found = {"data.train": self.data.train, "data.eval": self.data.eval}
-        found["regularizer.replay"] = self.regularizer.replay
+        for place, regularizer in self.regularizers():
+            if regularizer.replay not in found.values():
+                found[dotted_key((*place, "replay"))] = regularizer.replay
         return {place: sources for place, sources in found.items() if sources}
 
     def corpora(self) -> dict[str, Corpus]:
         """Every text that is measured, by its place in the recipe."""
         found = {f"retention.{name}": corpus for name, corpus in self.retention.items()}
-        if self.regularizer.budget is not None:
-            found[PROBE] = self.regularizer.budget.probe
+        probes: list[Corpus] = []
+        for place, regularizer in self.regularizers():
+            if regularizer.budget is not None and regularizer.budget.probe not in probes:
+                probes.append(regularizer.budget.probe)
+                found[dotted_key((*place, "budget", "probe"))] = probes[-1]
         return found
+
+    def budget_watched(self) -> list[str]:
+        """Retention corpora that come from the text that the budget's probe is the start of."""
+        budget = self.regularizer.budget
+        if budget is None:
+            return []
+        return [name for name, c in self.retention.items() if c.text == budget.probe.text]
 
     def resolved(self) -> dict[str, Any]:
         """Everything that has an effect, defaults included, as plain JSON values."""
@@ -321,8 +253,15 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """SHA-256 of what determines the numbers of a run; names and places are left out."""
+        return self._digest(_COSMETIC)
+
+    def setting(self) -> str:
+        """A digest that runs share whose adapters differ by their seed at most."""
+        return self._digest((*_COSMETIC, *_MESH, *_MEASURED, ("train", "seed")))[:16]
+
+    def _digest(self, without: Sequence[Key]) -> str:
         values = self.resolved()
-        for key in _COSMETIC:
+        for key in without:
             remove(values, key)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()

@@ -90,6 +90,11 @@ class Source(Section):
         default_factory=dict, description="our field name -> column of the file"
     )
 
+    @property
+    def text(self) -> tuple[str | None, ...]:
+        """Where the text is, as `Corpus.text` says it."""
+        return (self.hub, self.subset, self.split) if self.hub else (self.path,)
+
     def ignored(self) -> Iterator[Ignored]:
         """Hub coordinates mean nothing for a local file."""
         if self.path is not None:
@@ -195,6 +200,11 @@ class Corpus(Section):
         window = min(most, known.window_tokens) if type(most) is int else known.window_tokens
         defaults = {"target": known.target, "max_tokens": most, "window_tokens": max(2, window)}
         return defaults | given
+
+    @property
+    def text(self) -> tuple[str | None, ...]:
+        """Where the text is, however much of it is read."""
+        return (self.hub, self.subset, self.split) if self.hub else (self.path or self.builtin,)
 
     def ignored(self) -> Iterator[Ignored]:
         """Hub coordinates and column names mean nothing for a plain text, or are known."""

@@ -1,9 +1,12 @@
-"""Paired bootstrap intervals: how far a figure, or a difference of two runs, may be chance.
+"""Paired intervals: how far a figure, or a difference of two runs, may be chance.
 
 Blocks of a text are drawn with replacement, the same ones for base and policy and for all runs that
 are compared, so that what is hard about a text cancels (Koehn 2004, "Statistical significance tests
-for machine translation evaluation"; percentile intervals of Efron and Tibshirani 1993, chapter 13).
-Where several seeds stand for a setting, the seeds are drawn as well.
+for machine translation evaluation"; percentile intervals of Efron and Tibshirani 1993, chapter 13,
+widened for few blocks as in Hesterberg 2015, "What teachers should know about the bootstrap",
+section 4.3). A few seeds cannot be resampled: where three or more stand for a setting, Student's
+interval of their mean (Welch's where the seeds are no pairs) is added in quadrature. Two seeds do
+not say how much seeds vary: their mean has the interval of its texts, as a single run has.
 
 Legend: R resamples, N blocks of a text, S runs of one setting.
 """
@@ -11,21 +14,24 @@ Legend: R resamples, N blocks of a text, S runs of one setting.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from moored.report.blocks import Blocks
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 FEWEST_BLOCKS = 5  # of fewer, resampling says little
+FEWEST_SEEDS = 3  # of fewer, nothing is said of other seeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A figure with the bounds within which resampling puts it in 95 of 100 cases."""
+    """A figure with bounds that hold the truth in 95 of 100 cases."""
 
     value: float
     low: float
@@ -81,8 +87,8 @@ def interval(
     Returns:
         None where the runs were not measured on the same blocks, or on too few.
     """
-    values_R = resampled(runs, statistic, seed)
-    return None if values_R is None else _interval(values_R)
+    values_SR = _resampled_runs(runs, statistic, seed)
+    return None if values_SR is None else _interval(len(runs[0].num_tokens), values_SR)
 
 
 def difference(
@@ -102,18 +108,18 @@ def difference(
         statistic: of the sums over the text.
         seed: of the resampling.
         same_text: else `theirs` are of another text, whose blocks are drawn on their own.
-        same_seeds: as many runs in both are pairs, in their order; else drawn on their own.
+        same_seeds: as many runs in both are pairs, in their order; else they vary on their own.
     """
     if same_text and not _same_blocks([*ours, *theirs]):
         return None
-    mine = resampled(ours, statistic, seed)
-    other = resampled(
-        theirs,
-        statistic,
-        seed if same_text else seed + 1,
-        runs_stream=_RUNS if same_seeds else _OTHER_RUNS,
-    )
-    return None if mine is None or other is None else _interval(mine - other)
+    mine = _resampled_runs(ours, statistic, seed)
+    other = _resampled_runs(theirs, statistic, seed if same_text else seed + 1)
+    if mine is None or other is None:
+        return None
+    fewest = min(len(ours[0].num_tokens), len(theirs[0].num_tokens))
+    if same_seeds and len(ours) == len(theirs):
+        return _interval(fewest, mine - other)
+    return _interval(fewest, mine, -other)
 
 
 def increase_intervals(blocks: Mapping[str, Blocks]) -> dict[str, list[float]]:
@@ -137,43 +143,65 @@ def ratio_pct(
     return Interval(value=value, low=low, high=high)
 
 
-# Streams of random numbers: blocks, runs, and runs that are no pairs of those.
-_BLOCKS, _RUNS, _OTHER_RUNS = 0, 1, 2
-
-
 def resampled(
-    runs: Sequence[Blocks],
-    statistic: Statistic = increase_pct,
-    seed: int = 0,
-    *,
-    runs_stream: int = _RUNS,
+    runs: Sequence[Blocks], statistic: Statistic = increase_pct, seed: int = 0
 ) -> np.ndarray | None:
     """The mean over runs of a statistic, [1 + R]: of the text as it is, then of R resamples.
 
-    The same seed draws the same blocks of texts of as many blocks; of as many runs the same ones
-    are drawn, unless they come from another stream.
+    Runs are drawn with replacement as well. The same seed draws the same blocks of texts of as many
+    blocks; of as many runs the same ones are drawn.
     None where `interval` has none.
     """
+    values_SR = _resampled_runs(runs, statistic, seed)
+    if values_SR is None:
+        return None
+    weights_RS = _drawn(len(runs), 0, _RUNS) / len(runs)
+    return (values_SR * weights_RS.T).sum(0)
+
+
+# Streams of random numbers.
+_BLOCKS, _RUNS = 0, 1
+
+
+def _resampled_runs(runs: Sequence[Blocks], statistic: Statistic, seed: int) -> np.ndarray | None:
+    """A statistic of every run, [S, 1 + R]: all of the same blocks."""
     if not runs or not _same_blocks(runs) or len(runs[0].num_tokens) < FEWEST_BLOCKS:
         return None
     counts_RN = _drawn(len(runs[0].num_tokens), seed, _BLOCKS)
-    weights_RS = _drawn(len(runs), 0, runs_stream) / len(runs)
     with np.errstate(all="ignore"):  # of figures that are not finite, or texts without a token
         values_SR = np.stack([statistic(*_sums(run, counts_RN)) for run in runs])
-        values_R = (values_SR * weights_RS.T).sum(0)
-    return values_R if np.isfinite(values_R).all() else None
+    return values_SR if np.isfinite(values_SR).all() else None
 
 
 def _same_blocks(runs: Sequence[Blocks]) -> bool:
     return all(run.num_tokens == runs[0].num_tokens for run in runs)
 
 
-def _interval(values_R: np.ndarray) -> Interval:
-    tail = 100 * (1 - LEVEL) / 2
+def _interval(num_blocks: int, *groups_SR: np.ndarray) -> Interval:
+    """Of the sum of the means of groups of runs that vary on their own."""
+    values_R = sum(values_SR.mean(0) for values_SR in groups_SR)
+    assert isinstance(values_R, np.ndarray)
+    tail = (1 - LEVEL) / 2
     value = float(values_R[0])
-    low, high = (float(bound) for bound in np.percentile(values_R[1:], [tail, 100 - tail]))
+    ends = np.percentile(values_R[1:], [100 * tail, 100 * (1 - tail)])
+    few = float(stdtrit(num_blocks - 1, 1 - tail) / ndtri(1 - tail))
+    few *= math.sqrt(num_blocks / (num_blocks - 1))
+    of_seeds = _of_seeds([values_SR[:, 0] for values_SR in groups_SR], tail)
     # A skewed text's figure may lie outside by chance: an interval always holds its figure.
-    return Interval(value=value, low=min(low, value), high=max(high, value))
+    low, high = (
+        math.hypot(few * max(0.0, reach), of_seeds) for reach in (value - ends[0], ends[1] - value)
+    )
+    return Interval(value=value, low=value - low, high=value + high)
+
+
+def _of_seeds(groups_S: Sequence[np.ndarray], tail: float) -> float:
+    """Half of Student's (Welch's) interval of the sum of means; 0 where few runs tell nothing."""
+    terms = [(v.var(ddof=1) / len(v), len(v) - 1) for v in groups_S if len(v) >= FEWEST_SEEDS]
+    variance = float(sum(term for term, _ in terms))
+    if variance == 0:
+        return 0.0
+    freedom = variance**2 / sum(term**2 / free for term, free in terms)
+    return float(stdtrit(freedom, 1 - tail)) * math.sqrt(variance)
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,7 +5,8 @@ How numbers are shown is `words.py`'s.
 
 from __future__ import annotations
 
-from moored.report.bootstrap import FEWEST_BLOCKS, NUM_RESAMPLES
+from moored.report.bootstrap import FEWEST_BLOCKS, FEWEST_SEEDS, NUM_RESAMPLES
+from moored.report.budgets import watched
 from moored.report.comparing import Setting, settings
 from moored.report.results import Report
 from moored.report.words import clean, count
@@ -19,7 +20,8 @@ def caveats(report: Report) -> list[str]:
     groups = settings(report)
     most = max((len(group.arms) for group in groups), default=0)
     measured = _measured(groups)
-    result = [_of_chance(most, measured, any(len(group.arms) == 1 for group in groups))]
+    few = any(len(group.arms) < FEWEST_SEEDS for group in groups)
+    result = [_of_chance(most, measured, few)]
     if measured:
         num_intervals = (len(groups) - 1) * (1 + len(report.corpora))
         many = (
@@ -60,9 +62,12 @@ def caveats(report: Report) -> list[str]:
         )
     if len({arm.num_steps for arm in report.arms.values()}) > 1:
         result.append("The arms did not train for the same number of steps.")
-    for name, arm in report.arms.items():
-        if arm.status != "done":
-            result.append(f"{clean(name, 40)} ended as “{clean(arm.status, 40)}”.")
+    if seen := watched(report):
+        texts = ", ".join(clean(corpus, 40) for corpus in seen)
+        result.append(
+            f"A forgetting budget was measured on the text of {texts}: what other texts lost says "
+            "more."
+        )
     result.append(
         "Perplexities compare only under the same tokenizer, texts and window length; text that "
         "the base was trained on understates forgetting elsewhere."
@@ -86,7 +91,7 @@ def _measured(groups: list[Setting]) -> bool:
     )
 
 
-def _of_chance(most_seeds: int, measured: bool, some_alone: bool) -> str:
+def _of_chance(most_seeds: int, measured: bool, some_few: bool) -> str:
     """What the differences may owe to chance."""
     if not measured:
         seeds = "One run per setting, and no" if most_seeds <= 1 else "No"
@@ -99,8 +104,13 @@ def _of_chance(most_seeds: int, measured: bool, some_alone: bool) -> str:
             "One run per setting: intervals say what another sample of the texts would give, not "
             "what another seed would. Repeat with other seeds before relying on small differences."
         )
-    alone = " Settings with one run have intervals over texts alone." if some_alone else ""
+    if most_seeds < FEWEST_SEEDS:
+        return (
+            "Two seeds at most per setting: intervals are of their mean over other texts, and say "
+            "nothing of other seeds. From three seeds on they do."
+        )
+    alone = " Settings with fewer have intervals over texts alone." if some_few else ""
     return (
-        f"Up to {most_seeds} seeds per setting: intervals over several runs are over texts and "
-        f"seeds, and few seeds tell little of what others would give.{alone}"
+        f"Up to {most_seeds} seeds per setting: intervals of {FEWEST_SEEDS} or more are over texts "
+        f"and seeds.{alone}"
     )

@@ -112,7 +112,9 @@ def _agreement(groups: Sequence[Setting], best: int) -> float | None:
 
 def recommendations(report: Report) -> tuple[Choice | None, list[str]]:
     """The setting to take of all, and a line on it and on every adapter measured at scales."""
-    groups, before = settings(report), report.base.adaptation_ppl
+    every, before = settings(report), report.base.adaptation_ppl
+    kept = [group for group in every if not any(arm.budget_held is False for arm in group.runs)]
+    groups = kept or every  # who broke a budget is not recommended, unless all did
     families: dict[tuple[object, ...], list[Setting]] = {}
     for group in groups:
         one = group.first

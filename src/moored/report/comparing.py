@@ -16,7 +16,8 @@ from moored.report.blocks import Blocks
 from moored.report.bootstrap import Interval
 from moored.report.results import ArmResult, Report, badness
 
-# What two runs share that differ in nothing but their seed, as far as a report knows.
+# What two runs share that differ in nothing but their seed, as far as a report without a digest of
+# their recipes knows.
 SETTING = ("kind", "weight", "direction", "temperature", "adapter", "scale", "num_steps")
 
 
@@ -129,6 +130,8 @@ def settings(report: Report) -> list[Setting]:
 
 def setting_of(arm: ArmResult) -> tuple[object, ...]:
     """What arms of one setting have in common."""
+    if arm.setting is not None:
+        return arm.setting, arm.scale
     return tuple(getattr(arm, name) for name in SETTING)
 
 

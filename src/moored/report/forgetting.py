@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from moored.report import words
 from moored.report.choosing import Choice
 from moored.report.comparing import increase_interval, settings
-from moored.report.headline import compared
+from moored.report.headline import SAME_INCREASE_POINTS, compared
 from moored.report.results import ArmResult, Report
 from moored.report.tables import Change, change
 from moored.report.where import Spot, Stretch, TokenDrift, Where
@@ -184,7 +184,7 @@ def _says(arm: ArmResult, *, in_full: bool) -> str:
     found = increase_interval(arm, corpus)
     ends = f" {words.bounds(found.low, found.high)}" if found else ""
     rise = f"perplexity {words.percent(pct)}{ends}"
-    if pct <= 0:
+    if pct <= 0 and not (found and found.high > SAME_INCREASE_POINTS):
         lost = f"forgot nothing: {rise} at worst, on {text}"
     elif found and not found.is_clear:
         lost = f"forgot nothing that can be told from chance: {rise} at worst, on {text}"

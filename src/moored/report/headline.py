@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from moored.report.bootstrap import Interval
+from moored.report.bootstrap import FEWEST_SEEDS, Interval
+from moored.report.budgets import budgets
 from moored.report.choosing import recommendations
 from moored.report.comparing import (
     Setting,
@@ -61,6 +62,7 @@ def headline(report: Report) -> Headline:
         details += _differences(focus, plain)
     else:
         title = _alone(focus, before)
+    details += budgets(report)
     return Headline(title=title, details=(*details, *recommendations(report)[1]))
 
 
@@ -181,11 +183,13 @@ def _nothing(before: float | None, group: Group) -> str | None:
     learned, change = group.learned, group.learned_change
     if before is None or learned is None:
         return None
-    if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
-        worse = learned[0] > before * (1 + SAME_PPL_PCT / 100)
-        worse = worse and (change is None or change.is_clear)
-        return "learned nothing and got worse at the task" if worse else "learned next to nothing"
     unclear = change is not None and not change.is_clear
+    if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
+        if learned[0] > before * (1 + SAME_PPL_PCT / 100) and not unclear:
+            return "learned nothing and got worse at the task"
+        wide = change and (change.low < -SAME_PPL_PCT or change.high > SAME_PPL_PCT)
+        if not (unclear and wide):
+            return "learned next to nothing"
     return "learned nothing that can be told from chance" if unclear else None
 
 
@@ -203,9 +207,10 @@ def _alone(group: Group, before: float | None) -> str:
     if forgot is None:
         forgetting = "what it forgot was not measured"
     else:
-        if forgot[1] <= SAME_INCREASE_POINTS:
+        found = group.forgot_interval
+        if forgot[1] <= SAME_INCREASE_POINTS and not (found and found.high > SAME_INCREASE_POINTS):
             little = " nothing" if forgot[1] <= 0 else " next to nothing"
-        elif group.forgot_interval and not group.forgot_interval.is_clear:
+        elif found and not found.is_clear:
             little = " nothing that can be told from chance"
         forgetting = f"forgot{little} (retention perplexity {group.forgot_text} at worst)"
     if learned is None:
@@ -328,7 +333,7 @@ def _differences(focus: Group, plain: Group) -> list[str]:
         said.append(f"retention perplexity at worst {by} ({where})")
     if not said:
         return []
-    seeds = max(len(focus.arms), len(plain.arms)) > 1
+    seeds = min(len(focus.arms), len(plain.arms)) >= FEWEST_SEEDS
     over = "texts and seeds" if seeds else "texts"
     joined = "; ".join(said)
     return [f"{focus.subject} against {plain.name}: {joined}. Paired 95 % intervals over {over}."]

@@ -86,6 +86,7 @@ class Reader:
             "dict[str, Figures]": lambda v, p: self.values(
                 v, p, lambda figures, at: self.values(figures, at, number, optional=True)
             ),
+            "list[str]": lambda v, p: self._items(v, p, self.text),
             "list[int]": lambda v, p: self._items(v, p, integer),
             "list[float]": lambda v, p: self._items(v, p, number),
             "dict[str, list[float]]": lambda v, p: self.values(

@@ -67,7 +67,7 @@ class ArmResult:
 
     Attributes:
         kind: the regulariser.
-        weight: of the regulariser.
+        weight: of the regulariser; where a budget moved it, the one that acted last.
         seed: of data order and adapter.
         adaptation_ppl: perplexity on the new task's held-out targets.
         retention_ppl: perplexity per corpus.
@@ -82,6 +82,7 @@ class ArmResult:
         peak_memory_bytes: most memory that one process held.
         final_loss: of the last update, nats per token.
         status: how the run ended.
+        setting: digest of the recipe without its seed: what seeds of one setting share.
         direction: of the divergence.
         temperature: of the divergence.
         adapter: its method.
@@ -95,6 +96,7 @@ class ArmResult:
         budget: what might be forgotten of which text, in words, where there was a budget.
         budget_lost: what its probe has lost in the end, in the budget's unit.
         budget_held: whether that is within the budget and its tolerance.
+        budget_watched: retention corpora out of the probe's own text.
         where: each corpus's drift by place, by token and in its worst examples.
         instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
@@ -117,6 +119,7 @@ class ArmResult:
     peak_memory_bytes: int | None = None
     final_loss: float | None = None
     status: str = "done"
+    setting: str | None = None
     direction: str | None = None
     temperature: float | None = None
     adapter: str | None = None
@@ -129,6 +132,7 @@ class ArmResult:
     budget: str | None = None
     budget_lost: float | None = None
     budget_held: bool | None = None
+    budget_watched: list[str] = field(default_factory=list)
     where: dict[str, Where] = field(default_factory=dict)
     instruction_following: float | None = None
     instruction_prompts_followed: float | None = None

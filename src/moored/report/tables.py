@@ -35,7 +35,8 @@ class Change:
     Attributes:
         text: by how much.
         arrow: up, down or equal.
-        word: better, worse, same, or unclear where the interval holds 0.
+        word: better, worse or same; unclear where the interval holds 0, and no interval where there
+            is none to claim anything by.
         interval: its ends; empty where there is none.
     """
 
@@ -155,7 +156,7 @@ def change(
     show: Callable[[float], str] = words.percent,
     more_is_better: bool = False,
 ) -> Change | None:
-    """A difference in words; one whose interval holds 0 is neither better nor worse."""
+    """A difference in words; better or worse is one whose interval leaves out 0."""
     if math.isnan(value):
         return None
     text = show(value)
@@ -163,8 +164,9 @@ def change(
     if value == 0 or text.split()[0] == "0":
         return Change(text=text, arrow="=", word="same", interval=ends)
     arrow = "▲" if value > 0 else "▼"
-    if interval and not interval.is_clear:
-        return Change(text=text, arrow=arrow, word="unclear", interval=ends)
+    if interval is None or not interval.is_clear:
+        word = "unclear" if interval else "no interval"
+        return Change(text=text, arrow=arrow, word=word, interval=ends)
     better = (value > 0) == more_is_better
     return Change(text=text, arrow=arrow, word="better" if better else "worse", interval=ends)
 

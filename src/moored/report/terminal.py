@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moored.report import words
+from moored.report.budgets import budgets
 from moored.report.comparing import increase_interval
 from moored.report.headline import headline
 from moored.report.results import ArmResult, Report, badness
@@ -21,6 +22,7 @@ from moored.report.results import ArmResult, Report, badness
 # More corpora than this (instructions count as one) do not fit beside each other: the worst one
 # stands for all.
 MOST_COLUMNS = 2
+NATS = "KL: base to adapted, nats per token, worst corpus"
 
 
 def table(report: Report) -> Table:
@@ -43,7 +45,7 @@ def table(report: Report) -> Table:
         title=Text(_narrow(headline(report).title)),
         title_justify="left",
         title_style="bold",
-        caption=Text(f"{what}{over}. KL: base to adapted, nats per token, worst corpus."),
+        caption=Text(" ".join([f"{what}{over}. {NATS}.", *budgets(report)])),
         caption_justify="left",
     )
     result.add_column("arm", overflow="fold", max_width=24)
