@@ -19,7 +19,7 @@ from moored.data import Prompt, pad_token_id
 from moored.engine import Engine
 from moored.instructions import TASKS, Task
 from moored.mesh import Mesh
-from moored.report import BaseResult
+from moored.report import BaseResult, Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +27,12 @@ class Followed:
     """How instructions were followed that can be checked without a judge, read strictly.
 
     Attributes:
-        constraints: share of all constraints that were met, 0 to 1.
-        prompts: share of the prompts of which all constraints were met, 0 to 1.
-        num_constraints: over all prompts.
-        num_prompts: that were asked.
+        constraints: that were met, per prompt.
+        prompts: of which all constraints were met.
     """
 
-    constraints: float
-    prompts: float
-    num_constraints: int
-    num_prompts: int
+    constraints: Tally
+    prompts: Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +40,24 @@ class Answered:
     """What one model's answers amount to. None: not asked.
 
     Attributes:
-        exact_match: share of data.eval's prompts answered as the reference has it.
+        exact_match: data.eval's prompts that were answered as the reference has it.
         followed: of the instructions.
     """
 
-    exact_match: float | None = None
+    exact_match: Tally | None = None
     followed: Followed | None = None
 
 
 def answered_in(base: BaseResult) -> Answered | None:
     """What the base's answers amounted to, as a report has it; None where it was not asked."""
     followed = None
-    if base.instruction_following is not None and base.instruction_prompts_followed is not None:
+    if base.instruction_tally is not None and base.instruction_prompts_followed is not None:
+        num = base.num_instruction_prompts or 0
+        full = round(base.instruction_prompts_followed * num)
         followed = Followed(
-            constraints=base.instruction_following,
-            prompts=base.instruction_prompts_followed,
-            num_constraints=base.num_instructions or 0,
-            num_prompts=base.num_instruction_prompts or 0,
+            constraints=base.instruction_tally, prompts=Tally(num=[num], hits=[full])
         )
-    answered = Answered(exact_match=base.adaptation_exact_match, followed=followed)
+    answered = Answered(exact_match=base.exact_match_tally, followed=followed)
     return None if answered == Answered() else answered
 
 
@@ -101,32 +96,32 @@ def answer_all(
     return Answered(exact_match=exact, followed=followed)
 
 
-def exact_match(answers: Iterator[tuple[Prompt, str]], mesh: Mesh) -> float:
-    """Share of answers that equal the reference, white space at the ends apart. Collective."""
-    counts = torch.zeros(2, dtype=torch.float64)
-    for question, answer in answers:
-        hit = answer.strip() == question.completion.strip()
-        counts += torch.tensor([float(hit), 1.0], dtype=torch.float64)
-    hits, total = mesh.dp.sum(counts.to(mesh.device)).tolist()
-    return hits / max(1.0, total)
+def exact_match(answers: Iterator[tuple[Prompt, str]], mesh: Mesh) -> Tally:
+    """Which answers equal the reference, white space at the ends apart. Collective."""
+    found = {
+        question.sample_id: (1, int(answer.strip() == question.completion.strip()))
+        for question, answer in answers
+    }
+    return Tally.of(_of_all_ranks(found, mesh))
 
 
 def follow(
     answers: Iterator[tuple[Prompt, str]], mesh: Mesh, tasks: Mapping[str, Task] = TASKS
 ) -> Followed:
-    """How many constraints the answers to `tasks` meet. Collective."""
-    counts = torch.zeros(4, dtype=torch.float64)
+    """Which constraints the answers to `tasks` meet. Collective."""
+    found: dict[str, tuple[int, int]] = {}
     for question, answer in answers:
         met = [check.met_by(answer) for check in tasks[question.sample_id].checks]
-        row = [float(sum(met)), float(all(met)), float(len(met)), 1.0]
-        counts += torch.tensor(row, dtype=torch.float64)
-    met, full, num_constraints, num_prompts = mesh.dp.sum(counts.to(mesh.device)).tolist()
-    return Followed(
-        constraints=met / max(1.0, num_constraints),
-        prompts=full / max(1.0, num_prompts),
-        num_constraints=int(num_constraints),
-        num_prompts=int(num_prompts),
-    )
+        found[question.sample_id] = len(met), sum(met)
+    rows = _of_all_ranks(found, mesh)
+    full = [(1, int(num == met)) for num, met in rows]
+    return Followed(constraints=Tally.of(rows), prompts=Tally.of(full))
+
+
+def _of_all_ranks(found: Mapping[str, tuple[int, int]], mesh: Mesh) -> list[tuple[int, int]]:
+    """(asked, right) of every rank's prompts, by their names: in the same order for all models."""
+    every = {name: row for part in mesh.dp.gather(found) for name, row in part.items()}
+    return [every[name] for name in sorted(every)]
 
 
 def _answers(

@@ -34,6 +34,7 @@ from moored.mesh import Mesh
 from moored.pinpoint import Collector
 from moored.report import (
     Blocks,
+    Tally,
     Where,
 )
 
@@ -54,8 +55,8 @@ class TextFigures:
         tmkl: the same with the true token removed from both, nats per token.
         top1_agreement: share of positions at which both prefer the same token.
         alternatives: the part of `kl` that is among the alternatives to the true token.
-        last_word: share of samples whose targets all are the policy's first choice; of text of
-            which only last words are scored.
+        last_word: samples whose targets all are the policy's first choice; of text of which only
+            last words are scored.
         base_last_word: the same of the base.
         blocks: sums over blocks of samples.
     """
@@ -67,8 +68,8 @@ class TextFigures:
     tmkl: float
     top1_agreement: float
     alternatives: float
-    last_word: float | None
-    base_last_word: float | None
+    last_word: Tally | None
+    base_last_word: Tally | None
     blocks: Blocks
 
 
@@ -305,9 +306,9 @@ def _by_sample(rows: DriftSums, batch: Batch) -> torch.Tensor:
     return sums.index_add_(0, batch.target_index // batch.input_ids.shape[1], values)
 
 
-def _all_hit(hits: Sequence[float], num_tokens: Sequence[float]) -> float:
-    pairs = list(zip(hits, num_tokens, strict=True))
-    return sum(hit == count for hit, count in pairs) / max(1, len(pairs))
+def _all_hit(hits: Sequence[float], num_tokens: Sequence[float]) -> Tally:
+    pairs = zip(hits, num_tokens, strict=True)
+    return Tally.of([(1, int(hit == count)) for hit, count in pairs])
 
 
 def _exp(nats: float) -> float:

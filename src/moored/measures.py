@@ -66,15 +66,15 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
         values["eval/adaptation_perplexity"] = evaluation.adaptation.policy_ppl
     answered = evaluation.answered
     if answered.exact_match is not None:
-        values["eval/exact_match_fraction"] = answered.exact_match
+        values["eval/exact_match_fraction"] = answered.exact_match.share
     if answered.followed is not None:
-        values["eval/instruction_following_fraction"] = answered.followed.constraints
-        values["eval/instruction_prompts_followed_fraction"] = answered.followed.prompts
+        values["eval/instruction_following_fraction"] = answered.followed.constraints.share
+        values["eval/instruction_prompts_followed_fraction"] = answered.followed.prompts.share
     for name, figures in evaluation.retention.items():
         values[f"retention/{name}/perplexity"] = figures.policy_ppl
         values[f"drift/{name}/kl_nats_per_token"] = figures.kl
         values[f"drift/{name}/tmkl_nats_per_token"] = figures.tmkl
         if figures.last_word is not None:
-            values[f"retention/{name}/last_word_accuracy_fraction"] = figures.last_word
+            values[f"retention/{name}/last_word_accuracy_fraction"] = figures.last_word.share
         values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
     return values

@@ -63,6 +63,9 @@ def to_report(
     texts, task = after.retention, after.adaptation
     before = base_answered or Answered()
     followed, base_followed = after.answered.followed, before.followed
+    exact = after.answered.exact_match
+    last_words = {name: text.last_word for name, text in texts.items() if text.last_word}
+    base_words = {name: text.base_last_word for name, text in texts.items() if text.base_last_word}
     base_ppl: dict[str, float | None] = {name: text.base_ppl for name, text in texts.items()}
     policy_ppl: dict[str, float | None] = {name: text.policy_ppl for name, text in texts.items()}
     base = BaseResult(
@@ -70,18 +73,19 @@ def to_report(
         revision=source.revision,
         quantization=config.model.quantization,
         adaptation_ppl=task.base_ppl if task else None,
-        adaptation_exact_match=before.exact_match,
+        adaptation_exact_match=before.exact_match.share if before.exact_match else None,
         retention_ppl=base_ppl,
         num_tokens={name: text.num_tokens for name, text in texts.items()},
         num_adaptation_tokens=task.num_tokens if task else None,
         num_adaptation_prompts=num_prompts or None,
-        last_word_accuracy={
-            name: text.base_last_word for name, text in texts.items() if text.last_word is not None
-        },
-        instruction_following=base_followed.constraints if base_followed else None,
-        instruction_prompts_followed=base_followed.prompts if base_followed else None,
-        num_instructions=base_followed.num_constraints if base_followed else None,
-        num_instruction_prompts=base_followed.num_prompts if base_followed else None,
+        last_word_accuracy={name: tally.share for name, tally in base_words.items()},
+        instruction_following=base_followed.constraints.share if base_followed else None,
+        instruction_prompts_followed=base_followed.prompts.share if base_followed else None,
+        num_instructions=base_followed.constraints.total if base_followed else None,
+        num_instruction_prompts=base_followed.prompts.total if base_followed else None,
+        exact_match_tally=before.exact_match,
+        instruction_tally=base_followed.constraints if base_followed else None,
+        last_word_tallies=base_words,
     )
     blocks = {name: text.blocks for name, text in texts.items()}
     regularizer, budget = config.regularizer, config.regularizer.budget
@@ -96,7 +100,7 @@ def to_report(
         setting=None if foreign else config.setting(),
         adapter=None if foreign else config.adapter.family,
         adaptation_ppl=task.policy_ppl if task else None,
-        adaptation_exact_match=after.answered.exact_match,
+        adaptation_exact_match=exact.share if exact else None,
         retention_ppl=policy_ppl,
         retention_increase_pct=increase_pct(base_ppl, policy_ppl),
         drift_nats_per_token={name: text.kl for name, text in texts.items()},
@@ -108,9 +112,7 @@ def to_report(
         peak_memory_bytes=training.peak_memory_bytes,
         final_loss=training.final_loss,
         scale=scale,
-        last_word_accuracy={
-            name: text.last_word for name, text in texts.items() if text.last_word is not None
-        },
+        last_word_accuracy={name: tally.share for name, tally in last_words.items()},
         retention_increase_interval_pct=increase_intervals(blocks),
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
@@ -120,7 +122,10 @@ def to_report(
         budget_held=training.budget_held if budgeted else None,
         budget_watched=config.budget_watched() if budgeted else [],
         where=dict(after.where),
-        instruction_following=followed.constraints if followed else None,
-        instruction_prompts_followed=followed.prompts if followed else None,
+        instruction_following=followed.constraints.share if followed else None,
+        instruction_prompts_followed=followed.prompts.share if followed else None,
+        exact_match_tally=exact,
+        instruction_tally=followed.constraints if followed else None,
+        last_word_tallies=last_words,
     )
     return Report(base=base, arms={name: arm}, settings=settings_of(config))

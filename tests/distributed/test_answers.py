@@ -64,6 +64,10 @@ def following(rank: int, world_size: int, folder: Path) -> None:
     # Padding changes sums by rounding, so that a near tie may turn one answer.
     assert base["instruction_following"] == pytest.approx(expected, abs=1.1 / 67)
     assert arm["instruction_following"] == pytest.approx(learned, abs=1.1 / 67)
+    for figures in (base, arm):
+        tally = figures["instruction_tally"]
+        assert (len(tally["num"]), sum(tally["num"])) == (50, 67)
+        assert sum(tally["hits"]) / 67 == pytest.approx(figures["instruction_following"])
     curve = metrics(run)["eval/instruction_following_fraction"]
     assert curve == [(0, base["instruction_following"]), (30, arm["instruction_following"])]
     assert "Kept: instructions followed" in (run / "report/report.html").read_text()

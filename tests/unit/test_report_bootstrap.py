@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moored.errors import UserErrors
-from moored.report import ArmResult, Blocks, Report
+from moored.report import ArmResult, Blocks, Report, Tally
 from moored.report import bootstrap as bs
 from moored.report.blocks import MOST_BLOCKS
-from moored.report.comparing import share_difference
+from moored.report.comparing import more_right, share_difference
 from report_cases import measured, one, where
 
 
@@ -229,6 +229,38 @@ def test_shares_of_few_prompts_are_told_apart_only_when_far_apart():
     assert not found.is_clear
     assert share_difference(0.0, 1.0, 24).is_clear
     assert share_difference(1.0, 1.0, 24).high > 0
+
+
+def test_shares_of_the_same_prompts_are_paired():
+    rng = np.random.default_rng(4)
+    before = [int(x) for x in rng.random(60) < 0.5]
+    after = [1 if i < 12 else hit for i, hit in enumerate(before)]  # nothing that was right is lost
+    one, two = (Tally.of([(1, hit) for hit in hits]) for hits in (before, after))
+    found = bs.points(one, two)
+    assert found is not None
+    assert found.value == pytest.approx(100 * (two.share - one.share))
+    # By hand: resampled gains per prompt.
+    gained = np.array(after) - np.array(before)
+    draws = np.sort([100 * rng.choice(gained, 60).mean() for _ in range(4000)])
+    wider = stats.t.ppf(0.975, 59) / 1.959964 * math.sqrt(60 / 59)
+    for end, expected in ((found.low, draws[100]), (found.high, draws[3900])):
+        assert end == pytest.approx(found.value + wider * (expected - found.value), abs=1.7)
+    apart = share_difference(one.share, two.share, 60)
+    assert found.is_clear
+    assert not apart.is_clear
+    assert more_right(one, two) == found
+    # What cannot be paired, or differs nowhere, has the wider interval.
+    assert bs.points(one, one) is None
+    assert more_right(one, one).high > 0 > more_right(one, one).low
+    other = Tally(num=[30, 30], hits=[10, 20])
+    assert more_right(one, other) == share_difference(one.share, other.share, 60)
+
+
+def test_a_tally_keeps_every_prompt():
+    tally = Tally.of([(3, i % 4) for i in range(501)])
+    assert (len(tally.num), tally.total, tally.is_even) == (MOST_BLOCKS, 1503, True)
+    assert sum(tally.hits) == sum(i % 4 for i in range(501))
+    assert Tally.of([]).share == 0
 
 
 def test_blocks_keep_every_sample():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from moored.report import Choice, Report, Spot, words
+from moored.report import Choice, Report, Spot, Tally, words
 from moored.report.forgetting import (
     MOST_ARMS,
     MOST_CHOICES,
@@ -221,4 +222,22 @@ def test_last_words_stand_before_and_after():
         last_word_accuracy={CORPORA[0]: 0.5},
     )
     assert forgetting(report)[0][0].texts[0].last_words == (0.5, 0.25)
-    assert "50.0 % → 25.0 %" in check(html(report)).words.replace("\u00a0", " ")
+    assert "50.0 % → 25.0 % ▼ −25.0 points no interval" in check(html(report)).words.replace(
+        "\u00a0", " "
+    )
+    right, fewer = [1] * 20 + [0] * 20, [0, 0, 1, 1] * 5 + [0] * 20
+    tallies = [{CORPORA[0]: Tally(num=[1] * 40, hits=hits)} for hits in (right, fewer)]
+    counted = replace(
+        report,
+        base=replace(report.base, last_word_tallies=tallies[0]),
+        arms={n: replace(a, last_word_tallies=tallies[1]) for n, a in report.arms.items()},
+    )
+    assert "▼ −25.0 points worse [−" in check(html(counted)).words.replace("\u00a0", " ")
+
+
+def test_the_drift_of_a_text_has_an_interval():
+    [row, _] = forgetting(report_of(measured("tmkl", 1.05, 30.0, 4.25)))[0][0].texts
+    assert re.fullmatch(r"\[0\.\d{4}, 0\.\d{4}\]", row.drift_ends)
+    assert row.drift_ends in check(html(report_of(measured("tmkl", 1.05, 30.0, 4.25)))).words
+    [row, _] = forgetting(report_of(arm("tmkl", 1.05, 30.0, 4.25)))[0][0].texts
+    assert row.drift_ends == ""

@@ -3,7 +3,7 @@
 Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
 """
 
-from moored.report.blocks import Blocks
+from moored.report.blocks import Blocks, Tally
 from moored.report.bootstrap import increase_intervals
 from moored.report.files import labels_of, run_command, write
 from moored.report.headline import Headline, headline
@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "Spot",
     "Stretch",
+    "Tally",
     "TokenDrift",
     "Where",
     "headline",

@@ -44,9 +44,7 @@ class Blocks:
     @staticmethod
     def of(sums: Mapping[str, Sequence[float]]) -> Blocks:
         """Blocks of per-sample sums by the names above; at most `MOST_BLOCKS`, of like size."""
-        num_samples = len(sums["num_tokens"])
-        num_blocks = min(num_samples, MOST_BLOCKS)
-        edges = [round(i * num_samples / max(1, num_blocks)) for i in range(num_blocks + 1)]
+        edges = _edges(len(sums["num_tokens"]))
         summed = {
             item.name: [sum(sums[item.name][a:b]) for a, b in itertools.pairwise(edges)]
             for item in fields(Blocks)
@@ -57,6 +55,47 @@ class Blocks:
             ce_base=_rounded(summed["ce_base"]),
             kl=_rounded(summed["kl"]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What was right of what was asked, per block of neighbours (passages, prompts), in order.
+
+    Attributes:
+        num: asked.
+        hits: right.
+    """
+
+    num: list[int]
+    hits: list[int]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether both lists are of one length."""
+        return len(self.num) == len(self.hits)
+
+    @property
+    def total(self) -> int:
+        """All that was asked."""
+        return sum(self.num)
+
+    @property
+    def share(self) -> float:
+        """Of what was right, 0 to 1; 0 where nothing was asked."""
+        return sum(self.hits) / max(1, self.total)
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, int]]) -> Tally:
+        """Of (asked, right) per passage or prompt; at most `MOST_BLOCKS` blocks of like size."""
+        blocks = [rows[a:b] for a, b in itertools.pairwise(_edges(len(rows)))]
+        num, hits = ([sum(row[i] for row in block) for block in blocks] for i in (0, 1))
+        return Tally(num=num, hits=hits)
+
+
+def _edges(num_samples: int) -> list[int]:
+    """Where blocks of neighbours begin and end."""
+    num_blocks = min(num_samples, MOST_BLOCKS)
+    return [round(i * num_samples / max(1, num_blocks)) for i in range(num_blocks + 1)]
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

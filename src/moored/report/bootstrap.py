@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from moored.report.blocks import Blocks
+from moored.report.blocks import Blocks, Tally
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
@@ -157,6 +157,20 @@ def resampled(
         return None
     weights_RS = _drawn(len(runs), 0, _RUNS) / len(runs)
     return (values_SR * weights_RS.T).sum(0)
+
+
+def points(before: Tally, after: Tally, seed: int = 0) -> Interval | None:
+    """Points between two shares of the same things asked, paired by block; see `interval`.
+
+    None too where no block differs: a resample cannot tell how sure that is.
+    """
+    if before.num != after.num or len(before.num) < FEWEST_BLOCKS or before.hits == after.hits:
+        return None
+    num_N = np.asarray(before.num, dtype=float)
+    gained_N = np.asarray(after.hits, dtype=float) - np.asarray(before.hits, dtype=float)
+    counts_RN = _drawn(len(num_N), seed, _BLOCKS)
+    values_R = 100.0 * (counts_RN @ gained_N) / np.maximum(counts_RN @ num_N, 1.0)
+    return _interval(len(num_N), values_R[None])
 
 
 # Streams of random numbers.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moored.report import bootstrap
-from moored.report.blocks import Blocks
+from moored.report.blocks import Blocks, Tally
 from moored.report.bootstrap import Interval
 from moored.report.results import ArmResult, Report, badness
 
@@ -146,6 +146,15 @@ def increase_interval(arm: ArmResult, corpus: str) -> Interval | None:
     if found is None and ends is not None:
         return Interval(value=value, low=ends[0], high=ends[1])
     return found
+
+
+def more_right(before: Tally, after: Tally) -> Interval:
+    """Points between two shares of what was right: paired by prompt or passage, where they differ.
+
+    Where none differs, or they were not asked the same, it is `share_difference`'s.
+    """
+    paired = bootstrap.points(before, after)
+    return paired or share_difference(before.share, after.share, min(before.total, after.total))
 
 
 def share_difference(before: float, after: float, num: int) -> Interval:

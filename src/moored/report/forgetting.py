@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moored.report import words
+from moored.report import bootstrap, words
 from moored.report.choosing import Choice
 from moored.report.comparing import increase_interval, settings
 from moored.report.headline import SAME_INCREASE_POINTS, compared
 from moored.report.results import ArmResult, Report
-from moored.report.tables import Change, change
+from moored.report.tables import Change, change, share_change
 from moored.report.where import Spot, Stretch, TokenDrift, Where
 
 # A page must stay one that a person reads: what is beyond is counted, and is in report.json.
@@ -30,7 +30,10 @@ MUCH_THE_SAME = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRow:
-    """One corpus of an arm; widths are in percent of the greatest drift on the page."""
+    """One corpus of an arm; widths are in percent of the greatest drift on the page.
+
+    `drift_ends` is the drift's interval, empty without one; `last_words` are before and after.
+    """
 
     name: str
     rise: Change | None
@@ -40,7 +43,9 @@ class TextRow:
     alternatives_width: str
     shift_width: str
     agreement: float | None
+    drift_ends: str
     last_words: tuple[float | None, float | None] | None
+    last_words_change: Change | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +241,8 @@ def _text(report: Report, arm: ArmResult, corpus: str, most: float) -> TextRow:
     pct = arm.retention_increase_pct.get(corpus)
     before = report.base.last_word_accuracy.get(corpus)
     after = arm.last_word_accuracy.get(corpus)
+    blocks = arm.retention_blocks.get(corpus)
+    ends = bootstrap.interval([blocks], bootstrap.drift) if blocks else None
     # Without the split the whole bar is of one kind.
     return TextRow(
         name=corpus,
@@ -246,7 +253,12 @@ def _text(report: Report, arm: ArmResult, corpus: str, most: float) -> TextRow:
         alternatives_width=_width(drift if alternatives is None else alternatives, most),
         shift_width=_width(shift, most),
         agreement=arm.top1_agreement.get(corpus),
+        drift_ends=f"[{words.nats(ends.low)}, {words.nats(ends.high)}]" if ends else "",
         last_words=None if before is None and after is None else (before, after),
+        last_words_change=share_change(
+            (before, after),
+            (report.base.last_word_tallies.get(corpus), arm.last_word_tallies.get(corpus)),
+        ),
     )
 
 

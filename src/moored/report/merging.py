@@ -40,6 +40,7 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
             base,
             retention_ppl=_union(base.retention_ppl, other.base.retention_ppl),
             num_tokens=_union(base.num_tokens, other.base.num_tokens),
+            last_word_tallies=_union(base.last_word_tallies, other.base.last_word_tallies),
             lm_eval=_union(base.lm_eval, other.base.lm_eval),
             **{
                 name: getattr(other.base, name)
@@ -72,6 +73,8 @@ _BASE_FIGURES = (
     "instruction_prompts_followed",
     "num_instructions",
     "num_instruction_prompts",
+    "exact_match_tally",
+    "instruction_tally",
 )
 
 

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any, TypeVar
 
-from moored.report.blocks import Blocks
+from moored.report.blocks import Blocks, Tally
 from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
 
 _R = TypeVar("_R")  # a dataclass
@@ -93,6 +93,8 @@ class Reader:
                 v, p, lambda items, at: self._items(items, at, number)
             ),
             "Blocks": self._blocks,
+            "Tally": self._tally,
+            "dict[str, Tally]": lambda v, p: self.values(v, p, self._tally),
             "dict[str, Blocks]": lambda v, p: self.values(v, p, self._blocks),
             "dict[str, Where]": lambda v, p: self.values(v, p, partial(self.result, Where)),
         }
@@ -129,6 +131,12 @@ class Reader:
         if blocks is not None and not blocks.is_even:
             self.problems.append(f"{where}: its lists differ in length")
         return blocks
+
+    def _tally(self, data: object, where: str) -> Tally | None:
+        tally = self.result(Tally, data, where)
+        if tally is not None and not tally.is_even:
+            self.problems.append(f"{where}: its lists differ in length")
+        return tally
 
     def _truth(self, value: object, place: str) -> bool:
         if not isinstance(value, bool):

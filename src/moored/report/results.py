@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.errors import UserError, UserErrors
-from moored.report.blocks import Blocks
+from moored.report.blocks import Blocks, Tally
 from moored.report.reading import Reader, short
 from moored.report.where import Where
 
@@ -40,6 +40,9 @@ class BaseResult:
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
         num_instructions: constraints behind that.
         num_instruction_prompts: prompts behind that.
+        exact_match_tally: right answers per prompt.
+        instruction_tally: constraints met per prompt.
+        last_word_tallies: last words predicted per passage, per corpus.
         lm_eval: figures of the evaluation harness (lm_eval): task -> metric -> value, with
             `METRIC_stderr` beside it where the harness gives a standard error.
     """
@@ -58,6 +61,9 @@ class BaseResult:
     instruction_prompts_followed: float | None = None
     num_instructions: int | None = None
     num_instruction_prompts: int | None = None
+    exact_match_tally: Tally | None = None
+    instruction_tally: Tally | None = None
+    last_word_tallies: dict[str, Tally] = field(default_factory=dict)
     lm_eval: dict[str, Figures] = field(default_factory=dict)
 
 
@@ -100,6 +106,9 @@ class ArmResult:
         where: each corpus's drift by place, by token and in its worst examples.
         instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
         instruction_prompts_followed: fraction of prompts of which all constraints were met.
+        exact_match_tally: right answers per prompt.
+        instruction_tally: constraints met per prompt.
+        last_word_tallies: last words predicted per passage, per corpus.
         lm_eval: figures of the evaluation harness, as of the base.
     """
 
@@ -136,6 +145,9 @@ class ArmResult:
     where: dict[str, Where] = field(default_factory=dict)
     instruction_following: float | None = None
     instruction_prompts_followed: float | None = None
+    exact_match_tally: Tally | None = None
+    instruction_tally: Tally | None = None
+    last_word_tallies: dict[str, Tally] = field(default_factory=dict)
     lm_eval: dict[str, Figures] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:

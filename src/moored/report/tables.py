@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moored.report import bootstrap, words
+from moored.report.blocks import Tally
 from moored.report.bootstrap import Interval
 from moored.report.comparing import (
     Setting,
     forgot_more,
     increase_interval,
     learned_more,
+    more_right,
     settings,
     share_difference,
     yardstick,
@@ -60,12 +62,16 @@ def row(report: Report, name: str, arm: ArmResult) -> dict[str, Any]:
         "name": name,
         "arm": arm,
         "learned": learned,
-        "match": _share(
-            base.adaptation_exact_match, arm.adaptation_exact_match, base.num_adaptation_prompts
+        "match": share_change(
+            (base.adaptation_exact_match, arm.adaptation_exact_match),
+            (base.exact_match_tally, arm.exact_match_tally),
+            base.num_adaptation_prompts,
         ),
         # Constraints of one prompt are no independent draws: prompts are counted.
-        "followed": _share(
-            base.instruction_following, arm.instruction_following, base.num_instruction_prompts
+        "followed": share_change(
+            (base.instruction_following, arm.instruction_following),
+            (base.instruction_tally, arm.instruction_tally),
+            base.num_instruction_prompts,
         ),
         "worst": worst,
         "forgot": forgot,
@@ -137,10 +143,25 @@ def harness(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _share(before: float | None, after: float | None, num: int | None) -> Change | None:
+def share_change(
+    shares: tuple[float | None, float | None],
+    tallies: tuple[Tally | None, Tally | None] = (None, None),
+    num: int | None = None,
+) -> Change | None:
+    """Points between two shares, before and after.
+
+    Args:
+        shares: 0 to 1.
+        tallies: what they are of, for a paired interval.
+        num: independent things that were asked, where there is no tally.
+    """
+    (before, after), (counted, recounted) = shares, tallies
     if before is None or after is None:
         return None
-    found = share_difference(before, after, num) if num else None
+    if counted is not None and recounted is not None:
+        found = more_right(counted, recounted)
+    else:
+        found = share_difference(before, after, num) if num else None
     return change(100 * (after - before), found, show=_points, more_is_better=True)
 
 
