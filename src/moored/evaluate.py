@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from moored.answers import Answered, answer_all
 from moored.base import Located, require_positions
 from moored.batch import Batch, Sample
-from moored.config import PROBE, Config, EvaluationConfig
+from moored.config import PROBE, Config, Corpus, EvaluationConfig
 from moored.data import (
     BaseIdentity,
     Prompt,
+    by_domain,
     eval_batches,
     eval_samples,
     instruction_prompts,
@@ -156,12 +157,15 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
     adaptation = None
     if config.data.eval:
         adaptation = text(eval_samples(config, tokenizer, vocab_size=vocab_size))
+    corpora: dict[str, Corpus] = {}
+    for name, corpus in config.retention.items():
+        corpora |= by_domain(name, corpus)
     retention = {
         name: text(
             retention_samples(name, corpus, tokenizer, base=base),
             last_words=corpus.target == "last_word",
         )
-        for name, corpus in config.retention.items()
+        for name, corpus in corpora.items()
     }
     probe = None
     if config.regularizer.budget is not None:

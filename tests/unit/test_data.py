@@ -372,6 +372,37 @@ def test_bad_corpora(tmp_path, monkeypatch):
         data.resolve_text(corpus(hub="nobody/none"), "retention.book")
 
 
+def test_a_text_is_parted_by_its_domains(tmp_path):
+    rows = [
+        {"text": f"{name} text number {i} of this domain", "from": name}
+        for i in range(4)
+        for name in ("law", "R & D")
+    ]
+    path = jsonl(tmp_path / "ours.jsonl", rows)
+    whole = corpus(path=path, domain_field="from")
+    parts = data.by_domain("ours", whole)
+    assert {name: part.domain for name, part in parts.items()} == {
+        "ours/law": "law", "ours/R-D": "R & D",
+    }  # fmt: skip
+    assert data.resolve_text(parts["ours/law"]) == [r["text"] for r in rows if r["from"] == "law"]
+    assert len(data.resolve_text(whole)) == 8
+    (sample,) = data.retention_samples("ours/law", parts["ours/law"], TOKENIZER)
+    assert sample.sample_id == "ours/law:0"
+    assert "R & D" not in TOKENIZER.decode(sample.input_ids)
+    assert data.by_domain("ours", corpus(path=path)) == {"ours": corpus(path=path)}
+    with pytest.raises(UserError, match="holds no text of from=tax"):
+        data.resolve_text(corpus(path=path, domain_field="from", domain="tax"))
+    many = jsonl(tmp_path / "b.jsonl", [{"text": "a b", "from": f"{i}"} for i in range(21)])
+    with pytest.raises(UserError, match="domain_field=from: 21 different values, where 1 to 20"):
+        data.by_domain("ours", corpus(path=many, domain_field="from"))
+    alike = jsonl(tmp_path / "c.jsonl", [{"text": "a b", "from": v} for v in ("a b", "a-b")])
+    with pytest.raises(UserError, match="differ only in signs"):
+        data.by_domain("ours", corpus(path=alike, domain_field="from"))
+    lacking = jsonl(tmp_path / "d.jsonl", [{"text": "a b", "from": None}])
+    with pytest.raises(UserError, match="no domain in from: give one"):
+        data.resolve_text(corpus(path=lacking, domain_field="from"))
+
+
 def test_known_texts_come_from_the_hub_by_their_short_names(tmp_path, monkeypatch):
     # The hub's layout in a folder of that name, which `datasets` reads as it would the hub's.
     monkeypatch.chdir(tmp_path)

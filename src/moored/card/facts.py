@@ -106,7 +106,7 @@ class Figures:
             retention=tuple(
                 Text(
                     name=name,
-                    source=sources.get(name),
+                    source=sources.get(name.partition("/")[0]),  # of all its domains
                     num_tokens=base.num_tokens.get(name),
                     ppl_before=before,
                     ppl_after=arm.retention_ppl.get(name),

@@ -182,6 +182,11 @@ class Corpus(Section):
     split: Annotated[Text, about("split of the hub data set")] = "test"
     revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
     text_field: Annotated[Text, about("column that holds the text")] = "text"
+    domain_field: Annotated[
+        Text | None,
+        about("column whose values part the text into domains, each measured as NAME/VALUE"),
+    ] = None
+    domain: Annotated[Text | None, about("of these only the one with this value")] = None
     max_tokens: Annotated[int, Field(ge=2, description="tokens, from the start")] = 5000
     window_tokens: Annotated[int, Field(ge=2, description="tokens per window")] = 256
     target: Annotated[Literal["all", "last_word"], about("which tokens are scored")] = "all"
@@ -204,12 +209,13 @@ class Corpus(Section):
     @property
     def text(self) -> tuple[str | None, ...]:
         """Where the text is, however much of it is read."""
-        return (self.hub, self.subset, self.split) if self.hub else (self.path or self.builtin,)
+        place = (self.hub, self.subset, self.split) if self.hub else (self.path or self.builtin,)
+        return place if self.domain is None else (*place, self.domain)
 
     def ignored(self) -> Iterator[Ignored]:
         """Hub coordinates and column names mean nothing for a plain text, or are known."""
         if self.builtin in KNOWN_TEXTS:
-            for name in ("subset", "split", "text_field"):
+            for name in ("subset", "split", "text_field", "domain_field", "domain"):
                 yield Ignored(name, ("builtin",), f"builtin {self.builtin} has its own")
             return
         local = "path" if self.path is not None else "builtin"
@@ -219,11 +225,16 @@ class Corpus(Section):
         if self.builtin == "base-samples":
             yield Ignored("target", ("builtin",), "of base-samples all that the base wrote counts")
         if self.builtin or (self.path or "").lower().endswith((".txt", ".md")):
-            yield Ignored("text_field", (local,), f"{local} is plain text, without columns")
+            for name in ("text_field", "domain_field", "domain"):
+                yield Ignored(name, (local,), f"{local} is plain text, without columns")
 
     def problems(self) -> Iterator[Problem]:
         """A corpus is one of path, hub and builtin; a window fits in it."""
         yield from one_of(self, ("path", "hub", "builtin"), what="where the text is")
+        if self.domain is not None and self.domain_field is None:
+            yield Problem(
+                "domain", "needs domain_field, the column that it is a value of", ("domain_field",)
+            )
         if self.window_tokens > self.max_tokens:
             yield Problem(
                 "window_tokens",

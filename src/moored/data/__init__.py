@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moored.data.ahead import Ahead
-    from moored.data.corpora import resolve_text
+    from moored.data.corpora import by_domain, resolve_text
     from moored.data.drawn import BaseIdentity
     from moored.data.heldout import (
         Prompt,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "Ahead": "ahead",
     "BaseIdentity": "drawn",
+    "by_domain": "corpora",
     "resolve_text": "corpora",
     "Prompt": "heldout",
     "eval_batches": "heldout",
@@ -50,6 +51,7 @@ __all__ = [
     "Prompt",
     "SampleSet",
     "TrainStream",
+    "by_domain",
     "check_data",
     "eval_batches",
     "eval_samples",

@@ -6,14 +6,17 @@ here.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from moored.config.inputs import KNOWN_TEXTS
-from moored.data.files import Reader, missing_problem, open_one, text_problem
+from moored.data.files import Reader, Row, missing_problem, open_one, text_problem
 from moored.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import Corpus
+
+MOST_DOMAINS = 20  # of one corpus: a report must stay one that a person reads
 
 
 def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
@@ -43,14 +46,50 @@ def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
     if problems:
         raise UserErrors(problems)
     if not documents:
-        raise UserError(f"{label}: holds no text: give another path, hub or split")
+        of = f" of {corpus.domain_field}={corpus.domain}" if corpus.domain is not None else ""
+        raise UserError(f"{label}: holds no text{of}: give another path, hub or split")
     return documents
+
+
+def by_domain(name: str, corpus: Corpus) -> dict[str, Corpus]:
+    """The corpora that one of a recipe stands for, by name: itself, or one for each domain.
+
+    Raises:
+        UserError: it cannot be read, or its column has no or too many values.
+    """
+    field = corpus.domain_field
+    if field is None or corpus.domain is not None or corpus.builtin is not None:
+        return {name: corpus}
+    label = f"retention.{name}"
+    problems: list[str] = []
+    reader = _reader(corpus, label, problems)
+    found = dict.fromkeys(_domain(row, field) for row in reader.rows()) if reader else {}
+    if problems:
+        raise UserErrors(problems)
+    values = [value for value in found if value is not None]
+    if not values or len(values) > MOST_DOMAINS:
+        raise UserError(
+            f"{label}.domain_field={field}: {len(values)} different values, where 1 to "
+            f"{MOST_DOMAINS} make domains: name another column, or one value as domain"
+        )
+    named = {f"{name}/{re.sub(r'[^A-Za-z0-9_.-]+', '-', value)[:40]}": value for value in values}
+    if len(named) < len(values):
+        raise UserError(
+            f"{label}.domain_field={field}: values that differ only in signs other than letters "
+            "and digits: rename them"
+        )
+    return {key: corpus.model_copy(update={"domain": value}) for key, value in named.items()}
+
+
+def _domain(row: Row, field: str | None) -> str | None:
+    value = row.value.get(field or "")
+    return str(value).strip() or None if isinstance(value, (str, int)) else None
 
 
 def _reader(corpus: Corpus, label: str, problems: list[str]) -> Reader | None:
     known = KNOWN_TEXTS.get(corpus.builtin or "")
     hub, subset, split = (known or corpus).hub, (known or corpus).subset, (known or corpus).split
-    columns = (corpus.text_field,)
+    columns = tuple(filter(None, (corpus.text_field, corpus.domain_field)))
     return open_one(
         label, corpus.path, hub, subset, split, corpus.revision, columns, set(), problems
     )
@@ -64,8 +103,13 @@ def _documents(corpus: Corpus, label: str, reader: Reader | None, problems: list
             problem = missing_problem(corpus.text_field, row.value, f"{label}.text_field={{}}")
         else:
             problem = row.problem or text_problem(text, corpus.text_field, blank_is_fine=True)
+        domain = _domain(row, corpus.domain_field)
+        if problem is None and corpus.domain_field is not None and domain is None:
+            problem = f"no domain in {corpus.domain_field}: give one, or leave domain_field out"
         if problem:
             problems.append(f"{row.where}: {problem}")
+        elif corpus.domain is not None and domain != corpus.domain:
+            continue
         elif isinstance(text, str) and text.strip():
             documents.append(text)
     return documents

@@ -22,7 +22,7 @@ from rich.console import Console
 from moored import sealed
 from moored.base import locate
 from moored.config import Config
-from moored.data import check_data, load_samples, retention_samples
+from moored.data import by_domain, check_data, load_samples, retention_samples
 from moored.data.kept import tokens_folder
 from moored.errors import MooredError, UserError, UserErrors
 from moored.launched import launched
@@ -166,7 +166,11 @@ def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
         console.print(f"{folder}: {count:,} tokens of the base's own, in {texts:,} texts")
     for place, corpus in config.corpora().items():
         if corpus.builtin != "base-samples":
-            retention_samples(place.rpartition(".")[2], corpus, tokenizer, keep=True, place=place)
+            section, _, name = place.rpartition(".")
+            # A budget's probe is one text, whatever its domains.
+            parts = by_domain(name, corpus) if section == "retention" else {name: corpus}
+            for part, of in parts.items():
+                retention_samples(part, of, tokenizer, keep=True, place=place)
     if num_ranks is not None:
         cache = fill(config, located, num_ranks=num_ranks)
         count, size = cache.num_computed, readable(size_of(cache.folder))
