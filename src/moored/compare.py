@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moored import train
 from moored.answers import answered_in
-from moored.config import Config, arm_names
+from moored.config import Config
 from moored.engine import leave
 from moored.errors import PreemptedError, TrainingRefusedError
 from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen, start_tracking
@@ -27,7 +27,7 @@ from moored.track.journal import metrics
 
 
 def run(config: Config, *, restart: bool = False) -> Path:
-    """Train every arm of `config.compare` and report on them together.
+    """Train every arm of `config.compare`, with every seed, and report on them together.
 
     An interrupted comparison goes on where it stopped; finished arms are not run again.
 
@@ -42,7 +42,6 @@ def run(config: Config, *, restart: bool = False) -> Path:
     os.umask(0o077)
     mesh = start_mesh(config.parallel.tensor_parallel_degree)
     path = (config.output.dir / config.name).absolute()
-    names = arm_names(config.compare)
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
         directory, attempt = open_together(stack, config, path, mesh, restart=restart)
@@ -53,17 +52,14 @@ def run(config: Config, *, restart: bool = False) -> Path:
         base_answered = None  # generated once, by the first arm
         measured: list[str] = []
         refused: list[str] = []
-        for name, regularizer in zip(names, config.compare, strict=True):
+        for name, arm in config.arms().items():
             if asked_to_stop(mesh, signals):
                 raise PreemptedError(
                     f"stopped by a signal before arm {name}: start the same command again to go on"
                 )
             if mesh.is_main:
                 Console(stderr=True).rule(f"arm {name}")
-            arm, place = (
-                config.model_copy(update={"regularizer": regularizer}),
-                path / "arms" / name,
-            )
+            place = path / "arms" / name
             try:
                 train.run(arm, path=place, arm=name, parent=path, base_answered=base_answered)
             except TrainingRefusedError as error:

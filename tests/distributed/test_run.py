@@ -350,17 +350,22 @@ def one_arm_over_budget(folder: Path) -> None:
     )
     optim = {"learning_rate": 0.05}
     arms = [budget, "compare.0.kind=tmkl", "compare.0.weight=0.001", "compare.1.kind=none"]
+    arms.append("compare_seeds=[4]")
     config = recipe_of(folder, *arms, optim=optim)
-    with pytest.raises(TrainingRefusedError, match="arm tmkl: the budget was broken: after step 4"):
+    with pytest.raises(
+        TrainingRefusedError, match="arm tmkl-seed4: the budget was broken: after step 4"
+    ):
         compare.run(config)
     path = config.output.dir / "tiny"
     assert (state(path)["status"], state(path)["exit_code"]) == ("refused", 3)
-    assert state(path / "arms/tmkl")["status"] == "refused"
-    assert state(path / "arms/none")["status"] == "done"
+    assert state(path / "arms/tmkl-seed4")["status"] == "refused"
+    assert state(path / "arms/none-seed4")["status"] == "done"
     arms = report(path)["arms"]
-    assert {name: arm["budget_held"] for name, arm in arms.items()} == {"tmkl": False, "none": None}
+    held = {name: arm["budget_held"] for name, arm in arms.items()}
+    assert held == {"tmkl-seed4": False, "none-seed4": None}
+    assert [arm["seed"] for arm in arms.values()] == [4, 4]
     page = (path / "report/report.html").read_text()
-    assert "The budget of tmkl (1e-06 % of perplexity on fox.txt) was BROKEN" in page
+    assert "The budget of tmkl-seed4 (1e-06 % of perplexity on fox.txt) was BROKEN" in page
 
 
 def test_an_arm_that_breaks_its_budget_does_not_keep_the_others_from_running(tmp_path):

@@ -489,6 +489,42 @@ def test_arms_take_what_they_leave_out_from_the_regularizer(tmp_path):
     assert load_config(write(tmp_path, MINIMAL), ["regularizer.weight=7"]).compare[1].weight == 7
 
 
+def test_every_arm_of_a_comparison_has_every_seed(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["compare_seeds=[3, 5]"])
+    arms = config.arms()
+    kinds = ("none", "kl", "tmkl")
+    assert list(arms) == [f"{kind}-seed{seed}" for kind in kinds for seed in (3, 5)]
+    assert (arms["kl-seed5"].regularizer.kind, arms["kl-seed5"].train.seed) == ("kl", 5)
+    assert arms["kl-seed3"].setting() == arms["kl-seed5"].setting() != arms["tmkl-seed5"].setting()
+    assert arms["kl-seed3"].fingerprint() != arms["kl-seed5"].fingerprint()
+    alone = load_config(write(tmp_path, MINIMAL))
+    assert list(alone.arms()) == list(kinds)
+    assert alone.fingerprint() == config.fingerprint()
+    assert (
+        "compare_seeds: holds a seed twice"
+        in problems(write(tmp_path, MINIMAL), "compare_seeds=[1,1]")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "is_same"),
+    [
+        ("train.seed=9", True),
+        ("parallel.zero_stage=1", True),
+        ("evaluation.micro_batch_size=3", True),
+        ("retention={x: {builtin: python-reference}}", True),
+        ("name=other", True),
+        ("optim.learning_rate=0.5", False),
+        ("regularizer.every=2", False),
+        ("adapter.r=4", False),
+        ("train.steps=7", False),
+    ],
+)
+def test_a_setting_is_a_recipe_but_for_its_seed(tmp_path, override, is_same):
+    path = write(tmp_path, MINIMAL)
+    assert (load_config(path, [override]).setting() == load_config(path).setting()) == is_same
+
+
 def test_arm_names_say_what_varies():
     def names(*arms: dict[str, Any]) -> list[str]:
         return arm_names([Regularizer.model_validate(arm) for arm in arms])

@@ -63,6 +63,7 @@ _COSMETIC: tuple[Key, ...] = (
     ("track",),
     ("output",),
     ("compare",),
+    ("compare_seeds",),
     ("train", "save_every"),
     ("train", "keep_checkpoints"),
     ("train", "log_every"),
@@ -100,6 +101,10 @@ class Config(Section):
         default_factory=lambda: [Regularizer(kind=k) for k in ("none", "kl", "tmkl")],
         validate_default=True,
         description="arms of `moored compare`; what one leaves out is taken from regularizer",
+    )
+    compare_seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        default_factory=list[int],
+        description="seeds of `moored compare`, each arm with each; empty: train.seed",
     )
 
     @field_validator("compare", mode="after")
@@ -141,8 +146,8 @@ class Config(Section):
             elif isinstance(value, dict):
                 for label, corpus in cast("dict[str, Corpus]", value).items():
                     yield (name, label), corpus
-            elif isinstance(value, list):
-                for index, arm in enumerate(cast("list[Regularizer]", value)):
+            elif name == "compare":
+                for index, arm in enumerate(self.compare):
                     yield from (((name, index, *inner), part) for inner, part in arm.sections())
 
     def _without_effect(self) -> Iterator[Relation]:
@@ -185,6 +190,16 @@ class Config(Section):
         """All of them, by their places: the recipe's, and those of a comparison's arms."""
         yield ("regularizer",), self.regularizer
         yield from ((("compare", index), arm) for index, arm in enumerate(self.compare))
+
+    def arms(self) -> dict[str, Config]:
+        """The runs of a comparison by their names, seed by seed within each arm."""
+        found: dict[str, Config] = {}
+        for name, regularizer in zip(arm_names(self.compare), self.compare, strict=True):
+            for seed in self.compare_seeds or [self.train.seed]:
+                train = self.train.model_copy(update={"seed": seed})
+                full = f"{name}-seed{seed}" if self.compare_seeds else name
+                found[full] = self.model_copy(update={"regularizer": regularizer, "train": train})
+        return found
 
     def sources(self) -> dict[str, list[Source]]:
         """Every list of data sources that is not empty, by its place in the recipe."""

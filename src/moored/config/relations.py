@@ -80,6 +80,8 @@ def across_sections(config: Config) -> Iterator[Relation]:
     ):
         involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
         yield Relation(("adapter", field), message, tuple(involves))
+    if len(set(config.compare_seeds)) < len(config.compare_seeds):
+        yield Relation(("compare_seeds",), "holds a seed twice: remove one", (("compare_seeds",),))
     for index, arm in enumerate(config.compare):
         first = config.compare.index(arm)
         if first < index:
