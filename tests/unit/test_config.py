@@ -753,6 +753,13 @@ def test_the_reference_of_recipes_is_what_the_schema_says():
     )
 
 
+def test_the_reference_shows_the_defaults_that_are_made():
+    page = reference()
+    assert "| `{builtin: python-reference, max_tokens: 2048}` |" in page
+    assert "default: `[{kind: none}, {kind: kl}, {kind: tmkl}]`" in page
+    assert "| `eval` | sections, see below | empty |" in page
+
+
 def test_an_override_must_not_take_an_earlier_one_along(tmp_path):
     recipe = write(tmp_path, MINIMAL)
     with pytest.raises(UserError, match=r"optim: replaces optim\.learning_rate=1e-3"):

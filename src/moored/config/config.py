@@ -79,7 +79,9 @@ class Config(Section):
     """A whole recipe, resolved: what every room of the package is given."""
 
     name: Annotated[str, Field(pattern=NAME, max_length=120)] = Field(
-        description="of the run and its folder"
+        description="of the run and its folder: letters, digits, '.', '_' and '-', first a letter "
+        "or digit, 120 characters at most; left out: the recipe file's name without its ending, "
+        "other characters replaced by '-'"
     )
     model: ModelConfig = Field(description="the base: name_or_path at least")
     adapter: AdapterConfig = AdapterConfig()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from pydantic_core import PydanticUndefined
+import yaml
+from pydantic.json_schema import GenerateJsonSchema, NoDefault
+from pydantic_core import core_schema
 
 from moored.config.config import Config
 from moored.config.section import Section
@@ -20,15 +22,38 @@ _HEAD = """# Recipes: every option
 
 Written from the schema by `python -m moored.config.reference > docs/recipe.md`; a test holds it
 true. A recipe is strict YAML: an unknown key, or an option that would have no effect, is an error
-with a suggestion. `moored train RECIPE.yaml optim.learning_rate=1e-4` overrides any of them by its
-dotted key. Relative paths resolve against the recipe's folder (`output.dir` left out: against the
-current one).
+with a suggestion. [data.md](data.md) says what the rows of a data set look like and which of their
+tokens are learned.
+
+`moored train RECIPE.yaml optim.learning_rate=1e-4` overrides any option by its dotted key
+(`data.train.0.limit=100` in a list). An override of one of `steps` and `epochs`, of
+`global_batch_sequences` and `global_batch_tokens`, or of `path`, `hub` and `builtin` takes the
+place of the file's other one. One that switches something off (`regularizer.kind=none`) takes the
+file's options of it along. An override that has no effect itself is an error, as in the file.
+
+Relative paths resolve against the recipe's folder, those of overrides against the current one (also
+`output.dir` where it is left out).
 """
+
+
+class _Schema(GenerateJsonSchema):
+    """The schema, with what default factories make; of a section, what they set in it."""
+
+    def get_default_value(self, schema: core_schema.WithDefaultSchema) -> Any:
+        if "default_factory" not in schema:
+            return schema.get("default", NoDefault)
+        return _plain(cast("Any", schema["default_factory"])())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_unset=True)
+    return [_plain(item) for item in cast("list[Any]", value)] if isinstance(value, list) else value
 
 
 def reference(root: type[Section] = Config, head: str = _HEAD) -> str:
     """The whole page as Markdown, of a recipe or of another file of sections."""
-    schema = root.model_json_schema()
+    schema = root.model_json_schema(schema_generator=_Schema)
     definitions: dict[str, Any] = schema["$defs"]
     lines = [head]
     for name, field in schema["properties"].items():
@@ -39,7 +64,7 @@ def reference(root: type[Section] = Config, head: str = _HEAD) -> str:
         definition = definitions[section]
         lines += [f"## `{_title(name, field)}`", "", definition.get("description", "").strip(), ""]
         if field.get("description"):
-            lines += [f"({_text(field)})", ""]
+            lines += [f"({_text(field)}{_left_out(field)})", ""]
         if section == "Regularizer" and name == "compare":
             continue
         lines += [*_table(section, definition, definitions), ""]
@@ -94,16 +119,27 @@ def _table(name: str, definition: dict[str, Any], definitions: dict[str, Any]) -
     yield "|---|---|---|---|"
     required = definition.get("required", [])
     for option, field in definition["properties"].items():
-        default = field.get("default", PydanticUndefined)
-        shown = "required" if option in required else _shown(default)
+        shown = "required" if option in required else _shown(field["default"])
         kind = _SECTIONS.get(_section_of(field, definitions), _kind(field))
         if name == "DataConfig" and "sections" in kind:
             kind = "sections, see below"
         yield f"| `{option}` | {kind} | {shown} | {_text(field)} |"
 
 
+def _left_out(field: dict[str, Any]) -> str:
+    """What a list of sections is where the recipe does not have it."""
+    default = field.get("default")
+    return f"; default: {_shown(default)}" if default and isinstance(default, list) else ""
+
+
 def _shown(default: Any) -> str:
-    return "empty" if default is PydanticUndefined else f"`{json.dumps(default)}`"
+    """A default as a recipe would have it."""
+    if default in ([], {}):
+        return "empty"
+    if not isinstance(default, (list, dict)):
+        return f"`{json.dumps(default)}`"
+    flow = yaml.safe_dump(default, default_flow_style=True, sort_keys=False, width=10**6)
+    return f"`{flow.strip()}`"
 
 
 def _kind(field: dict[str, Any]) -> str:
