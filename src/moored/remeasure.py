@@ -75,8 +75,8 @@ def run_command(
         require_scale(scale)
     if lm_eval and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            "--lm-eval needs the evaluation harness, an optional extra: "
-            "pip install 'moored[lm-eval]'"
+            "--lm-eval needs the evaluation harness, an optional extra: in the clone of Moored, "
+            ".venv/bin/pip install -c docker/constraints.txt -e '.[lm-eval]'"
         )
     kept = "scales" if scales else "report"
     opened = _open(targets, recipe, overrides, out, kept)
