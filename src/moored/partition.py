@@ -32,6 +32,11 @@ with contextlib.suppress(ImportError, AttributeError):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+# Elements of DeepSpeed's buffer of gradients, 64 MiB in fp32. The default of 5e8 is 1.9 GiB, whatever
+# is trained; an adapter has a few million, and a gradient above it is sent by itself.
+REDUCE_BUCKET = 2**24
+
+
 def zero_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe (pure).
 
@@ -39,7 +44,7 @@ def zero_config(config: Config) -> dict[str, Any]:
     number of micro-batches differs from step to step.
     """
     stage = config.parallel.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
     if config.parallel.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if stage == 3:

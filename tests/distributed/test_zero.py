@@ -126,6 +126,32 @@ def assert_same(run: dict, expected: dict) -> None:
     assert run["optimizer"].keys() == expected["optimizer"].keys()
 
 
+def largest_buffers(rank: int, world_size: int, configs: dict[int, Config]) -> dict[int, int]:
+    """Most elements that were asked for at once, by stage."""
+    empty, sizes = torch.empty, {stage: [0] for stage in configs}
+    for stage, config in configs.items():
+
+        def spied(*size: Any, to: list[int] = sizes[stage], **options: Any) -> torch.Tensor:
+            made = empty(*size, **options)
+            to.append(made.numel())
+            return made
+
+        torch.empty = spied
+        try:
+            train(config)
+        finally:
+            torch.empty = empty
+    return {stage: max(found) for stage, found in sizes.items()}
+
+
+def test_zero_asks_for_no_buffer_of_gigabytes(tmp_path):
+    """By default DeepSpeed's bucket of gradients has 5e8 elements, whatever is trained."""
+    configs = {s: recipe_config(tmp_path, f"parallel.zero_stage={s}") for s in (1, 2, 3)}
+    [found] = run_distributed(largest_buffers, 1, configs, timeout=240)
+    assert found.keys() == {1, 2, 3}
+    assert all(0 < size <= 2**24 for size in found.values()), found
+
+
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
 # Rows of unequal length in every micro-batch, and weights that depend on the policy.
 BASELINES = {
