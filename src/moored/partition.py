@@ -32,8 +32,8 @@ with contextlib.suppress(ImportError, AttributeError):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-# Elements of DeepSpeed's buffer of gradients, 64 MiB in fp32. The default, 5e8, takes 1.9 GiB, however
-# little is trained; a gradient that is larger than the buffer is sent by itself.
+# Elements of DeepSpeed's buffer of gradients, 64 MiB in fp32. The default, 5e8, takes 1.9 GiB, even
+# where little is trained; a gradient that is larger than the buffer is sent by itself.
 REDUCE_BUCKET = 2**24
 
 
