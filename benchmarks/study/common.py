@@ -18,7 +18,7 @@ QUICKSTART = HERE.parents[1] / "recipes" / "quickstart"
 WEIGHTS = {
     "headers": (0.03, 0.1, 0.3, 1.0),
     "headers-long": (0.1, 0.2, 0.3),
-    "gsm8k": (0.1, 0.3, 1.0),
+    "gsm8k": (0.1, 0.3, 0.5, 1.0),
     "german": (0.1, 0.3, 1.0),
 }
 SETS = tuple(WEIGHTS)
@@ -88,7 +88,7 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
 def _budgets(data: str, seed: int) -> Iterator[Spec]:
     """A limit on the rise of WikiText-2's perplexity instead of a weight."""
     for limit in (1.0, 3.0):
-        overrides = _kind("tmkl", 0.3, budget=_budget(limit, every=8, max_tokens=12288))
+        overrides = _kind("tmkl", 0.3, budget=_budget(limit, every=5, max_tokens=8192))
         yield Spec(data=data, label=f"budget-{limit:g}", seed=seed, overrides=overrides)
 
 
@@ -300,7 +300,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         # The controller sees every second paragraph, the report the others.
         retention["wikitext-2-unseen"] = {
             "path": str(texts / "wikitext2-unseen.jsonl"),
-            "max_tokens": 2 * budget["probe"]["max_tokens"],
+            "max_tokens": 3 * budget["probe"]["max_tokens"],
             "window_tokens": 128,
         }
     overrides = json.loads(json.dumps(spec.overrides).replace("TEXTS", str(texts)))

@@ -31,6 +31,8 @@ from moored.track import Tracker
 
 log = logging.getLogger(__name__)
 
+FEW_MEASUREMENTS = 15  # of a budget's probe
+
 
 @dataclass(slots=True, kw_only=True)
 class Run:
@@ -81,6 +83,15 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     controller = None
     if regularizer.budget is not None:
         controller = Controller(regularizer.budget, regularizer.weight)
+        if num_steps // regularizer.budget.every < FEW_MEASUREMENTS and mesh.is_main:
+            log.warning(
+                "regularizer.budget.every=%d: only %d measurements in %d steps, so the weight may "
+                "not reach the budget: lower it to %d",
+                regularizer.budget.every,
+                num_steps // regularizer.budget.every,
+                num_steps,
+                max(1, num_steps // 20),
+            )
     require_same(
         mesh,
         config=config.fingerprint(),
