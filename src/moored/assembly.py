@@ -80,18 +80,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     replay = None
     if regularizer.kind == "replay":
         replay = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, num_steps)
-    controller = None
-    if regularizer.budget is not None:
-        controller = Controller(regularizer.budget, regularizer.weight)
-        if num_steps // regularizer.budget.every < FEW_MEASUREMENTS and mesh.is_main:
-            log.warning(
-                "regularizer.budget.every=%d: only %d measurements in %d steps, so the weight may "
-                "not reach the budget: lower it to %d",
-                regularizer.budget.every,
-                num_steps // regularizer.budget.every,
-                num_steps,
-                max(1, num_steps // 20),
-            )
+    controller = _controller(config, num_steps)
     require_same(
         mesh,
         config=config.fingerprint(),
@@ -132,6 +121,24 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         _resume(one, newest)
     return one
+
+
+def _controller(config: Config, num_steps: int) -> Controller | None:
+    """Of the recipe's budget; says so where it will measure too seldom."""
+    budget = config.regularizer.budget
+    if budget is None:
+        return None
+    number = num_steps // budget.every
+    if budget.every > 1 and number < FEW_MEASUREMENTS:
+        log.warning(
+            "regularizer.budget.every=%d: only %d measurements in %d steps, so the weight may not "
+            "reach the budget: lower it to %d",
+            budget.every,
+            number,
+            num_steps,
+            max(1, num_steps // 20),
+        )
+    return Controller(budget, config.regularizer.weight)
 
 
 def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
