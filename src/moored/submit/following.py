@@ -20,6 +20,7 @@ from moored.rundir import RunDirectory, is_owned
 from moored.submit.jobs import remembered, submitted_ranks
 from moored.track.cursor import CURSOR_NAME
 from moored.track.journal import JOURNAL_NAME, Fence, Follower
+from moored.track.store import first_line
 
 POLL_SECONDS = 0.5
 
@@ -176,7 +177,8 @@ def _tracked(run: Path) -> Iterator[str]:
         return
     for uri, cursor in targets.items():
         share = 100 * cursor.get("offset", 0) / max(1, size)
-        trouble = f" ({cursor['error']})" if cursor.get("error") else ""
+        error = first_line(str(cursor.get("error") or ""))
+        trouble = f" ({error})" if error else ""
         yield f"MLflow    {uri} run {cursor.get('run_id')}: {share:.0f} % shipped{trouble}"
 
 

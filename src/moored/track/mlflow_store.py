@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
+import socket
+import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from moored.track.store import Point, RejectedError, StopError
+from moored.sealed import fsync_directory
+from moored.track.store import Point, RejectedError, StopError, first_line
 
 # MLflow's own patience is minutes per call; ours is in the shipper's loop, which sees more.
 CLIENT_SETTINGS = {
@@ -40,6 +44,10 @@ REFUSALS = (
     "UNAUTHENTICATED",
 )
 _NOT_IN_NAMES = re.compile(r"[^/\w.\- ]")
+# What is said of tables that are not those of the version that a SQLite store says it has.
+_MISFIT = re.compile(
+    r"already exists|duplicate column name|no such (table|column|index)|out-of-date database schema"
+)
 
 
 class MlflowStore:
@@ -66,7 +74,7 @@ class MlflowStore:
             ) from error
         self._entities, self._error = entities, MlflowException
         self._artifacts = _artifact_root(uri, run_dir)
-        with _created_once(uri):
+        with _made_whole(uri, self._artifacts):
             self._client = MlflowClient(uri)
             self._client.search_experiments(max_results=1)
 
@@ -238,7 +246,7 @@ class MlflowStore:
         except self._error as error:
             if error.error_code not in REFUSALS:
                 raise
-            raise RejectedError(str(error).strip().partition("\n")[0]) from error
+            raise RejectedError(first_line(str(error))) from error
 
     def set_status(self, run_id: str, status: str, ended: float | None) -> None:
         """RUNNING again, or terminated at a time."""
@@ -289,14 +297,64 @@ def _sqlite_path(uri: str) -> Path:
 
 
 @contextlib.contextmanager
-def _created_once(uri: str) -> Iterator[None]:
-    """One process at a time makes the tables of a SQLite store: two at once break it."""
+def _made_whole(uri: str, artifacts: str | None) -> Iterator[None]:
+    """One process at a time makes a SQLite store, which gets its name only once it is whole.
+
+    Who makes its tables may be killed at any moment, and MLflow does not go on from half of them.
+
+    Raises:
+        StopError: the body cannot open a store that was left half made all the same.
+    """
     if urlsplit(uri).scheme != "sqlite":
         yield
         return
     path = _sqlite_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "a") as lock:
+        alone = False
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+            alone = True
+        if not _has_content(path):
+            _make(path.resolve(), artifacts, alone=alone)
+        try:
+            yield
+        except Exception as error:
+            if _MISFIT.search(str(error)) is None or _has_runs(path):
+                raise
+            raise StopError(
+                f"{path.name} is half made, since who made its tables was killed: remove or rename "
+                f"{path.name}; `moored sync` sends everything again"
+            ) from error
+
+
+def _make(path: Path, artifacts: str | None, *, alone: bool) -> None:
+    """A new store with its tables, under another name until they are all there."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if alone:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.new*"):  # by who was killed
+            left.unlink(missing_ok=True)
+    new = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    store = SqlAlchemyStore(f"sqlite:///{new}", artifacts)
+    store.engine.dispose()
+    if _has_content(path):  # of another maker, where there are no locks
+        new.unlink()
+        return
+    for suffix in ("-journal", "-wal", "-shm"):  # of a store that was removed: not of this one
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    os.replace(new, path)
+    fsync_directory(path.parent)
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _has_runs(path: Path) -> bool:
+    """Whether a SQLite store has, or may have, what somebody would miss."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute("SELECT 1 FROM runs LIMIT 1").fetchone() is not None
+    except sqlite3.Error as error:
+        return "no such table" not in str(error)

@@ -17,7 +17,7 @@ from typing import Any
 from moored.track.cursor import Cursor, shipping
 from moored.track.journal import JOURNAL_NAME, Fence, Follower, Line, first_start, is_start
 from moored.track.pending import items_of, send_all
-from moored.track.store import Point, RejectedError, StopError, Store
+from moored.track.store import Point, RejectedError, StopError, Store, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -384,8 +384,8 @@ class Shipper:
             return True
 
     def _note(self, error: str | None, *, save: bool = True) -> None:
-        """Record the store's last error, for those who wait and for the log."""
-        error = None if error is None else self._redact(error)
+        """Record the store's last error: its first line; a database's goes on with its SQL."""
+        error = None if error is None else first_line(self._redact(error))
         if error == self.cursor.error:
             return
         logger.warning("%s", error or "the store works again")
@@ -394,6 +394,6 @@ class Shipper:
             self._save()
 
     def _problem(self, text: str) -> None:
-        text = self._redact(text)
+        text = first_line(self._redact(text))
         logger.warning("left out: %s", text)
         self.problems.append(text)

@@ -79,6 +79,11 @@ class Store(Protocol):
         """RUNNING, FINISHED, FAILED or KILLED; `ended` in unix seconds."""
 
 
+def first_line(error: str) -> str:
+    """What a store says went wrong; a database goes on with all of its SQL."""
+    return error.strip().partition("\n")[0]
+
+
 def inside(run_dir: Path, path: str) -> Path:
     """`path` (relative to the run directory, or absolute) resolved; refused if it leads out.
 

@@ -24,6 +24,7 @@ from moored.track.journal import JOURNAL_NAME, Fence, first_start, is_start, rea
 from moored.track.machines import collect_rest
 from moored.track.mlflow_store import MlflowStore
 from moored.track.shipper import Shipper
+from moored.track.store import first_line
 
 SILENT_SECONDS = 3600.0  # another host's journal that is older belongs to no live trainer
 
@@ -103,7 +104,7 @@ def sync(
             )
             complete = shipper.run(max_failures=3)
         except Exception as error:
-            text = provenance.scrub(f"{error}", uri).partition("\n")[0]
+            text = first_line(provenance.scrub(f"{error}", uri))
             raise UserError(f"{target}: {text}: mend that and sync again") from error
     return SyncSummary(
         uri=target,
