@@ -44,7 +44,9 @@ def run(config: Config, *, restart: bool = False) -> Path:
     path = (config.output.dir / config.name).absolute()
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
-        directory, attempt = open_together(stack, config, path, mesh, restart=restart)
+        directory, attempt = open_together(
+            stack, config, path, mesh, restart=restart, kind="comparison"
+        )
         setup(mesh.world.rank, path)
         tracker = start_tracking(config, path, attempt, mesh)
         stack.enter_context(ending(directory, tracker, mesh))

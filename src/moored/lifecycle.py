@@ -40,7 +40,13 @@ MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILL
 
 
 def open_together(
-    stack: contextlib.ExitStack, config: Config, path: Path, mesh: Mesh, *, restart: bool
+    stack: contextlib.ExitStack,
+    config: Config,
+    path: Path,
+    mesh: Mesh,
+    *,
+    restart: bool,
+    kind: str = "run",
 ) -> tuple[RunDirectory, int]:
     """Rank 0 locks and opens the directory; the others learn of it, or of why not."""
     ships_later()  # what it does not understand is said before there is a run
@@ -48,10 +54,11 @@ def open_together(
     if mesh.is_main:
         try:
             stack.enter_context(locked(path))
-            directory = open_run(config, path, restart=restart)
+            directory = open_run(config, path, restart=restart, kind=kind)
             if directory.state().get("status") != "done":
                 attempt = directory.state().get("attempt", 0) + 1
                 directory.update_state(
+                    kind=kind,
                     status="running",
                     attempt=attempt,
                     reason=None,

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ from moored.launched import slurm_job
 from moored.sealed import fsync_directory
 
 log = logging.getLogger(__name__)
+# What a run directory holds, and the command that makes it.
+COMMANDS = {"run": "train", "comparison": "compare", "sweep": "sweep"}
+# All that is in one which was begun, and no more, before anything is trained.
+BEGUN = {"config.yaml", "lock", "logs"}
+WRITTEN = BEGUN | {"adapter", "arms", "checkpoints", "journal.jsonl", "mlflow.json", "report"}
+WRITTEN |= {"scales", "shipper.lock", "slurm", "state.json"}
 STALE_LOCK_SECONDS = 600.0
 GONE_LOCK_SECONDS = 60.0  # where SLURM says that the owner's job is gone
 
@@ -86,6 +92,25 @@ class RunDirectory:
         """What `moored submit` left: script, recipe and code of the job, and what became of it."""
         return self.path / "slurm"
 
+    @property
+    def sweep_file(self) -> Path:
+        """The arms of a sweep; no other directory has this file."""
+        return self.slurm / "arms.json"
+
+    @property
+    def arms(self) -> list[RunDirectory]:
+        """The runs of a comparison or a sweep; none of a run."""
+        return [RunDirectory(path) for path in sorted(self.path.glob("arms/*")) if path.is_dir()]
+
+    @property
+    def kind(self) -> str:
+        """`run`, `comparison` or `sweep`; older versions did not write it down."""
+        if self.sweep_file.exists():
+            return "sweep"
+        with contextlib.suppress(UserError, KeyError):
+            return str(self.state()["kind"])
+        return "comparison" if (self.path / "arms").is_dir() else "run"
+
     def state(self) -> dict[str, Any]:
         """The content of `state.json`; empty when there is none yet."""
         try:
@@ -116,10 +141,25 @@ class RunDirectory:
             who = "nobody" if owner is None else f"{_words(owner)}"
             raise TakenOverError(f"{self.path} belongs to {who} now: this process leaves it alone")
 
-    def clear(self) -> None:
+    def is_vacant(self) -> bool:
+        """Whether nothing would be lost here: nothing trained, and nobody else's files."""
+        names = {child.name for child in self.path.iterdir() if not child.name.startswith(".")}
+        begun = names <= BEGUN or bool(names & {"state.json", "slurm"})
+        return names <= WRITTEN and begun and self.is_untrained()
+
+    def is_untrained(self) -> bool:
+        """Whether no step was made here, or none that was kept, and no job is to make one."""
+        state = self.state()
+        if "step" in state or state.get("status") == "done" or self.adapter.exists():
+            return False
+        if any(self.checkpoints.glob("[!.]*")) or _is_queued(self):
+            return False
+        return all(arm.is_untrained() and not is_owned(arm.path) for arm in self.arms)
+
+    def clear(self, *, but: Sequence[Path] = ()) -> None:
         """Remove what a run wrote, but not the lock of who calls this, nor the job that runs it."""
         for child in self.path.iterdir():
-            if child in (self.lock, self.slurm):
+            if child in (self.lock, self.slurm, *but):
                 continue
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
@@ -127,33 +167,56 @@ class RunDirectory:
                 child.unlink()
 
 
-def open_run(config: Config, path: Path, *, restart: bool) -> RunDirectory:
+def open_run(config: Config, path: Path, *, restart: bool, kind: str = "run") -> RunDirectory:
     """Create or reopen the run directory of a recipe. Called on rank 0, under its lock.
+
+    Where nothing was trained yet, a changed recipe makes it its own.
 
     Args:
         config: the recipe.
         path: the run directory.
         restart: whether to remove what an earlier run left.
+        kind: of `COMMANDS`: what shall be there.
 
     Raises:
-        UserError: the directory belongs to another recipe.
+        UserError: the directory belongs to another recipe, or holds another kind.
     """
     directory = RunDirectory(path)
     if not directory.config.exists():
         if any(child.name not in {"lock", "logs", "slurm"} for child in path.iterdir()):
             raise UserError(f"{path} exists and is not a run directory: choose another name=...")
-    elif restart:
-        load_config(directory.config)  # a folder with somebody else's config.yaml is not cleared
-        directory.clear()
     else:
+        # A folder with somebody else's config.yaml is not cleared.
         changed = load_config(directory.config).changed_keys(config)
-        if changed:
-            raise UserError(
-                f"{path} holds a run of another recipe (it differs in {', '.join(changed[:5])}): "
-                "choose another name=..., or start over with --restart"
-            )
+        require_kind(directory, kind)
+        if restart:
+            directory.clear()
+        elif directory.kind != kind or changed:
+            if not directory.is_vacant():
+                raise UserError(
+                    f"{path} holds a run of another recipe (it differs in "
+                    f"{', '.join(changed[:5])}): choose another name=..., or start over with "
+                    "--restart"
+                )
+            logs = path / "logs"  # a launcher writes there already
+            directory.clear(but=[logs])
+            shutil.rmtree(logs / "system", ignore_errors=True)
     write_atomically(directory.config, config.dump_yaml().encode())
     return directory
+
+
+def require_kind(directory: RunDirectory, kind: str) -> None:
+    """Refuse a directory of another kind, unless it is vacant and no sweep's.
+
+    Raises:
+        UserError: it does.
+    """
+    held = directory.kind
+    if held != kind and (held == "sweep" or not directory.is_vacant()):
+        raise UserError(
+            f"{directory.path} is a {held}: choose another name=..., or go on with it by "
+            f"`moored {COMMANDS[held]}`"
+        )
 
 
 @contextlib.contextmanager
@@ -224,6 +287,17 @@ def is_owned(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return time.time() - lock.stat().st_mtime < STALE_LOCK_SECONDS
     return False
+
+
+def _is_queued(directory: RunDirectory) -> bool:
+    """Whether a job that was submitted for the directory waits or runs, or may do so."""
+    try:
+        jobs = json.loads((directory.slurm / "jobs.json").read_text())["jobs"]
+        return scheduler.is_here() and any(scheduler.is_alive(j["id"], j["name"]) for j in jobs)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    except UserError:  # SLURM does not answer
+        return True
 
 
 def _owner(lock: Path) -> dict[str, Any] | None:

@@ -318,6 +318,34 @@ def test_a_sweep_with_an_arm_that_is_rerun_alone(desk: Desk) -> None:
     assert client.list_artifacts(parent, "report")
 
 
+def test_a_mended_recipe_is_submitted_under_the_same_name(desk: Desk) -> None:
+    """Where no step was made yet, by a run or by any arm of a sweep, and no job is in the queue."""
+    missing = f"model.name_or_path={desk.recipe.parent}/nomodel"
+    failed = desk.submit("mended", missing, *SHORT, nodes=1)
+    failed.ended()
+    assert (failed.state()["status"], failed.state()["exit_code"]) == ("failed", 2), failed.words()
+    mended = desk.submit("mended", *SHORT, nodes=1).done()
+    assert mended.num_attempts() == 1
+
+    held = desk.submit("held", *SHORT, nodes=1, sets=("slurm.options=[--hold]",))
+    train = ("train", str(desk.recipe), "name=held", *SHORT, "train.seed=5")
+    assert "holds a run of another recipe" in desk.moored(*train, code=2)
+    desk.sh("scancel", *held.ids)
+
+    sweep = desk.recipe.parent / "runs/mended-sweep"
+    options = ("--site=minicluster", "--set=slurm.preflight=false")
+    arguments = ("sweep", str(desk.recipe), "name=mended-sweep", *SHORT, *options)
+    for overrides in ((missing, "train.seed=0,1"), ("train.seed=2,3",)):
+        said = desk.moored(*arguments, *overrides)
+        Job(desk, sweep, re.findall(r"^job (\d+)", said, re.M)).ended()
+    assert {path.name: Job(desk, path, []).state()["status"] for path in sweep.glob("arms/*")} == {
+        "tmkl-seed2": "done",
+        "tmkl-seed3": "done",
+    }
+    assert "nomodel" not in (sweep / "config.yaml").read_text()
+    assert "nomodel" not in (sweep / "journal.jsonl").read_text()
+
+
 def test_apptainer_is_called_with_what_it_needs(desk: Desk, tmp_path: Path) -> None:
     """A stand-in for the runtime, which has no package here: it notes its arguments and goes on."""
     image, noted = tmp_path / "moored.sif", tmp_path / "noted"

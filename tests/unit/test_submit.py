@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -347,10 +348,17 @@ def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
     exported.touch()
     with pytest.raises(UserError, match="-export is there already"):
         room.submit_run(config, site, name, stages=["train", "export"], restart=True)
-    with pytest.raises(UserError, match="holds a run or a comparison: choose another name"):
+    (run / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"is a run: choose another name=.*by `moored train`"):
         submit_sweep(recipe, ["train.seed=0,1"], site, name)
-    (run / "arms").mkdir()
-    with pytest.raises(UserError, match="holds a comparison or a sweep: choose another name"):
+    (run / "adapter").rename(run / "adapter-of-none")
+    (run / "arms/none").mkdir(parents=True)
+    (run / "adapter-of-none").rename(run / "arms/none/adapter")
+    with pytest.raises(UserError, match=r"is a comparison: choose another .*`moored compare`"):
+        room.submit_run(config, site, name)
+    (run / "slurm/arms.json").write_text('{"arms": []}')
+    shutil.rmtree(run / "arms")
+    with pytest.raises(UserError, match=r"is a sweep: choose another name=.*`moored sweep`"):
         room.submit_run(config, site, name)
 
 

@@ -267,10 +267,10 @@ def _job_logs(run: Path) -> list[Path]:
     """What the scripts of a run's jobs said; an arm's are with its sweep, by its place there."""
     if run.parent.name != "arms":
         return list((run / "slurm").glob("job-*.log"))
-    slurm = RunDirectory(run.parents[1]).slurm
+    sweep = RunDirectory(run.parents[1])
     try:
-        names = [arm["name"] for arm in json.loads((slurm / "arms.json").read_text())["arms"]]
-        return list(slurm.glob(f"job-*_{names.index(run.name)}.log"))
+        names = [arm["name"] for arm in json.loads(sweep.sweep_file.read_text())["arms"]]
+        return list(sweep.slurm.glob(f"job-*_{names.index(run.name)}.log"))
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -21,7 +21,7 @@ from moored.config import Config
 from moored.data import check_data
 from moored.errors import UserError
 from moored.inputs import input_files
-from moored.rundir import RunDirectory, locked, open_run, write_atomically
+from moored.rundir import RunDirectory, locked, open_run, require_kind, write_atomically
 from moored.submit.script import CACHES, Job, render
 from moored.submit.site import Site
 from moored.submit.snapshot import keep_code, keep_expectations, keep_recipe
@@ -150,8 +150,7 @@ def submit_run(
             f"{export_folder(run)} is there already, and export would fail after all else: remove "
             "it, or leave export out of --stages"
         )
-    if (run / "arms").exists():
-        raise UserError(f"{run} holds a comparison or a sweep: choose another name=...")
+    require_kind(RunDirectory(run), "run")
     check_data(config)
     require_free(run)
     for script in scripts.values():

@@ -17,7 +17,7 @@ from moored import scheduler
 from moored.config import Config, load_config
 from moored.data import check_data
 from moored.errors import UserError
-from moored.rundir import RunDirectory, locked, open_run, write_atomically
+from moored.rundir import RunDirectory, locked, open_run, require_kind, write_atomically
 from moored.submit import jobs as room
 from moored.submit.script import Job, render
 from moored.submit.site import Site
@@ -27,7 +27,6 @@ from moored.track.journal import first_start
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
 JOURNAL = "journal.jsonl"
-ARMS = "arms.json"  # in its slurm/, which makes a folder a sweep's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +178,9 @@ def submit_sweep(
         for index, folder in enumerate(folders)
         if restart or RunDirectory(folder).state().get("status") != "done"
     ]
-    if (sweep / "config.yaml").exists() and not (sweep / "slurm" / ARMS).exists():
-        raise UserError(f"{sweep} holds a run or a comparison: choose another name=...")
+    directory = RunDirectory(sweep)
+    if directory.config.exists():
+        require_kind(directory, "sweep")
     array, report = array_of(arms, site, nodes=nodes, throttle=throttle, indices=due)
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
     for data in {arm.config.data.model_dump_json(): arm.config for arm in arms}.values():
@@ -189,15 +189,15 @@ def submit_sweep(
     for script in scripts.values():
         scheduler.check(script)
     with locked(sweep):
-        if not (sweep / "config.yaml").exists():
-            open_run(arms[0].config, sweep, restart=False)
+        if not directory.config.exists() or directory.is_vacant():
+            open_run(arms[0].config, sweep, restart=False, kind="sweep")
         _keep_arms(sweep, arms)
         for index in due:
             with locked(folders[index]):
                 open_run(arms[index].config, folders[index], restart=restart)
                 room.forget_attempts(RunDirectory(folders[index]).slurm)
                 keep_recipe(arms[index].config, folders[index])
-        room.forget_attempts(RunDirectory(sweep).slurm)
+        room.forget_attempts(directory.slurm)
         keep_code(sweep)
         keep_expectations([arm.config for arm in arms], sweep, site)
         if first_start(sweep / JOURNAL) is None:
@@ -213,4 +213,4 @@ def submit_sweep(
 def _keep_arms(sweep: Path, arms: Sequence[Arm]) -> None:
     kept = [{"name": arm.name, "overrides": list(arm.overrides)} for arm in arms]
     text = json.dumps({"arms": kept}, indent=1) + "\n"
-    write_atomically(RunDirectory(sweep).slurm / ARMS, text.encode())
+    write_atomically(RunDirectory(sweep).sweep_file, text.encode())
