@@ -288,6 +288,8 @@ def over_budget(folder: Path) -> None:
     step = state(run)["step"]
     assert step < 20
     assert (run / f"checkpoints/step-{step:08d}/adapter/adapter_model.safetensors").exists()
+    with pytest.raises(UserError, match=r"status is refused after .*: mend that in the recipe"):
+        export(run, folder / "exported")
     measured = [
         line["values"] for line in read_journal(run / "journal.jsonl")
         if line["kind"] == "metrics" and "budget/weight" in line["values"]
@@ -304,6 +306,14 @@ def over_budget(folder: Path) -> None:
     assert state(run)["status"] == "refused"
     assert (run / "adapter/adapter_model.safetensors").exists()
     assert report(run)["arms"]["tmkl"]["budget_held"] is False
+    export(run, folder / "exported")
+    assert "was **not held**" in (folder / "exported/README.md").read_text()
+    card = json.loads((folder / "exported/forgetting-card.json").read_text())
+    assert card["figures"]["budget_held"] is False
+    with open(run / "adapter/adapter_model.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match="is not as it was written: copy it again from"):
+        export(run, folder / "again")
 
     # Or goes on, if the recipe says so.
     on = [late[0].replace("every", "when_broken: continue, every"), "name=on", late[2]]

@@ -99,18 +99,29 @@ def _finished(run: RunDirectory) -> Config:
     config = load_config(run.config)
     state = run.state()
     status = state.get("status", "not started")
-    if status not in FINISHED:
+    if status not in FINISHED and not _was_refused_at_its_end(run, state):
         step = (
             f" after step {state['step']} of {state['num_steps']}" if "num_steps" in state else ""
         )
         why = f" ({' '.join(str(state['reason']).split())[:160]})" if state.get("reason") else ""
-        go_on = "wait for it, or start" if status == "running" else "start"
-        raise UserError(
-            f"{path} is not finished, its status is {status}{step}{why}: {go_on} its `moored "
-            "train` command again, which goes on from the newest checkpoint"
-        )
+        go_on = "start its `moored train` command again, which goes on from the newest checkpoint"
+        if status == "running":
+            go_on = f"wait for it, or {go_on}"
+        elif status == "refused" and not _is_through(state):
+            go_on = "mend that in the recipe, and train it with another name=... or --restart"
+        raise UserError(f"{path} is not finished, its status is {status}{step}{why}: {go_on}")
     _require_whole(run, state)
     return config
+
+
+def _was_refused_at_its_end(run: RunDirectory, state: dict[str, Any]) -> bool:
+    """Whether all steps were made and the adapter exported, before its budget was found broken."""
+    exported = all((run.adapter / name).is_file() for name in ADAPTER)
+    return state.get("status") == "refused" and _is_through(state) and exported
+
+
+def _is_through(state: dict[str, Any]) -> bool:
+    return "step" in state and state["step"] == state.get("num_steps")
 
 
 def _require_whole(run: RunDirectory, state: dict[str, Any]) -> None:
