@@ -52,11 +52,12 @@ class _Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            shown = [known for known, command in self.commands.items() if not command.hidden]
+            near = difflib.get_close_matches(name, shown, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             if name.endswith((".yaml", ".yml")):
                 hint = f"; did you mean `moored train {name}`?"
-            known = ", ".join(self.list_commands(ctx))
+            known = ", ".join(sorted(shown))
             raise click.UsageError(f"no command {name!r}{hint or f': there are {known}'}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -155,7 +156,7 @@ def _run(args: list[str], *, debug: bool) -> int:
 
 
 def _bug() -> int:
-    log.debug("%s", traceback.format_exc())
+    log.error("%s", traceback.format_exc(), extra={"printed": True})
     who = f"rank {own_rank()}: " if own_rank() else ""
     click.echo(
         f"{_redact(traceback.format_exc())}error: {who}this is a bug in Moored: please report it "
@@ -168,6 +169,8 @@ def _bug() -> int:
 def _complain(messages: Sequence[str], *, debug: bool) -> None:
     """Prints each message as one line `error: ...`; under a launcher, once rather than N times."""
     log.debug("ended by an error: %s", traceback.format_exc())
+    for message in messages:
+        log.error("%s", " ".join(message.split()), extra={"printed": True})
     prefix = "error: "
     if own_rank() != 0:
         time.sleep(SILENT_SECONDS)

@@ -48,6 +48,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
             stack, config, path, mesh, restart=restart, kind="comparison"
         )
         setup(mesh.world.rank, path)
+        stack.callback(setup, mesh.world.rank, path)  # an arm logs to its own file, to its end
         tracker = start_tracking(config, path, attempt, mesh)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())  # between arms; an arm has its own

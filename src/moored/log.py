@@ -111,6 +111,8 @@ class _ConsoleFilter(logging.Filter):
         self._ours = logging.INFO if rank == 0 else logging.WARNING
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if getattr(record, "printed", False):
+            return False  # `cli.py` prints it by itself: it is for the file
         room = record.name.partition(".")[0]
         if record.name in NOISY or room in NOISY:
             return record.levelno >= logging.ERROR

@@ -362,6 +362,15 @@ def test_usage_errors_are_one_line(recipe, run, arguments, words):
     assert words.lower() in err.lower()
 
 
+@pytest.mark.parametrize("wrong", ["zzz", "preflght", "wher"])
+def test_no_hidden_command_is_suggested(run, wrong):
+    _, _, err = run(wrong)
+    listed = err.partition("there are ")[2].partition(" (see")[0].split(", ")
+    assert listed == sorted(name for name, c in cli.cli.commands.items() if not c.hidden)
+    assert not {"preflight", "where"} & set(listed)
+    assert "did you mean" not in err
+
+
 def test_no_command_shows_the_help(run):
     code, _, err = run()
     assert code == 2

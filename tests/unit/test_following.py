@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from moored.commands.cluster import status
 from moored.errors import UserError
 from moored.submit import following
 from moored.submit.jobs import remembered
+from tiny import tiny_recipe, write_recipe
 
 
 @pytest.fixture
@@ -54,6 +57,61 @@ def test_a_rank_that_there_is_not(run: Path) -> None:
         shown(run, rank=2)
     keep_jobs(run, nodes=3)  # submitted anew, and not started yet
     assert "three" in shown(run, rank=2)
+
+
+def test_a_ranks_own_log_is_shown_without_debugging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when what is followed is written piece by piece."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "config.yaml").touch()
+    log = tmp_path / "logs/rank-0.log"
+    pieces = [
+        "2026-01-02 03:04:05,678 INFO moored.train: one\n2026-01-02 03:04:05,679 DEB",
+        "UG moored.cli: Traceback\n  File x\n",
+        "NoError: it broke\n2026-01-02 03:04:05,680 ERROR moored.cli: it broke\nand mo",
+        "re",
+    ]
+    log.touch()
+    waits = iter(pieces)
+
+    def write(_seconds: float) -> None:
+        with log.open("a") as file:
+            file.write(next(waits))
+
+    monkeypatch.setattr(following.time, "sleep", write)
+    monkeypatch.setattr(following, "_has_ended", lambda _run: log.read_text().endswith("more"))
+    out = io.StringIO()
+    following.logs(tmp_path, out, rank=0, lines=20, follow=True)
+    wanted = [
+        "2026-01-02 03:04:05,678 INFO moored.train: one",
+        "2026-01-02 03:04:05,680 ERROR moored.cli: it broke",
+        "and more",
+    ]
+    assert out.getvalue().splitlines()[1:] == wanted
+    assert shown(tmp_path, lines=2).splitlines()[1:] == wanted[1:]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_the_log_of_a_run_that_ended_by_an_error_ends_with_it(tmp_path: Path, command: str) -> None:
+    recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "moored", command, str(recipe), "data.train.0.path=nofile.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "nofile.jsonl" in line
+    assert done.stderr.count("nofile.jsonl") == 1
+    run = tmp_path / "runs/tiny"
+    text = shown(run)
+    assert "Traceback" not in text
+    assert text.splitlines()[-1].endswith(f" ERROR moored.cli: {line.removeprefix('error: ')}")
+    assert "Traceback" in (run / "logs/rank-0.log").read_text()  # for who wants it
 
 
 def test_successors_are_known(run: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from moored.track.journal import JOURNAL_NAME, Fence, Follower
 from moored.track.store import first_line
 
 POLL_SECONDS = 0.5
+_RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]{12} ([A-Z]+) ")  # how `log.py` begins one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,18 +227,15 @@ def logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) -> None
         UserError: there is no log, or no such rank.
     """
     _require_rank(run, rank)
-    places: dict[Path, int] = {}
+    found: dict[Path, _Log] = {}
     first = True
     while True:
         ended = not follow or _has_ended(run)
         for path in _log_files(run, rank):
-            if path not in places:
+            if path not in found:
                 print(f"==> {os.path.relpath(path)} <==", file=out)
-            with path.open("rb") as file:
-                file.seek(places.get(path, 0))
-                data = file.read()
-            places[path] = places.get(path, 0) + len(data)
-            text = data.decode(errors="replace")
+                found[path] = _Log(path)
+            text = found[path].read(to_its_end=ended)
             if first:
                 text = "".join(text.splitlines(keepends=True)[-lines:] if lines else [])
             out.write(text)
@@ -245,8 +244,34 @@ def logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) -> None
             break
         first = False
         time.sleep(POLL_SECONDS)
-    if not places:
+    if not found:
         raise UserError(f"{run} has no log of rank {rank} yet: it has not started")
+
+
+class _Log:
+    """A log that grows. Of a rank's own (`log.py`) debugging is left out, such as tracebacks."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset, self._hides = path, 0, False
+        self._has_levels = path.parent.name == "logs" and path.suffix == ".log"
+
+    def read(self, *, to_its_end: bool) -> str:
+        """What was added; a line that is not whole yet may still turn out to be of either kind."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        if self._has_levels and not to_its_end:
+            data = data[: data.rfind(b"\n") + 1]
+        self._offset += len(data)
+        text = data.decode(errors="replace")
+        return "".join(self._shown(text)) if self._has_levels else text
+
+    def _shown(self, text: str) -> Iterator[str]:
+        for line in text.splitlines(keepends=True):
+            if found := _RECORD.match(line):
+                self._hides = found[1] == "DEBUG"
+            if not self._hides:
+                yield line
 
 
 def _require_rank(run: Path, rank: int) -> None:
