@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import re
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from _launch import Host
+from _launch import USER_ERROR, Host
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of `moored` are."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the line and the code of a user's error."""
+        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 def positive(text: str) -> int:
     """A whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) > 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1, such as 2")
+
+
+def gib(text: str) -> float:
+    """An amount of GiB."""
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)) and number >= 0:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0, such as 1.5")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A command and its arguments, as a shell parts them."""
+    with contextlib.suppress(ValueError):
+        if parts := shlex.split(text):
+            return tuple(parts)
+    raise argparse.ArgumentTypeError(f"{text!r} is no command, such as 'ssh -p 2222'")
 
 
 def run_arguments(
@@ -31,13 +61,13 @@ def run_arguments(
     )
     parser.add_argument(
         "--min-free-gib",
-        type=float,
+        type=gib,
         default=1.0,
         metavar="GIB",
         help="room that the run directory must have (default: %(default)g)",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="as for `moored train`")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_intermixed_args()
     return arguments, (arguments.recipe, *arguments.overrides)
 
@@ -49,7 +79,14 @@ def read_hosts(text: str) -> tuple[Host, ...]:
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """One machine a line, as DeepSpeed and MPI have it: `h1 slots=4`, `h1:4` or `h1`."""
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ValueError(
+            f"--hostfile {path}: {why}: name a file with lines such as `node1 slots=4`"
+        ) from error
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return _distinct(_host(line) for line in lines if line)
 
 
@@ -68,5 +105,5 @@ def _distinct(hosts: Iterable[Host]) -> tuple[Host, ...]:
     if twice:
         raise ValueError(f"{twice} is named twice: write {twice}:RANKS for several ranks")
     if not found:
-        raise ValueError("no host is named")
+        raise ValueError("no host is named: write NAME, NAME:RANKS or NAME slots=RANKS")
     return found

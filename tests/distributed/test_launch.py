@@ -274,12 +274,34 @@ def test_a_bad_machine_is_named(place: Path) -> None:
         (["--hosts", ","], "no host is named"),
         (["--hosts", "a", "--env", "A=secret"], "takes a NAME"),
         (["--hosts", "a", "--env", "NOT_SET_HERE"], "it is not set here"),
-        (["--hostfile", "missing"], "No such file"),
+        (["--hosts", "a", "--ranks-per-host", "x"], "'x' is no whole number from 1, such as 2"),
+        (["--hosts", "a", "--rsh", "ssh 'a"], "is no command, such as 'ssh -p 2222'"),
+        (["--hostfile", "missing"], "--hostfile missing: No such file or directory: name a file"),
+        (["--hostfile", "model"], "--hostfile model: Is a directory: name a file with lines such"),
+        (["--hostfile", "model/model.safetensors"], "it is no text: name a file with lines such"),
         ([], "--hosts --hostfile is required"),
     ],
 )
 def test_what_multinode_refuses(place: Path, options: list[str], complaint: str) -> None:
-    assert complaint in finish(start(place, "multinode", *options, "tiny.yaml"), 2)
+    [line] = finish(start(place, "multinode", *options, "tiny.yaml"), 2).splitlines()
+    assert line.startswith("error: ")
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "arguments are required: RECIPE (see `launch/local --help`)"),
+        (["--ranks", "0", "tiny.yaml"], "--ranks: '0' is no whole number from 1, such as 2"),
+        (["--attempts", "x", "tiny.yaml"], "--attempts: 'x' is no whole number from 1, such as 2"),
+        (["--min-free-gib", "x", "tiny.yaml"], "'x' is no number from 0, such as 1.5"),
+        (["--restart", "tiny.yaml"], "unrecognized arguments: --restart"),
+    ],
+)
+def test_what_local_refuses(place: Path, arguments: list[str], complaint: str) -> None:
+    [line] = finish(start(place, "local", *arguments), 2).splitlines()
+    assert line.startswith("error: ")
+    assert complaint in line
 
 
 def test_deepspeeds_launcher_ends_with_the_code_of_the_run(place: Path) -> None:

@@ -347,6 +347,7 @@ def test_a_hub_that_never_answers_is_given_up_soon(tmp_path: Path) -> None:
         done = ask_anew(f"http://127.0.0.1:{silent.getsockname()[1]}", {"name_or_path": "org/tiny"})
         seconds = time.monotonic() - started
     assert "UserError: model.name_or_path=org/tiny: the hub cannot be reached" in done.stderr
+    assert "run `moored prepare RECIPE.yaml` once where there is a network" in done.stderr
     assert "or give a local folder" in done.stderr
     assert seconds < resolve.PROBE_SECONDS + 10  # the rest is Python's start
 

@@ -181,6 +181,15 @@ def test_journals_are_sent_although_there_is_nothing_to_report(tmp_path: Path) -
     assert f"moored sync {tmp_path}" in done.stdout
 
 
+def test_a_recipe_in_the_place_of_a_site_is_named(recipe: Path) -> None:
+    says = rf"--site {recipe}: this is a recipe, and a site profile is needed: name one of cpu, "
+    with pytest.raises(UserError, match=says) as caught:
+        load_site(str(recipe))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserErrors, match="train: unknown key"):  # of the command line alone
+        load_site("cpu", ["train.steps=3"])
+
+
 def test_an_unknown_site_is_told_what_there_is() -> None:
     with pytest.raises(UserError, match=r"did you mean gpu-pyxis\?.*there are cpu, "):
         load_site("gpu-pyxsi")

@@ -218,8 +218,8 @@ def _remote(model: ModelConfig) -> ResolvedModel:
 
     raise UserError(
         f"model.name_or_path={model.name_or_path}: the hub cannot be reached ({trouble}) and its "
-        f"cache {constants.HF_HUB_CACHE} has no such model: connect once, set HF_HUB_CACHE to a "
-        "cache that has it, or give a local folder"
+        f"cache {constants.HF_HUB_CACHE} has no such model: run `moored prepare RECIPE.yaml` once "
+        "where there is a network, set HF_HUB_CACHE to a cache that has it, or give a local folder"
     )
 
 

@@ -291,6 +291,11 @@ class Site(Section):
 _NO_PLACEHOLDERS: Mapping[Key, Any] = {}
 
 
+def _known() -> list[str]:
+    """The profiles that come with Moored."""
+    return sorted(path.stem for path in (slurm_folder() / "sites").glob("*.yaml"))
+
+
 def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Site]:
     """A profile by its name in `slurm/sites`, or by its path.
 
@@ -307,8 +312,7 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
     """
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        folder = slurm_folder() / "sites"
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        folder, known = slurm_folder() / "sites", _known()
         if name_or_path not in known:
             near = suggest(name_or_path, known)
             if path.is_file():
@@ -320,4 +324,9 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
         path = folder / f"{name_or_path}.yaml"
     empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
     recipe = recipes.read(path, overrides, empty)
+    if recipe.lines.keys() & {("model",), ("data",), ("train",)}:
+        raise UserError(
+            f"--site {path}: this is a recipe, and a site profile is needed: name one of "
+            f"{', '.join(_known())}, or a copy of one in {slurm_folder() / 'sites'}"
+        )
     return path.stem, validate(Site, recipe, _NO_PLACEHOLDERS, extra=lambda _site: ())
