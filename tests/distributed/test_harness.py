@@ -235,5 +235,7 @@ def test_unknown_tasks_and_a_missing_extra_are_one_line(tmp_path, monkeypatch):
             open_tasks([name], include, ALONE)
         assert "\n" not in str(caught.value)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -c docker/constraints.txt -e '\.\[lm-eval\]'"):
+    with pytest.raises(
+        UserError, match=r"pip install -c docker/constraints.txt -e '\.\[lm-eval\]'"
+    ):
         remeasure.run_command([str(tmp_path)], lm_eval=["local_choice"])
