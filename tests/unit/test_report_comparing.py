@@ -219,6 +219,12 @@ def test_a_budget_is_said_to_be_held_or_broken():
     assert len(says) == 2
 
 
+def test_a_run_that_did_not_end_well_is_said_so():
+    report = report_of(PLAIN, measured("tmkl", 1.05, 27.0, 4.3, status="refused"))
+    assert "tmkl1 ended as “refused”." in caveats(report)
+    assert not any("ended as" in line for line in caveats(report_of(PLAIN)))
+
+
 def test_who_broke_its_budget_is_not_recommended():
     better = measured("tmkl", 1.01, 26.2, 4.2, **BROKEN)
     worse = measured("kl", 1.2, 30.0, 4.4)

@@ -62,6 +62,9 @@ def caveats(report: Report) -> list[str]:
         )
     if len({arm.num_steps for arm in report.arms.values()}) > 1:
         result.append("The arms did not train for the same number of steps.")
+    for name, arm in report.arms.items():
+        if arm.status != "done":
+            result.append(f"{clean(name, 40)} ended as “{clean(arm.status, 40)}”.")
     if seen := watched(report):
         texts = ", ".join(clean(corpus, 40) for corpus in seen)
         result.append(
