@@ -25,7 +25,6 @@ import argparse
 import ctypes
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from pathlib import Path
 import torch
 from fresh import output_of
 from head_peers import CHUNK, CONTESTANTS
-from outcome import Bar, Panel, add_option, write
+from outcome import Bar, Panel, add_option, spread, write
 from torch.nn import functional
 
 FLOOR = "three GEMMs"
@@ -86,7 +85,7 @@ def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, found in runs.items():
-        low, middle, high = spread(found)
+        low, middle, high = spread(all_ratios(found))
         memory = max(run["extra_mib"] for run in found)
         errors = [run["error"] for run in found if run["error"] is not None]
         error = f"{max(errors):.1e}" if errors else "-"
@@ -98,18 +97,16 @@ def table(runs: dict[str, list[dict]], args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def spread(found: list[dict]) -> tuple[float, float, float]:
-    """The 20th percentile, the median and the 80th of the ratios to the floor."""
-    ratios = sorted(ratio for run in found for ratio in run["ratios"])
-    low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.8))
-    return low, statistics.median(ratios), high
+def all_ratios(found: list[dict]) -> list[float]:
+    """To the floor, of all processes."""
+    return [ratio for run in found for ratio in run["ratios"]]
 
 
 def picture(runs: dict[str, list[dict]], args: argparse.Namespace) -> tuple[str, list[Panel]]:
     """A title, and time and memory as bars."""
     time_bars, memory_bars = [], []
     for name, found in runs.items():
-        low, middle, high = spread(found)
+        low, middle, high = spread(all_ratios(found))
         ours = CONTESTANTS[name].is_ours
         time_bars.append(Bar(name=name, value=middle, low=low, high=high, is_ours=ours))
         memory = max(run["extra_mib"] for run in found)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from outcome import Bar, Panel, add_option, write
+from outcome import Bar, Panel, add_option, spread, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,9 +69,7 @@ def table(result: dict[str, Any]) -> str:
         if "failed" in run:
             lines.append(f"| {name} | {run['failed']} | | | | | |")
             continue
-        ratios = sorted(run["ratios"])
-        low, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.2, 0.8))
-        middle = statistics.median(ratios)
+        low, middle, high = spread(run["ratios"])
         errors = [f"{e:.1e}" if e is not None else "-" for e in (run["error"], run["tmkl_error"])]
         lines.append(
             f"| {name} | {statistics.median(run['ms']):.1f} | {1 / middle:.0%} | {middle:.2f} "

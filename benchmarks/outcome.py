@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ class Panel:
     bars: Sequence[Bar]
     mark: float | None = None
     form: str = ",.2f"
+
+
+def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th."""
+    ordered = sorted(ratios)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return low, statistics.median(ordered), high
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

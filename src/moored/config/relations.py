@@ -56,22 +56,8 @@ def across_sections(config: Config) -> Iterator[Relation]:
             "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
             (("data", "eval"),),
         )
-    if config.regularizer.kind == "l2":
-        yield from _of_l2(config, ("regularizer", "kind"))
-    for index, arm in enumerate(config.compare):
-        if arm.kind == "l2" and config.regularizer.kind != "l2":
-            yield from _of_l2(config, ("compare", index, "kind"))
     for place, regularizer in config.regularizers():
-        yield from _of_probe(config, place, regularizer)
-        never = train.steps is not None and regularizer.every > train.steps
-        inherited = place[0] == "compare" and regularizer.every == config.regularizer.every
-        if never and regularizer.is_divergent and not inherited:
-            yield Relation(
-                (*place, "every"),
-                f"{regularizer.every} is more than train.steps {train.steps}, so the divergence "
-                "would never act: lower it",
-                (("train", "steps"),),
-            )
+        yield from _of_regularizer(config, place, regularizer)
     parallel, nf4 = config.parallel, config.model.quantization == "nf4"
     for field, message, names in config.adapter.spread(
         nf4=nf4,
@@ -92,11 +78,32 @@ def across_sections(config: Config) -> Iterator[Relation]:
             )
 
 
+def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Iterator[Relation]:
+    """Of the recipe's, or of an arm's where that is not the recipe's own in this."""
+    own, steps = config.regularizer, config.train.steps
+
+    def is_news(*names: str) -> bool:
+        differs = any(getattr(regularizer, name) != getattr(own, name) for name in names)
+        return regularizer is own or differs
+
+    if regularizer.kind == "l2" and is_news("kind"):
+        yield from _of_l2(config, (*place, "kind"))
+    if is_news("budget", "replay"):
+        yield from _of_probe(config, place, regularizer)
+    never = steps is not None and regularizer.every > steps
+    if never and regularizer.is_divergent and is_news("every"):
+        yield Relation(
+            (*place, "every"),
+            f"{regularizer.every} is more than train.steps {steps}, so the divergence would never "
+            "act: lower it",
+            (("train", "steps"),),
+        )
+
+
 def _of_probe(config: Config, place: Key, regularizer: Regularizer) -> Iterator[Relation]:
     """A budget on text that is trained on would be held by learning it."""
-    own, budget = config.regularizer, regularizer.budget
-    inherited = (budget, regularizer.replay) == (own.budget, own.replay)
-    if budget is None or budget.probe.builtin or (inherited and regularizer is not own):
+    budget = regularizer.budget
+    if budget is None or budget.probe.builtin:
         return
     trained = {("data", "train"): config.data.train, (*place, "replay"): regularizer.replay}
     for key, sources in trained.items():

@@ -14,8 +14,18 @@ from dataclasses import dataclass, fields
 MOST_BLOCKS = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Lists side by side, an entry in each per block."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all lists are of one length."""
+        return len({len(getattr(self, item.name)) for item in fields(self)}) == 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
+class Blocks(Columns):
     """One entry per block of neighbouring samples (windows, passages, answers), in their order.
 
     Attributes:
@@ -29,11 +39,6 @@ class Blocks:
     ce: list[float]
     ce_base: list[float]
     kl: list[float]
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all lists are of one length."""
-        return len({len(getattr(self, item.name)) for item in fields(self)}) == 1
 
     @property
     def mean_ce(self) -> float | None:
@@ -58,7 +63,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
+class Tally(Columns):
     """What was right of what was asked, per block of neighbours (passages, prompts), in order.
 
     Attributes:
@@ -68,11 +73,6 @@ class Tally:
 
     num: list[int]
     hits: list[int]
-
-    @property
-    def is_even(self) -> bool:
-        """Whether both lists are of one length."""
-        return len(self.num) == len(self.hits)
 
     @property
     def total(self) -> int:

@@ -12,10 +12,11 @@ from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any, TypeVar
 
-from moored.report.blocks import Blocks, Tally
+from moored.report.blocks import Blocks, Columns, Tally
 from moored.report.where import Choice, Spot, Stretch, TokenDrift, Where
 
 _R = TypeVar("_R")  # a dataclass
+_ColumnsT = TypeVar("_ColumnsT", bound=Columns)
 _FRACTIONS = (
     "adaptation_exact_match",
     "top1_agreement",
@@ -76,6 +77,7 @@ class Reader:
             annotation = annotation.removesuffix(" | None")
         number = partial(self._number, name=name)
         integer = partial(self._integer, name=name)
+        blocks, tally = (partial(self._columns, kind) for kind in (Blocks, Tally))
         readers: dict[str, Callable[[object, str], Any]] = {
             "str": self.text,
             "bool": self._truth,
@@ -92,10 +94,10 @@ class Reader:
             "dict[str, list[float]]": lambda v, p: self.values(
                 v, p, lambda items, at: self._items(items, at, number)
             ),
-            "Blocks": self._blocks,
-            "Tally": self._tally,
-            "dict[str, Tally]": lambda v, p: self.values(v, p, self._tally),
-            "dict[str, Blocks]": lambda v, p: self.values(v, p, self._blocks),
+            "Blocks": blocks,
+            "Tally": tally,
+            "dict[str, Tally]": lambda v, p: self.values(v, p, tally),
+            "dict[str, Blocks]": lambda v, p: self.values(v, p, blocks),
             "dict[str, Where]": lambda v, p: self.values(v, p, partial(self.result, Where)),
         }
         for kind in (Stretch, TokenDrift, Spot, Choice):
@@ -126,17 +128,11 @@ class Reader:
             return []
         return [read(value, f"{where}[{index}]") for index, value in enumerate(data)]
 
-    def _blocks(self, data: object, where: str) -> Blocks | None:
-        blocks = self.result(Blocks, data, where)
-        if blocks is not None and not blocks.is_even:
+    def _columns(self, kind: type[_ColumnsT], data: object, where: str) -> _ColumnsT | None:
+        columns = self.result(kind, data, where)
+        if columns is not None and not columns.is_even:
             self.problems.append(f"{where}: its lists differ in length")
-        return blocks
-
-    def _tally(self, data: object, where: str) -> Tally | None:
-        tally = self.result(Tally, data, where)
-        if tally is not None and not tally.is_even:
-            self.problems.append(f"{where}: its lists differ in length")
-        return tally
+        return columns
 
     def _truth(self, value: object, place: str) -> bool:
         if not isinstance(value, bool):
