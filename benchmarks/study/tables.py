@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,11 @@ class Setting:
 
 
 def report_of(run: dict[str, Any]) -> Report:
-    """A result's report."""
-    return Report.from_json(run["report"], source=run["spec"]["label"])
+    """A result's report, whose setting is the study's, not that of one version's recipes."""
+    data, label = run["spec"]["data"], run["spec"]["label"]
+    report = Report.from_json(run["report"], source=label)
+    arms = {name: replace(arm, setting=f"{data}-{label}") for name, arm in report.arms.items()}
+    return replace(report, arms=arms)
 
 
 def settings() -> dict[tuple[str, str], Setting]:
