@@ -33,7 +33,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import moored.chunks
-from moored.head import Head, linear_tmkl_loss
+from moored.head import Head, attach_gradient, linear_tmkl_loss
 
 SHAPES = ("8192,128256,4096", "8192,128256,8192", "8192,152064,3584")
 CHUNKS = (1024, 2048, 4096)
@@ -50,8 +50,10 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("a CUDA GPU is needed; on a CPU: benchmarks/head.py")
-    found = [measure(*map(int, shape.split(",")), args.samples, args.only) for shape in args.shape]
-    print("\n\n".join(table(result) for result in found))
+    found: list[dict[str, Any]] = []
+    for shape in args.shape:
+        found.append(measure(*map(int, shape.split(",")), args.samples, args.only))
+        print(table(found[-1]), end="\n\n", flush=True)
     title = f"The head on {found[0]['gpu']}: T = {found[0]['T']:,}, bf16"
     write(args.out, found, title, [panel(result) for result in found])
 
@@ -180,6 +182,12 @@ def contestants(weight: Tensor) -> dict[str, Loss]:
     def ours(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
         return linear_tmkl_loss(h, h0, weight, y).loss
 
+    head = Head(torch.nn.Parameter(weight, requires_grad=False))
+
+    def in_step(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
+        grad, sums = head(h, h0, y, ce_scale=1 / len(y), kl_scale=1 / len(y))
+        return attach_gradient(h, grad, sums)
+
     def plain(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
         found, moored.chunks.kernels_run = moored.chunks.kernels_run, lambda *_: False
         try:
@@ -192,6 +200,7 @@ def contestants(weight: Tensor) -> dict[str, Loss]:
 
     every: dict[str, Loss] = {
         "ours": ours,
+        "ours, as a training step calls it": in_step,
         "ours, torch only": plain,
         "ours, CE alone": alone,
         "eager": eager,

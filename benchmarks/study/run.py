@@ -1,6 +1,6 @@
 """The study's queue: every run that has no result yet, one after the other, for hours.
 
-    python benchmarks/study/run.py --data DIR [--work DIR] [--only TEXT] [--list]
+    python benchmarks/study/run.py --data DIR [--work DIR] [--only TEXT ...] [--list]
 
 It may be stopped at any point and started again: a run goes on from its checkpoint, and its result,
 one small JSON below benchmarks/study/results, is written whole or not at all. `tables.py` makes
@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import yaml
 from common import RESULTS, Spec, prepare, recipe, specs
 
@@ -29,12 +30,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", type=Path, required=True, help="folder of the public texts")
     arguments.add_argument("--work", type=Path, default=Path("study-work"), help="run directories")
-    arguments.add_argument("--only", default="", help="runs whose name holds this text")
+    arguments.add_argument("--only", nargs="*", help="runs whose name holds one of these texts")
     arguments.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
     arguments.add_argument("--list", action="store_true", help="say what is left, and stop")
     given = arguments.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    left = [spec for spec in specs() if given.only in spec.name and not _result(spec).exists()]
+    left = [spec for spec in specs() if not _result(spec).exists()]
+    if given.only:
+        left = [spec for spec in left if any(text in spec.name for text in given.only)]
     print(f"{len(left)} runs left: {' '.join(spec.name for spec in left)}", flush=True)
     if given.list:
         return
@@ -82,7 +85,7 @@ def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
         "overrides": json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", "")),
         "exit_code": ended.returncode,
         "wall_seconds": round(time.time() - started, 1),
-        "machine": f"{os.cpu_count()} x {platform.machine()} CPU",
+        "machine": _machine(),
         "report": figures,
     }
     draft = _result(spec).with_suffix(".draft")
@@ -90,6 +93,12 @@ def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
     draft.replace(_result(spec))
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return True
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} x {platform.machine()} CPU"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def run_chunks(
                     by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows].to(kl_N)
                     weighted_N[rows] += scales[1] * by_row * found.kl_factor_C * found.kl_C
             if grad_ND is not None:
-                grad_ND[rows] = dh_CD().mul_(unit)
+                grad_ND[rows] = dh_CD(unit)
         if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
             dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
     return Chunked(ce_N, kl_N, weighted_N, grad_ND)
@@ -94,10 +94,10 @@ class Chunked(NamedTuple):
 
 
 # (h [C, D], h0 or None, targets [C], weights of both parts: numbers, or the KL's per row) -> the
-# losses, and the gradient of h, computed when it is called for.
+# losses, and the gradient of h times a number, computed when it is called for.
+_Gradient = Callable[[Tensor], Tensor]
 _Chunk = Callable[
-    [Tensor, Tensor | None, Tensor, Tensor, Tensor | float],
-    tuple[ChunkLoss, Callable[[], Tensor]],
+    [Tensor, Tensor | None, Tensor, Tensor, Tensor | float], tuple[ChunkLoss, _Gradient]
 ]
 
 
@@ -110,10 +110,10 @@ def _by_torch(
 
     def chunk(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
-    ) -> tuple[ChunkLoss, Callable[[], Tensor]]:
+    ) -> tuple[ChunkLoss, _Gradient]:
         s_Cv, e_Cv, slope_Cv = logits.project(h_CD, h0_CD, dtype, buffer)
         found = chunk_loss_(s_Cv, e_Cv, y_C, goal, logits.shard, ce, kl)
-        return found, lambda: logits.pull_back(s_Cv, slope_Cv, weight_vD)
+        return found, lambda unit: logits.pull_back(s_Cv, slope_Cv, weight_vD).mul_(unit)
 
     return chunk
 
@@ -132,7 +132,7 @@ def _by_kernels(
 
     def chunk(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
-    ) -> tuple[ChunkLoss, Callable[[], Tensor]]:
+    ) -> tuple[ChunkLoss, _Gradient]:
         both_v, is_difference = logits.products(h_CD, h0_CD, dtype, buffer)
         s_Cv, t_Cv = both_v[: len(h_CD)], both_v[len(h_CD) :] if h0_CD is not None else None
         g_Cv = s_Cv if gradient is None else gradient[: len(h_CD)]
@@ -141,7 +141,11 @@ def _by_kernels(
             s_Cv, t_Cv, y_C, goal, logits, torch.stack(parts), g_Cv, t_is_difference=is_difference
         )
         found = ChunkLoss(ce_C, kl_C)
-        return found, lambda: logits.pull_back(g_Cv, None, weight_vD).mul_(unscale_C[:, None])
+
+        def dh_CD(unit: Tensor) -> Tensor:
+            return logits.pull_back(g_Cv, None, weight_vD).mul_((unscale_C * unit)[:, None])
+
+        return found, dh_CD
 
     return chunk
 

@@ -18,8 +18,8 @@ from moored.contrast import exact_dtype, jsd_terms
 from moored.divergence import Objective, all_gather
 from moored.logits import Logits
 
-# Columns at a time, and the warps that share them.
-SUMMARY_BLOCK, SUMMARY_WARPS = 2048, 4
+# Columns at a time, the warps that share them, and the programs that share a row.
+SUMMARY_BLOCK, SUMMARY_WARPS, SUMMARY_PARTS = 1024, 2, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 1024, 4
 CAST_BLOCK = 8192
 CE, KL, MEAN, GRAD_Y = (getattr(kernels, x).value for x in ("CE", "KL", "MEAN", "GRAD_Y"))
@@ -73,9 +73,12 @@ def chunk_loss_(
     }
     direction, at = DIRECTIONS[goal.direction], (num_rows,)
     blocks = {"BLOCK": SUMMARY_BLOCK, "num_warps": SUMMARY_WARPS} | shared
-    stats_KC = s_Cv.new_empty((kernels.NUM_STATS, num_rows))
-    kernels.summary[at](*chunk, stats_KC, WARM=warm, DIRECTION=direction, **blocks)
-    stats_PKC = all_gather(stats_KC if with_kl else stats_KC[:2], shard)
+    num_stats = kernels.NUM_STATS if with_kl else 2
+    stats_SKC = s_Cv.new_empty((SUMMARY_PARTS, num_stats, num_rows))
+    kernels.summary[num_rows, SUMMARY_PARTS](
+        *chunk, stats_SKC, WARM=warm, DIRECTION=direction, **blocks
+    )
+    stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)
     rows_RC = s_Cv.new_empty((kernels.NUM_ROWS, num_rows))
     kernels.join[at](
         stats_PKC, weights_2C, rows_RC, goal.temperature, P=len(stats_PKC), WITH_KL=with_kl,

@@ -121,7 +121,7 @@ def _chain(mass, ratio, kl, mass_b, ratio_b, kl_b, DIRECTION: tl.constexpr):
 
 @triton.jit
 def _load(
-    s, t, bias, row_start, columns, num_columns, scale, cap,
+    s, t, bias, row_start, columns, num_columns, scale: tl.constexpr, cap: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DIFFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
 ):  # fmt: skip
     """A block of logits s, of e, and of the cap's slope at s; 0 where there is no column."""
@@ -149,32 +149,39 @@ def _load(
 
 @triton.jit
 def summary(
-    s, t, bias, targets, stride, out, num_columns, scale, cap, cold,
+    s, t, bias, targets, stride, out, num_columns,
+    scale: tl.constexpr, cap: tl.constexpr, cold: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DIFFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
     WARM: tl.constexpr, DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: what its rank sends, without y: s_y, log mass at temperature 1; e_y, log mass, log
-    ratio and KL of the objective's temperature and direction (none for jsd)."""  # noqa: D205, D209
+    """A part of a row: what its rank sends, without y: s_y, log mass at temperature 1; e_y, log
+    mass, log ratio and KL of the objective's temperature and direction (none for jsd)."""  # noqa: D205, D209
     row, num_rows = tl.program_id(0), tl.num_programs(0)
+    part, num_parts = tl.program_id(1), tl.num_programs(1)
+    width = tl.cdiv(tl.cdiv(num_columns, BLOCK), num_parts) * BLOCK
+    first = part * width
+    last = tl.minimum(first + width, num_columns)
     y = tl.load(targets + row)
+    out += part * (6 if WITH_KL else 2) * num_rows
     row_start = row.to(tl.int64) * stride
     absent = float("-inf")
     mass_1, mass, ratio, kl = absent, absent, 0.0, 0.0
-    for start in range(0, num_columns, BLOCK):
+    for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s_b, e_b, _ = _load(
             s, t, bias, row_start, columns, num_columns, scale, cap,
             HAS_BIAS, CAPPED, DIFFERENCE, WITH_KL,
         )  # fmt: skip
-        keep = (columns < num_columns) & (columns != y)
-        x = tl.where(keep, s_b, absent)
+        x, u = s_b, e_b
+        if (start + BLOCK > num_columns) | ((y >= start) & (y < start + BLOCK)):
+            keep = (columns < num_columns) & (columns != y)
+            x, u = tl.where(keep, s_b, absent), tl.where(keep, e_b, 0.0)
         if WARM or not WITH_KL:
             new = tl.maximum(mass_1, tl.max(x, 0))
             base = tl.where(new == absent, 0.0, new)
             mass_1 = base + tl.log(tl.exp(mass_1 - base) + tl.sum(tl.exp(x - base), 0))
         if WITH_KL:
-            x = x * cold
-            u = tl.where(keep, e_b * cold, 0.0)
+            x, u = x * cold, u * cold
             top, top_q = tl.split(tl.max(tl.join(x, x + u), 0))
             some = top > absent
             top, top_q = tl.where(some, top, 0.0), tl.where(some, top_q, 0.0)
@@ -197,7 +204,7 @@ def summary(
             mass, ratio, kl, _, _, _ = _chain(
                 mass, ratio, kl, mass_b, ratio_b + _log1p(off), kl_b, DIRECTION
             )
-    own = (y >= 0) & (y < num_columns)
+    own = (y >= first) & (y < last)
     s_y, e_y, _ = _load(
         s, t, bias, row_start, y + tl.arange(0, 1), num_columns, scale, cap,
         HAS_BIAS, CAPPED, DIFFERENCE, WITH_KL,
@@ -274,7 +281,8 @@ def join(
 
 @triton.jit
 def halfway(
-    s, t, bias, targets, stride, rows, out, num_columns, scale, cap, cold,
+    s, t, bias, targets, stride, rows, out, num_columns,
+    scale: tl.constexpr, cap: tl.constexpr, cold: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DIFFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +318,8 @@ def halfway(
 
 @triton.jit
 def gradient(
-    s, t, bias, targets, stride, rows, out, out_stride, num_columns, scale, cap, cold,
+    s, t, bias, targets, stride, rows, out, out_stride, num_columns,
+    scale: tl.constexpr, cap: tl.constexpr, cold: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DIFFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
     DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,6 @@ import platform
 import signal
 import socket
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +28,7 @@ from moored.launched import launch_id
 from moored.mesh import Mesh, is_lost_peer
 from moored.rundir import RunDirectory, locked, open_run
 from moored.track import Tracker, ships_later
+from moored.versions import versions_of
 
 STATUS = {
     PreemptedError: "preempted",
@@ -91,9 +91,7 @@ def start_tracking(
 
 def require_same(mesh: Mesh, **hashes: str) -> None:
     """Every rank must hold the same recipe, data and versions."""
-    mine = hashes | {
-        name: version(name) for name in ("moored", "torch", "transformers", "peft", "deepspeed")
-    }
+    mine = hashes | versions_of(("moored", "torch", "transformers", "peft", "deepspeed"))
     mine["python"] = platform.python_version()
     for rank, theirs in enumerate(mesh.world.gather(mine)):
         for name, value in mine.items():

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -47,6 +46,7 @@ from moored.export.fresh import (
 from moored.export.opening import ADAPTER, Given, base_of, open_given, warn_of_another_base
 from moored.launched import launched
 from moored.mesh import Mesh, leave_mesh, start_mesh
+from moored.versions import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -389,7 +389,5 @@ def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Ca
         if is_merged
         else None,
         verified=made["verified"],
-        provenance=replace(
-            provenance, export_versions={name: version(name) for name in EXPORT_VERSIONS}
-        ),
+        provenance=replace(provenance, export_versions=versions_of(EXPORT_VERSIONS)),
     )

@@ -12,12 +12,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moored import sealed
 from moored.errors import UserError
+from moored.versions import versions_of
 
 FACTS = "export.json"
 EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")
@@ -61,7 +61,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     whole = {
         "format": 1,
         **facts,
-        "versions": {n: version(n) for n in EXPORT_VERSIONS},
+        "versions": versions_of(EXPORT_VERSIONS),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": {
             p.relative_to(folder).as_posix(): {

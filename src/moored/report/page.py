@@ -12,10 +12,10 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import jinja2
 
+from moored import __version__
 from moored.report import words
 from moored.report.caveats import caveats
 from moored.report.choosing import Choice, recommendations
@@ -73,7 +73,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
         same_increase=f"{SAME_INCREASE_POINTS:g}",
         caveats=caveats(report),
         data=base64.b64encode(data).decode(),
-        version=_version(),
+        version=__version__,
     )
     # Half a surrogate pair cannot be encoded; JSON can smuggle one in.
     return page.encode("utf-8", "replace").decode("utf-8")
@@ -113,13 +113,6 @@ def _template() -> jinja2.Template:
         environment.filters[show.__name__] = show
     environment.filters |= {"duration": words.duration, "memory": words.memory}
     return environment.get_template("report.html.j2")
-
-
-def _version() -> str:
-    try:
-        return version("moored")
-    except PackageNotFoundError:  # imported from a source tree
-        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

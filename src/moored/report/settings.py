@@ -6,8 +6,9 @@ Which figures came of it is not known here.
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from moored.versions import version_of
 
 if TYPE_CHECKING:
     from moored.config import Config
@@ -39,13 +40,6 @@ def settings_of(config: Config) -> dict[str, str]:
         + (", packed" if config.data.packing else ""),
         "parallel": f"ZeRO stage {parallel.zero_stage}, "
         f"tensor parallel degree {parallel.tensor_parallel_degree}",
-        "versions": ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+        "versions": ", ".join(f"{name} {version_of(name)}" for name in _PACKAGES)
         + f", Python {platform.python_version()}",
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
