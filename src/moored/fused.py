@@ -18,8 +18,8 @@ from moored.contrast import exact_dtype, jsd_terms
 from moored.divergence import Objective, all_gather
 from moored.logits import Logits
 
-# Columns at a time, the warps that share them, and the programs that share a row.
-SUMMARY_BLOCK, SUMMARY_WARPS, SUMMARY_PARTS = 1024, 2, 8
+# Columns at a time, the warps that share them, and the programs that share an unsharded row.
+SUMMARY_BLOCK, SUMMARY_WARPS, SUMMARY_PARTS = 1024, 1, 4
 GRADIENT_BLOCK, GRADIENT_WARPS = 1024, 4
 CAST_BLOCK = 8192
 CE, KL, MEAN, GRAD_Y = (getattr(kernels, x).value for x in ("CE", "KL", "MEAN", "GRAD_Y"))
@@ -74,8 +74,9 @@ def chunk_loss_(
     direction, at = DIRECTIONS[goal.direction], (num_rows,)
     blocks = {"BLOCK": SUMMARY_BLOCK, "num_warps": SUMMARY_WARPS} | shared
     num_stats = kernels.NUM_STATS if with_kl else 2
-    stats_SKC = s_Cv.new_empty((SUMMARY_PARTS, num_stats, num_rows))
-    kernels.summary[num_rows, SUMMARY_PARTS](
+    num_parts = SUMMARY_PARTS if shard.world_size == 1 else 1  # the more ranks, the more rows
+    stats_SKC = s_Cv.new_empty((num_parts, num_stats, num_rows))
+    kernels.summary[num_rows, num_parts](
         *chunk, stats_SKC, WARM=warm, DIRECTION=direction, **blocks
     )
     stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)

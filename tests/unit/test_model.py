@@ -187,9 +187,11 @@ def test_unknown_target_modules_are_refused_in_one_line(tmp_path):
 class OddLlama(transformers.LlamaForCausalLM):
     """A model whose forward adds something to the logits."""
 
+    slope = 1.0
+
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        output.logits = output.logits + torch.arange(output.logits.shape[-1])
+        output.logits = output.logits + self.slope * torch.arange(output.logits.shape[-1])
         return output
 
 
@@ -197,8 +199,10 @@ def odd_llama(config: transformers.LlamaConfig, *, dtype: torch.dtype, **_: obje
     return OddLlama(config).to(dtype)
 
 
-def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("slope", [1.0, 1e-6])
+def test_a_forward_that_does_more_to_the_logits_is_refused_by_name(tmp_path, monkeypatch, slope):
     config = config_of(tmp_path)
+    monkeypatch.setattr(OddLlama, "slope", slope)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", odd_llama)
     with pytest.raises(UserError, match="OddLlama: its forward does more to the logits"):
         policy_of(config)
