@@ -329,6 +329,30 @@ def test_a_broken_budget_ends_the_run_as_the_recipe_says(tmp_path):
     in_one_process(over_budget, tmp_path)
 
 
+def drift_budget(folder: Path) -> None:
+    """Nats per token of the base's own distribution, on the text that the report measures, too."""
+    probe = f"{{path: {folder / 'fox.txt'}, max_tokens: 2000, window_tokens: 64}}"
+    budget = (
+        "regularizer.budget={drift_nats_per_token: 0.004, every: 1, tolerance: 0.5, "
+        f"max_weight: 300, probe: {probe}}}"
+    )
+    free = ["regularizer.kind=none", "name=free", "train.steps=40"]
+    drifts = {}
+    for overrides in (free, [budget, "regularizer.weight=3", "train.steps=40"]):
+        run = train.run(recipe_of(folder, *overrides, optim={"learning_rate": 0.005}))
+        [arm] = report(run)["arms"].values()
+        drifts[run.name] = arm["drift_nats_per_token"]["fox"]
+    assert drifts["free"] > 0.02, "nothing to hold"
+    assert arm["budget"] == "0.004 nats per token on fox.txt"
+    assert arm["budget_held"] is True
+    assert arm["budget_lost"] == pytest.approx(drifts["tiny"], rel=1e-5)
+    assert 0.001 < drifts["tiny"] < 0.006
+
+
+def test_a_budget_of_drift_is_held(tmp_path):
+    in_one_process(drift_budget, tmp_path)
+
+
 def every_second_step(folder: Path) -> None:
     """At the first step policy and base are equal, so a KL there moves nothing."""
     runs = []
