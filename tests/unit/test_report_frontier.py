@@ -65,6 +65,33 @@ def test_one_run_has_whiskers_of_its_own_texts():
     assert (none.across, none.along) == (None, None)
 
 
+def test_a_base_that_is_far_off_stands_beyond_a_break_of_the_axis():
+    arms = [arm("none", 1.04, 30.0, 4.4), arm("tmkl", 1.06, 27.0, 4.25)]
+    plot = drawn(report_of(*arms))
+    assert plot.base is not None
+    assert plot.broken is not None
+    assert plot.frame.left < plot.base.x < plot.broken < min(mark.x for mark in plot.marks)
+    assert plot.base.tip.endswith("not to scale")
+    # A fiftieth of the perplexity stays a small part of the width.
+    apart = plot.marks[0].x - plot.marks[1].x
+    assert 0 < apart < 0.12 * (plot.frame.right - plot.frame.left)
+    page = check(html(report_of(*arms)))
+    assert "it stands left of the break" in page.words
+    assert any(a.get("class") == "break" for tag, a in page.tags if tag == "line")
+    frontier_png(report_of(*arms))
+
+
+def test_a_base_that_is_near_stands_on_the_scale():
+    plot = drawn(report_of(arm("none", 9.0, 30.0, 4.4), arm("tmkl", 11.0, 27.0, 4.25)))
+    assert plot.base is not None
+    assert plot.broken is None
+    none, tmkl = plot.marks
+    nats = math.log(11 / 9), math.log(13.5 / 11)
+    apart = none.x - tmkl.x, tmkl.x - plot.base.x
+    assert apart[0] / apart[1] == pytest.approx(nats[0] / nats[1])
+    assert "break" not in html(report_of(arm("none", 9.0, 30.0, 4.4))).split("<svg")[2]
+
+
 def test_recommended_setting_is_marked_in_page_and_picture():
     report = seeded()
     plot = drawn(report)

@@ -182,11 +182,9 @@ def test_frontier_is_to_the_right_and_low():
     assert plot.base is not None
     assert plot.base.x < kl.x < tmkl.x < none.x
     assert none.y < tmkl.y < kl.y < plot.base.y == plot.zero
-    # Equal nats, equal distances.
-    nats = [math.log(13.5), math.log(1.541), math.log(1.018)]
-    assert (kl.x - plot.base.x) / (tmkl.x - plot.base.x) == pytest.approx(
-        (nats[0] - nats[1]) / (nats[0] - nats[2])
-    )
+    # Equal nats, equal distances: none has a perplexity of 1.
+    nats = math.log(1.541), math.log(1.018)
+    assert (none.x - kl.x) / (none.x - tmkl.x) == pytest.approx(nats[0] / nats[1])
     assert plot.edge == [(m.x, m.y) for m in (plot.base, kl, tmkl, none)]
 
 

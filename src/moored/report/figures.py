@@ -41,6 +41,12 @@ MOST_NAMES = 8
 BEND_ABOVE_PCT = 500.0
 BEND_AT_PCT = 10.0
 
+# A base so many times as far from the settings as they are from each other stands beyond a break of
+# the x axis, that they be told apart. Their distances are not magnified beyond LEAST_NATS.
+FAR = 2.0
+LEAST_NATS = 0.2
+# Of the frame's width, where the base stands and where the axis breaks.
+BASE_AT, BREAK_AT = 0.06, 0.13
 
 _KIND_SHAPES = {
     "none": "triangle",
@@ -120,6 +126,7 @@ class Frontier:
     edge: list[Point]
     better: Label
     bent: bool
+    broken: float | None
 
 
 def arm_numbers(report: Report) -> dict[str, str]:
@@ -164,8 +171,9 @@ def frontier(
     """Lay the frontier plot out; None where no setting can be placed.
 
     x is the logarithm of the adaptation perplexity, falling to the right, so that equal distances
-    are equal nats; y is the rise of the worst corpus, with every corpus as a small dot. Settings
-    are means over their seeds, with their intervals as whiskers.
+    are equal nats, but for a base that is far off, which stands beyond a break (`broken`, a pixel);
+    y is the rise of the worst corpus, with every corpus as a small dot. Settings are means over
+    their seeds, with their intervals as whiskers.
 
     Args:
         report: what to draw.
@@ -189,10 +197,10 @@ def frontier(
     left = max(font * 3, *(text_width(tick.text, font) + font * 1.3 for tick in y_ticks))
     frame = Box(left=left, top=top, right=width - font * 1.2, bottom=bottom)
     learned = [ppl for spot in spots for ppl in spot.perplexities]
-    x_scale = _x_scale(learned + ([before] if before else []), frame)
+    x_scale, broken = _x_scale(learned, before, frame)
     radius = font * 0.5
     places = [(x_scale(spot.learned), y_scale(spot.worst)) for spot in spots]
-    start = (x_scale(before), y_scale(0.0)) if before else None
+    start = (_base_x(before, x_scale, broken, frame), y_scale(0.0)) if before else None
     # Marks and dots first: no label may cover them.
     taken = [around(x, y, radius * 1.3) for x, y in places]
     for (x, _), spot in zip(places, spots, strict=True):
@@ -241,7 +249,8 @@ def frontier(
             corpora={},
             runs=[],
             is_recommended=False,
-            tip=f"base: adaptation perplexity {words.ppl(before)}",
+            tip=f"base: adaptation perplexity {words.ppl(before)}"
+            + (", not to scale" if broken else ""),
             label=label,
         )
     kinds = styles(report)
@@ -273,6 +282,7 @@ def frontier(
         edge=edge,
         better=_better(frame, font, taken + strokes),
         bent=is_bent,
+        broken=broken,
     )
 
 
@@ -288,15 +298,42 @@ def whiskers(mark: Mark, cap: float) -> list[tuple[Point, Point]]:
     return lines
 
 
+def break_strokes(plot: Frontier, size: float) -> list[tuple[Point, Point]]:
+    """Two slanted strokes through the lower edge and the line of zero, where the x axis breaks."""
+    if plot.broken is None:
+        return []
+    return [
+        ((x - size / 2, y + size), (x + size / 2, y - size))
+        for y in dict.fromkeys((plot.zero, plot.frame.bottom))
+        for x in (plot.broken - size * 0.4, plot.broken + size * 0.4)
+    ]
+
+
 def _ends(bounds: Span | None, scale: Scale) -> Span | None:
     return None if bounds is None else (scale(bounds[0]), scale(bounds[1]))
 
 
-def _x_scale(values: Sequence[float], frame: Box) -> Scale:
-    """Falling perplexity to the right, equal nats at equal distances."""
-    low, high = math.log(min(values)), math.log(max(values))
+def _x_scale(
+    learned: Sequence[float], before: float | None, frame: Box
+) -> tuple[Scale, float | None]:
+    """Falling perplexity to the right, equal nats at equal distances; where the axis breaks."""
+    low, high = math.log(min(learned)), math.log(max(learned))
+    left, broken = frame.left, None
+    if before is not None:
+        least = max(high - low, LEAST_NATS)
+        if math.log(before) - high > FAR * least:
+            left = broken = frame.left + BREAK_AT * (frame.right - frame.left)
+            high = low + least
+        else:
+            low, high = min(low, math.log(before)), max(high, math.log(before))
     pad = max(0.07 * (high - low), 0.02)
-    return Scale(-high - pad, -low + pad, frame.left, frame.right, lambda v: -math.log(v))
+    return Scale(-high - pad, -low + pad, left, frame.right, lambda v: -math.log(v)), broken
+
+
+def _base_x(before: float, scale: Scale, broken: float | None, frame: Box) -> float:
+    if broken is None:
+        return scale(before)
+    return frame.left + BASE_AT * (frame.right - frame.left)
 
 
 def _y_scale(values: Sequence[float], top: float, bottom: float, is_bent: bool) -> Scale:

@@ -25,6 +25,7 @@ from moored.report.figures import (
     Y_TITLE,
     Style,
     arm_numbers,
+    break_strokes,
     frontier,
     styles,
     undrawn,
@@ -101,6 +102,7 @@ def _template() -> jinja2.Template:
         "outline": _outline,
         "path": _path,
         "whiskers": whiskers,
+        "breaks": break_strokes,
     }
     for show in (
         words.ppl,

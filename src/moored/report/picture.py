@@ -23,6 +23,7 @@ from moored.report.figures import (
     Frontier,
     Mark,
     arm_numbers,
+    break_strokes,
     frontier,
     styles,
     undrawn,
@@ -88,6 +89,8 @@ def _draw(axes: Axes, plot: Frontier) -> None:
         _text(axes, tick.at, frame.bottom + 20, tick.text, size=13, color=MUTED, ha="center")
     zero = [plot.zero, plot.zero]
     axes.plot([frame.left, frame.right], zero, color=MUTED, lw=1.1, zorder=2)
+    for (x1, y1), (x2, y2) in break_strokes(plot, plot.font * 0.5):
+        axes.plot([x1, x2], [y1, y2], color=MUTED, lw=1.3, zorder=4)
     _text(axes, frame.left, frame.top - 12, Y_TITLE, size=13.5, color=INK)
     _text(axes, frame.right, frame.bottom + 43, X_TITLE, size=13.5, color=INK, ha="right")
     xs, ys = zip(*plot.edge, strict=True)
