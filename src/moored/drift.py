@@ -19,6 +19,7 @@ from moored.logits import Logits
 from moored.tmkl import Rows, compute_dtype
 
 NUM_CHOICES = 5  # of each model, at a spot
+MOST_PER_GROUP = 2  # of the rows that are looked at closely
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def drift(
     targets: Tensor,
     chunk_tokens: int | None = None,
     num_spots: int = 0,
+    groups: Tensor | None = None,
 ) -> DriftSums:
     """Compare policy and reference at every row.
 
@@ -65,6 +67,7 @@ def drift(
         targets: global ids, [N].
         chunk_tokens: rows at a time; None: a default.
         num_spots: look at as many rows that drift most.
+        groups: [N], of which each has `MOST_PER_GROUP` of these rows at most.
     """
     goal = Objective()
     plain = Objective(mask_target=False)
@@ -109,9 +112,20 @@ def drift(
     found = DriftSums(a, b, c, d, e, f, g)
     if not num_spots or not columns:
         return found
-    most = found.kl.topk(min(num_spots, num_rows)).indices
+    most = _most(found.kl, groups)[:num_spots]
     spots = _choices(logits, hidden[most], reference_hidden[most], most, dtype)
     return replace(found, spots=spots)
+
+
+def _most(drift_N: Tensor, groups_N: Tensor | None) -> Tensor:
+    """Rows by falling drift, few of each group."""
+    order_N = drift_N.argsort(descending=True, stable=True)
+    if groups_N is None:
+        return order_N
+    groups_N = groups_N[order_N]
+    same_NG = groups_N[:, None] == groups_N.unique()
+    place_N = (same_NG.cumsum(0) * same_NG).sum(1)  # within its group, from 1
+    return order_N[place_N <= MOST_PER_GROUP]
 
 
 def _choices(

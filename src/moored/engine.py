@@ -179,7 +179,7 @@ class Engine:
         Args:
             batch: with N targets.
             reference_hidden: the base's final hidden states there, [N, D], if they are known.
-            num_spots: look at as many targets that drift most.
+            num_spots: look at as many targets that drift most, few of each row.
         """
         if reference_hidden is None:
             reference_hidden = self.reference(batch)

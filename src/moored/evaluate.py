@@ -283,7 +283,7 @@ def sample_sums(
                 references.append(reference)
         else:
             reference = references[index]
-        rows = engine.drift(batch, reference, collector.spots_per_batch if collector else 0)
+        rows = engine.drift(batch, reference, collector.num_spots if collector else 0)
         if collector is not None:
             collector.add(batch, rows)
         sums = _by_sample(rows, batch).tolist()

@@ -180,6 +180,7 @@ class Head(nn.Module):
         kl_weights: Tensor | None = None,
         drift: bool = False,
         num_spots: int = 0,
+        groups: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
         """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
 
@@ -200,6 +201,7 @@ class Head(nn.Module):
             kl_weights: [N], a further weight of each row's KL.
             drift: compare policy and reference instead.
             num_spots: with `drift`, look at as many rows that drift most.
+            groups: with `num_spots`, [N], of which each has few of these rows.
 
         Returns:
             Plain `hidden @ weight.T + bias` of the whole vocabulary without `targets`: no cap, no
@@ -212,7 +214,7 @@ class Head(nn.Module):
         if drift:
             if reference_hidden is None:
                 raise ValueError("drift needs reference_hidden")
-            return self.drift(hidden, reference_hidden, targets, num_spots)
+            return self.drift(hidden, reference_hidden, targets, num_spots, groups)
         hidden = hidden.detach()
         num_rows = len(targets)
         groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []
@@ -240,11 +242,16 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def drift(
-        self, hidden: Tensor, reference_hidden: Tensor, targets: Tensor, num_spots: int = 0
+        self,
+        hidden: Tensor,
+        reference_hidden: Tensor,
+        targets: Tensor,
+        num_spots: int = 0,
+        groups: Tensor | None = None,
     ) -> DriftSums:
         """How far the policy is from the reference, row by row; call it through `forward`."""
         return drift(
-            self._logits(), hidden, reference_hidden, targets, self.chunk_tokens, num_spots
+            self._logits(), hidden, reference_hidden, targets, self.chunk_tokens, num_spots, groups
         )
 
     def _all_columns(self, logits_v: Tensor) -> Tensor:

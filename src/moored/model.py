@@ -114,7 +114,7 @@ class PolicyModel(nn.Module):
             reference_hidden: the base's final hidden states at the targets, [N, D].
             loss: if given, compute the loss.
             drift: if true, compare policy and reference instead.
-            num_spots: with `drift`, look at as many targets that drift most.
+            num_spots: with `drift`, look at as many targets that drift most, few of each row.
             generate: if given, arguments of Hugging Face's `generate`; `batch` is ignored.
 
         Returns:
@@ -133,7 +133,12 @@ class PolicyModel(nn.Module):
         if drift:
             assert reference_hidden is not None
             return self.head(
-                hidden, reference_hidden, batch.targets, drift=True, num_spots=num_spots
+                hidden,
+                reference_hidden,
+                batch.targets,
+                drift=True,
+                num_spots=num_spots,
+                groups=batch.target_index // batch.input_ids.shape[1],
             )
         if loss is None:
             return hidden

@@ -6,6 +6,7 @@ Nothing is measured or drawn here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from moored.answers import Answered
 from moored.config import Config
@@ -44,20 +45,20 @@ def to_report(
     *,
     base_answered: Answered | None,
     num_prompts: int,
-    foreign: bool = False,
+    trained_by: Config | None,
     scale: float | None = None,
 ) -> Report:
     """The figures of one adapter as a report with one arm.
 
     Args:
-        config: the recipe.
+        config: the recipe that it is measured by.
         source: the base's files.
         name: the arm's.
         after: measured with the adapter; it holds the base's figures beside the policy's.
         training: what training cost.
         base_answered: what the base's answers amount to.
         num_prompts: prompts behind the exact match.
-        foreign: the adapter is not of this recipe, which says only how it is measured.
+        trained_by: the recipe that made the adapter; None where that is not known.
         scale: factor of what the adapter adds; None: as trained.
     """
     texts, task = after.retention, after.adaptation
@@ -88,17 +89,8 @@ def to_report(
         last_word_tallies=base_words,
     )
     blocks = {name: text.blocks for name, text in texts.items()}
-    regularizer, budget = config.regularizer, config.regularizer.budget
-    divergent = regularizer.is_divergent and not foreign
-    budgeted = budget is not None and not foreign and scale is None  # its verdict is of scale 1
     arm = ArmResult(
-        kind="adapter" if foreign else regularizer.kind,
-        weight=None if foreign else training.weight or regularizer.kl_weight,
-        direction=regularizer.direction if divergent else None,
-        temperature=regularizer.temperature if divergent else None,
-        seed=None if foreign else config.train.seed,
-        setting=None if foreign else config.setting(),
-        adapter=None if foreign else config.adapter.family,
+        **_identity(config, trained_by, training, scale),
         adaptation_ppl=task.policy_ppl if task else None,
         adaptation_exact_match=exact.share if exact else None,
         retention_ppl=policy_ppl,
@@ -117,10 +109,6 @@ def to_report(
         drift_alternatives_nats_per_token={n: text.alternatives for n, text in texts.items()},
         adaptation_blocks=task.blocks if task else None,
         retention_blocks=blocks,
-        budget=budget.in_words() if budget is not None and budgeted else None,
-        budget_lost=training.budget_lost if budgeted else None,
-        budget_held=training.budget_held if budgeted else None,
-        budget_watched=config.budget_watched() if budgeted else [],
         where=dict(after.where),
         instruction_following=followed.constraints.share if followed else None,
         instruction_prompts_followed=followed.prompts.share if followed else None,
@@ -128,4 +116,31 @@ def to_report(
         instruction_tally=followed.constraints if followed else None,
         last_word_tallies=last_words,
     )
-    return Report(base=base, arms={name: arm}, settings=settings_of(config))
+    return Report(base=base, arms={name: arm}, settings=settings_of(trained_by or config))
+
+
+def _identity(
+    measured_by: Config, trained_by: Config | None, training: Training, scale: float | None
+) -> dict[str, Any]:
+    """Fields of `ArmResult` that say what the adapter is, and what came of its budget."""
+    if trained_by is None:
+        return {"kind": "adapter", "weight": None}
+    regularizer = trained_by.regularizer
+    found: dict[str, Any] = {
+        "kind": regularizer.kind,
+        "weight": training.weight or regularizer.kl_weight,
+        "seed": trained_by.train.seed,
+        "setting": trained_by.setting(),
+        "adapter": trained_by.adapter.family,
+    }
+    if regularizer.is_divergent:
+        found |= {"direction": regularizer.direction, "temperature": regularizer.temperature}
+    if regularizer.budget is not None and scale is None:  # its verdict is of scale 1
+        texts = measured_by.model_copy(update={"regularizer": regularizer})
+        found |= {
+            "budget": regularizer.budget.in_words(),
+            "budget_lost": training.budget_lost,
+            "budget_held": training.budget_held,
+            "budget_watched": texts.budget_watched(),
+        }
+    return found

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from moored.batch import Batch
-from moored.drift import DriftSums
+from moored.drift import MOST_PER_GROUP, DriftSums
 from moored.mesh import Mesh
 from moored.report import Choice, Spot, Stretch, TokenDrift, Where
 
 EDGES = (16, 64, 256)  # tokens of context that part the stretches
 CONTEXT_TOKENS = 24
 MOST_TOKENS = 12
-MOST_PER_SAMPLE = 2
-SPOTS_PER_BATCH = 4
 
 
 @dataclass(slots=True)
@@ -42,12 +40,11 @@ class Collector:
     """Adds up the drift of one text on this rank.
 
     Args:
-        num_spots: examples to keep.
+        num_spots: examples to keep, and to look at in each batch: so the batches do not matter.
     """
 
     def __init__(self, num_spots: int):
         self.num_spots = num_spots
-        self.spots_per_batch = SPOTS_PER_BATCH if num_spots else 0
         self._stretches: Counter[int] = Counter()
         self._stretch_drift: Counter[int] = Counter()
         self._tokens: Counter[int] = Counter()
@@ -149,7 +146,7 @@ def _worst(spots: list[_Found], most: int) -> list[_Found]:
     kept: list[_Found] = []
     per_sample: Counter[str] = Counter()
     for spot in sorted(spots, key=lambda spot: (-spot.drift, spot.sample, len(spot.context))):
-        if per_sample[spot.sample] < MOST_PER_SAMPLE and len(kept) < most:
+        if per_sample[spot.sample] < MOST_PER_GROUP and len(kept) < most:
             per_sample[spot.sample] += 1
             kept.append(spot)
     return kept

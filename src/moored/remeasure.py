@@ -38,6 +38,7 @@ class Target:
     Attributes:
         adapter: its folder.
         config: the recipe to measure it by.
+        trained_by: the recipe that made it; None for an adapter from elsewhere.
         name: of the arm in the report.
         run: the run that made it; None for an adapter from elsewhere.
         folder: of the report.
@@ -45,6 +46,7 @@ class Target:
 
     adapter: Path
     config: Config
+    trained_by: Config | None
     name: str
     run: RunDirectory | None
     folder: Path
@@ -137,8 +139,20 @@ def _open(
                 "base, which data and which retention texts"
             )
         config = load_config(source, list(overrides))
-        name = labels[path] if run is None else _arm_name(run, config)
-        opened.append(Target(adapter=adapter, config=config, name=name, run=run, folder=folder))
+        trained_by = None if run is None else load_config(run.config)
+        name = labels[path]
+        if run is not None and trained_by is not None:
+            name = _arm_name(run, trained_by)
+        opened.append(
+            Target(
+                adapter=adapter,
+                config=config,
+                trained_by=trained_by,
+                name=name,
+                run=run,
+                folder=folder,
+            )
+        )
     return opened
 
 
@@ -213,7 +227,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
             Training(**training),
             base_answered=base_answered,
             num_prompts=len(suite.prompts),
-            foreign=target.run is None,
+            trained_by=target.trained_by,
             scale=None if scale == 1.0 else scale,
         )
         for scale, after in measured.items()

@@ -375,6 +375,7 @@ def _report(run: Run, name: str, after: Evaluation, training: Training) -> None:
         training,
         base_answered=run.base_answered,
         num_prompts=len(run.suite.prompts),
+        trained_by=run.config,
     )
     write(report, run.directory.report, curves={name: metrics(run.directory.path)})
     run.tracker.artifact(run.directory.report, "report")

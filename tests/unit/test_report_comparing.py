@@ -14,7 +14,7 @@ from moored.report.choosing import choose, recommendations
 from moored.report.comparing import increase_interval, settings, yardstick
 from moored.report.tables import change, row, versus
 from moored.report.terminal import plain
-from report_cases import arm, base, measured, report_of
+from report_cases import CORPORA, arm, base, measured, report_of
 
 
 def title(*arms) -> str:
@@ -102,13 +102,58 @@ def test_worst_corpora_that_differ_are_drawn_apart():
     other = measured("tmkl", 1.05, 26.2, 4.5, seed=1)
     assert other.worst() == ("base-samples", pytest.approx(100 * (4.5 / 4.2 - 1)))
     found = details(PLAIN, other)[2]
-    assert "(base-samples against python-reference)" in found
+    assert "(base-samples against python-reference, not paired)" in found
     assert "and forgot less" in title(PLAIN, other)
+
+
+def test_arms_are_compared_on_the_texts_that_all_of_them_have():
+    # Plain fine-tuning lost most on a text that the other arm was never measured on.
+    plain, ours = measured("none", 1.05, 45.0, 4.3), measured("tmkl", 1.05, 27.0, 4.4)
+    first, second = CORPORA
+    lacks = replace(
+        ours,
+        **{
+            name: {second: getattr(ours, name)[second]}
+            for name in ("retention_ppl", "retention_increase_pct", "retention_blocks")
+        },
+    )
+    report = report_of(plain, lacks)
+    said = headline(report)
+    assert "forgot more" in said.title
+    assert "+4.8\u00a0% against +2.4\u00a0% at worst" in said.title
+    assert first not in " ".join(said.details)
+    assert any(f"Not every arm was measured on {first}" in line for line in caveats(report))
+    choice, _ = recommendations(report)
+    assert choice is not None
+    assert choice.most_forgot == pytest.approx(100 * (4.4 / 4.2 - 1))
+    nowhere = replace(
+        lacks, retention_ppl={"x": 2.0}, retention_increase_pct={"x": 1.0}, retention_blocks={}
+    )
+    report = report_of(plain, nowhere)
+    assert "what was forgotten was not measured" in headline(report).title
+    assert any("No retention corpus was measured for every arm" in x for x in caveats(report))
+
+
+def test_a_sweep_over_anything_has_a_recommendation_in_words():
+    arms = [measured("tmkl", 1.05 + i / 10, 30.0 - i, 4.3, setting=f"digest-{i}") for i in range(3)]
+    choice, lines = recommendations(report_of(*arms))
+    assert choice is not None
+    assert len(lines) == 1
+    assert "Of 3 settings" in lines[0]
+
+
+def test_learning_nothing_is_no_verdict_where_the_difference_is_unclear():
+    noisy = {"noise": 1.2}
+    report = report_of(
+        measured("none", 11.0, 27.0, 4.3), measured("tmkl", 12.0, 26.5, 4.25, seed=3, **noisy)
+    )
+    assert "learned nothing that can be told from chance where" not in headline(report).title
 
 
 def test_without_blocks_figures_decide_and_a_caveat_says_so():
     old = report_of(arm("none", 1.05, 30.0, 4.6), arm("tmkl", 1.2, 27.0, 4.25))
     assert "learned less than plain fine-tuning but forgot less" in headline(old).title
+    assert headline(old).title.endswith("; no interval says how sure that is.")
     said = caveats(old)
     assert "no interval can be given" in said[0]
     assert "nothing here is a claim of significance" in said[0]

@@ -190,7 +190,9 @@ def _public_paths(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key: public(item) if key == "path" and isinstance(item, str) else _public_paths(item)
+        key: public(item)
+        if key in ("path", "hub") and isinstance(item, str)
+        else _public_paths(item)
         for key, item in value.items()
     }
 

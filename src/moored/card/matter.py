@@ -23,7 +23,7 @@ def front_matter(card: Card) -> str:
     values: dict[str, Any] = {
         "base_model": hub,
         "base_model_relation": relation if hub else None,
-        "datasets": [s.hub for s in (card.data.sources if card.data else ()) if s.hub],
+        "datasets": _datasets(card),
         "library_name": "peft" if is_adapter else "transformers",
         "license": card.base.license,
         "pipeline_tag": "text-generation",
@@ -32,3 +32,9 @@ def front_matter(card: Card) -> str:
     values = {key: value for key, value in values.items() if value}
     # One line per value: a line that is nothing but dashes would end the front matter.
     return f"---\n{yaml.safe_dump(values, width=10**6, allow_unicode=True)}---\n"
+
+
+def _datasets(card: Card) -> list[str]:
+    """On the hub, each once: what was trained on, and what was replayed."""
+    sources = (*card.data.sources, *card.data.replayed) if card.data else ()
+    return list(dict.fromkeys(source.hub for source in sources if source.hub))

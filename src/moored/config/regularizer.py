@@ -52,6 +52,8 @@ class Budget(Section):
         """What may be lost, of which text."""
         probe = self.probe
         text = Path(probe.path).name if probe.path else probe.hub or probe.builtin
+        if probe.hub and (Path(probe.hub).is_absolute() or probe.hub.startswith(("~", "."))):
+            text = Path(probe.hub).name  # a folder: whose it is is nobody's business
         return f"{self.limit:g} {self.unit} on {text}"
 
     @property

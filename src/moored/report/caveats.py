@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from moored.report.bootstrap import FEWEST_BLOCKS, FEWEST_SEEDS, NUM_RESAMPLES
 from moored.report.budgets import watched
-from moored.report.comparing import Setting, settings
+from moored.report.comparing import Setting, settings, shared_corpora
 from moored.report.results import Report
 from moored.report.words import clean, count
 
@@ -59,6 +59,15 @@ def caveats(report: Report) -> list[str]:
             f"Instructions followed: {count(full)} constraints in {count(prompts)} prompts, so one "
             f"constraint is {100 / max(1, full):.1f} points; form only, not whether answers are "
             "right."
+        )
+    shared = shared_corpora(report)
+    if apart := [corpus for corpus in report.corpora if corpus not in shared]:
+        names = ", ".join(clean(corpus, 40) for corpus in apart)
+        result.append(
+            f"Not every arm was measured on {names}: what they forgot is compared on the others."
+            if shared
+            else "No retention corpus was measured for every arm: what they forgot is not "
+            "compared, and the plot shows each at its own worst."
         )
     if len({arm.num_steps for arm in report.arms.values()}) > 1:
         result.append("The arms did not train for the same number of steps.")

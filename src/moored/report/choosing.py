@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moored.report import bootstrap
-from moored.report.comparing import Setting, settings
+from moored.report.comparing import Setting, on_shared_corpora, settings
 from moored.report.results import Report
 from moored.report.words import clean, kind_name, percent
 
@@ -112,13 +112,13 @@ def _agreement(groups: Sequence[Setting], best: int) -> float | None:
 
 def recommendations(report: Report) -> tuple[Choice | None, list[str]]:
     """The setting to take of all, and a line on it and on every adapter measured at scales."""
-    every, before = settings(report), report.base.adaptation_ppl
+    every, before = settings(on_shared_corpora(report)), report.base.adaptation_ppl
     kept = [group for group in every if not any(arm.budget_held is False for arm in group.runs)]
     groups = kept or every  # who broke a budget is not recommended, unless all did
     families: dict[tuple[object, ...], list[Setting]] = {}
     for group in groups:
         one = group.first
-        key = (one.kind, one.weight, one.direction, one.temperature, one.adapter)
+        key = (one.setting, one.kind, one.weight, one.direction, one.temperature, one.adapter)
         families.setdefault((*key, *(arm.seed for arm in group.runs)), []).append(group)
     choice = choose(groups, before)
     lines: list[str] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moored.report import bootstrap
@@ -126,6 +126,31 @@ def settings(report: Report) -> list[Setting]:
             ordered = sorted(arms.items(), key=lambda item: item[1].seed or 0)
             result.append(Setting(arms=dict(ordered)))
     return sorted(result, key=lambda setting: min(order.index(name) for name in setting.arms))
+
+
+def shared_corpora(report: Report) -> list[str]:
+    """The retention corpora of every arm that has any: only on these are they compared."""
+    known = [list(a.retention_increase_pct) for a in report.arms.values() if a.retention_ppl]
+    return [name for name in known[0] if all(name in other for other in known)] if known else []
+
+
+def on_shared_corpora(report: Report) -> Report:
+    """The report with the rises of `shared_corpora` alone, so that `worst` is of the same texts."""
+    shared = shared_corpora(report)
+    if all(set(arm.retention_increase_pct) <= set(shared) for arm in report.arms.values()):
+        return report
+    arms = {
+        name: replace(
+            arm,
+            retention_increase_pct={
+                corpus: rise
+                for corpus, rise in arm.retention_increase_pct.items()
+                if corpus in shared
+            },
+        )
+        for name, arm in report.arms.items()
+    }
+    return replace(report, arms=arms)
 
 
 def setting_of(arm: ArmResult) -> tuple[object, ...]:

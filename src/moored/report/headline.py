@@ -18,6 +18,7 @@ from moored.report.comparing import (
     Setting,
     forgot_more_at_worst,
     learned_more,
+    on_shared_corpora,
     settings,
 )
 from moored.report.results import ArmResult, Report
@@ -48,6 +49,7 @@ def headline(report: Report) -> Headline:
     known. Several settings of one kind are compared by their whole ranges, so that one lucky arm of
     many cannot make the headline. Which setting to take stands in a line of its own.
     """
+    report = on_shared_corpora(report)
     focus, plain, rest = compared(report)
     shown = [focus, *([plain] if plain else [])]
     before = report.base.adaptation_ppl
@@ -239,9 +241,8 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
             return f"Neither {focus.name} nor {plain.name} learned: {_drops(before, learned)}."
         learned_order = _learned_order(focus, plain)
         bad_learning = learned_order == 1
-        if nothing[0]:
+        if nothing[0] and learned_order == 1:
             learning, bad_learning = f"{nothing[0]} where {plain.name} learned", True
-            learned_order = 1
         elif learned_order == _UNCLEAR:
             learning = f"cannot be told apart from {plain.name} in what it learned"
         else:
@@ -256,8 +257,13 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
             forgetting = f"forgot {_FORGOT[forgot_order]}"
         both = f"{_shown(forgot[0], percent)} against {_shown(forgot[1], percent)} at worst"
         figures = f": retention perplexity {both}"
-        if forgot[1][1] <= SAME_INCREASE_POINTS and forgot_order != 1:
+        found = plain.forgot_interval
+        little = forgot[1][1] <= SAME_INCREASE_POINTS
+        little = little and not (found and found.high > SAME_INCREASE_POINTS)
+        if little and forgot_order != 1:
             figures += "; there was next to nothing to protect"
+    if _unsure(focus, plain, {learned_order, forgot_order}):
+        figures += "; no interval says how sure that is"
     if learning and forgetting:
         if learned_order == forgot_order == _UNCLEAR:
             neither = "neither in what it learned nor in what it forgot"
@@ -274,16 +280,29 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
     return f"{focus.subject} and {plain.name}: too little was measured to compare them."
 
 
+def _unsure(focus: Group, plain: Group, orders: set[int | None]) -> bool:
+    """Whether one setting is said to be above or below another by the bare figures."""
+    if not focus.single or not plain.single or not orders & {1, -1}:
+        return False
+    one, other = focus.single, plain.single
+    return bool(
+        (focus.learned and plain.learned and learned_more(one, other) is None)
+        or (focus.forgot and plain.forgot and forgot_more_at_worst(one, other) is None)
+    )
+
+
 def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
     reached = " and ".join(_shown(span, ppl) for span in learned if span)
     return f"adaptation perplexity {ppl(before)} → {reached}"
 
 
 def _learned_order(focus: Group, plain: Group) -> int | None:
-    if focus.single and plain.single and (found := learned_more(focus.single, plain.single)):
-        # As far below as above: in nats.
-        least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
-        return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
+    if focus.single and plain.single:
+        found = learned_more(focus.single, plain.single)
+        if found:
+            # As far below as above: in nats.
+            least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
+            return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
     assert focus.learned is not None
     assert plain.learned is not None
     return _order(focus.learned, plain.learned, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
@@ -326,11 +345,12 @@ def _differences(focus: Group, plain: Group) -> list[str]:
     if found := learned_more(focus.single, plain.single):
         said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
     if found := forgot_more_at_worst(focus.single, plain.single):
-        where = " against ".join(
-            dict.fromkeys(clean(s.worst[0], 32) for s in (focus.single, plain.single) if s.worst)
+        where = dict.fromkeys(
+            clean(s.worst[0], 32) for s in (focus.single, plain.single) if s.worst
         )
         by = f"{points(found.value)} {bounds(found.low, found.high)}"
-        said.append(f"retention perplexity at worst {by} ({where})")
+        apart = ", not paired" if len(where) > 1 else ""
+        said.append(f"retention perplexity at worst {by} ({' against '.join(where)}{apart})")
     if not said:
         return []
     seeds = min(len(focus.arms), len(plain.arms)) >= FEWEST_SEEDS

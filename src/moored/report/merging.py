@@ -40,6 +40,7 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
             base,
             retention_ppl=_union(base.retention_ppl, other.base.retention_ppl),
             num_tokens=_union(base.num_tokens, other.base.num_tokens),
+            last_word_accuracy=_union(base.last_word_accuracy, other.base.last_word_accuracy),
             last_word_tallies=_union(base.last_word_tallies, other.base.last_word_tallies),
             lm_eval=_union(base.lm_eval, other.base.lm_eval),
             **{
@@ -64,15 +65,20 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
     return Report(base=base, arms=merged, settings=settings)
 
 
-_BASE_FIGURES = (
+# Of these two measurements of one base agree; of its answers not, since rounding may flip a greedy
+# choice: the first report's are taken.
+_SAME_FIGURES = (
     "adaptation_ppl",
-    "adaptation_exact_match",
     "num_adaptation_tokens",
     "num_adaptation_prompts",
-    "instruction_following",
-    "instruction_prompts_followed",
     "num_instructions",
     "num_instruction_prompts",
+)
+_BASE_FIGURES = (
+    *_SAME_FIGURES,
+    "adaptation_exact_match",
+    "instruction_following",
+    "instruction_prompts_followed",
     "exact_match_tally",
     "instruction_tally",
 )
@@ -85,7 +91,7 @@ def _union(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 def _require_same_base(one: BaseResult, other: BaseResult, first: str, second: str) -> None:
     pairs: dict[str, tuple[Any, Any]] = {
         name: (getattr(one, name), getattr(other, name))
-        for name in ("model", "revision", "quantization", *_BASE_FIGURES)
+        for name in ("model", "revision", "quantization", *_SAME_FIGURES)
     }
     for name in ("retention_ppl", "num_tokens"):
         mine, theirs = getattr(one, name), getattr(other, name)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 from moored.report import words
-from moored.report.comparing import Setting, settings
+from moored.report.comparing import Setting, on_shared_corpora, settings, shared_corpora
 from moored.report.results import Report
 
 Span = tuple[float, float]
@@ -57,7 +57,8 @@ class Placed:
 def spots_of(report: Report) -> list[Placed]:
     """The settings that can be drawn; of one with a broken run, its other runs alone."""
     result: list[Placed] = []
-    for group in settings(report):
+    # Without a text in common each stands at its own worst: the caveats say so.
+    for group in settings(on_shared_corpora(report) if shared_corpora(report) else report):
         whole = _placed(group)
         alone = [_placed(Setting(arms={name: arm})) for name, arm in group.arms.items()]
         result += [spot for spot in ([whole] if whole else alone) if spot]
