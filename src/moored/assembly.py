@@ -18,6 +18,7 @@ from moored.base import Located, locate
 from moored.batch import Batch
 from moored.budget import Controller
 from moored.config import Config
+from moored.config.regularizer import WEIGHTED
 from moored.data import Ahead, TrainStream, check_data, load_samples
 from moored.engine import Engine
 from moored.errors import UserError
@@ -71,11 +72,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     stream = TrainStream(config, located.tokenizer, samples)
     suite = build_suite(config, located, mesh)
     num_steps = stream.total_steps()
-    if config.optim.warmup_steps >= num_steps:
-        raise UserError(
-            f"optim.warmup_steps={config.optim.warmup_steps}, but the run has {num_steps} steps, "
-            "so the learning rate would never reach its peak: lower it, or train longer"
-        )
+    _require_length(config, num_steps)
     regularizer = config.regularizer
     replay = None
     if regularizer.kind == "replay":
@@ -123,6 +120,22 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     return one
 
 
+def _require_length(config: Config, num_steps: int) -> None:
+    """Refuse what a run of so many steps would never reach; of `train.steps` the recipe knows."""
+    regularizer = config.regularizer
+    held = regularizer.kind in WEIGHTED and regularizer.budget is None
+    for key, first, what in (
+        ("optim.warmup_steps", config.optim.warmup_steps + 1, "the learning rate's peak"),
+        ("regularizer.warmup_steps", held * (regularizer.warmup_steps + 1), "its weight"),
+        ("regularizer.every", regularizer.is_divergent * regularizer.every, "its first step"),
+    ):
+        if first > num_steps:
+            raise UserError(
+                f"{key}: the run has {num_steps} steps, so it would never reach {what}: lower it, "
+                "or train longer"
+            )
+
+
 def _controller(config: Config, num_steps: int) -> Controller | None:
     """Of the recipe's budget; says so where it will measure too seldom."""
     budget = config.regularizer.budget
@@ -138,7 +151,15 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
             num_steps,
             max(1, num_steps // 20),
         )
-    return Controller(budget, config.regularizer.weight)
+    controller = Controller(budget, config.regularizer.weight)
+    if controller.weight != config.regularizer.weight:
+        log.warning(
+            "regularizer.weight=%g is outside the bounds of its budget: it starts at %g; see "
+            "budget.min_weight and max_weight",
+            config.regularizer.weight,
+            controller.weight,
+        )
+    return controller
 
 
 def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:

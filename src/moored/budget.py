@@ -85,11 +85,12 @@ class Controller:
         )
         if self.is_held:
             return f"the budget was held: {says}"
-        at_most = " (the greatest)" if self.acted == budget.max_weight else ""
+        greatest = self.acted == budget.max_weight
+        at_most = " (the greatest)" if greatest else ""
+        start = "budget.max_weight" if greatest else "regularizer.weight, where it starts"
         return (
-            f"the budget was broken: {says}{at_most}: lower optim.learning_rate, raise "
-            "regularizer.weight or budget.max_weight, measure more often (budget.every), or allow "
-            "more"
+            f"the budget was broken: {says}{at_most}: lower optim.learning_rate, raise {start}, "
+            "measure more often (budget.every), or allow more"
         )
 
     def outcome(self) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def _chain(mass, ratio, kl, mass_b, ratio_b, kl_b, DIRECTION: tl.constexpr):
     KL(q || p) = sum_i Q_i KL_i + KL(Q || P) over the sets' masses P and Q.
     """
     some, gap = mass_b > float("-inf"), mass_b - mass
+    ratio = tl.where(mass > float("-inf"), ratio, ratio_b)  # of nothing: as the second's
     gap = tl.where(mass > float("-inf"), gap, float("inf"))
     gap = tl.where(some, gap, float("-inf"))
     step = tl.where(some, ratio_b - ratio, 0.0)
@@ -103,8 +104,9 @@ def _chain(mass, ratio, kl, mass_b, ratio_b, kl_b, DIRECTION: tl.constexpr):
     q_b, q_a = _sigmoid(gap + step), _sigmoid(-gap - step)
     near = tl.abs(step) <= 0.5
     small = tl.where(near, step, 0.0)
-    least = tl.exp(-tl.abs(step))
-    wide = tl.maximum(step, 0.0) + tl.log(tl.where(step > 0, p_b + p_a * least, p_a + p_b * least))
+    # log(P_a + P_b e^step), by logarithms: either share may underflow.
+    log_both = _log1p(tl.exp(-tl.abs(gap)))
+    wide = _log_add(-tl.maximum(gap, 0.0) - log_both, -tl.maximum(-gap, 0.0) - log_both + step)
     shift = tl.where(near, _log1p(p_b * (small + _h(small))), wide)
     d_b = step - shift
     _, forward_a, reverse_a = _contrast_terms(p_a, q_a, -shift)

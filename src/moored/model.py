@@ -198,8 +198,9 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
     batch = probe_batch(vocab_size, mesh.device)
     pristine = _pristine_hidden(causal_lm, batch, dtype)
-    if config.data.packing:
-        _require_isolation(causal_lm, batch, pristine, dtype, vocab_size)
+    if config.data.packing or config.model.attention == "flash_attention_2":  # rows of several
+        option = "data.packing" if config.data.packing else "model.attention"
+        _require_isolation(causal_lm, batch, pristine, dtype, vocab_size, option)
     if adapter is None:
         label = f"{config.adapter.family} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
@@ -255,7 +256,12 @@ def _pristine_hidden(causal_lm: nn.Module, batch: Batch, dtype: torch.dtype) -> 
 
 
 def _require_isolation(
-    causal_lm: Any, batch: Batch, pristine: torch.Tensor, dtype: torch.dtype, vocab_size: int
+    causal_lm: Any,
+    batch: Batch,
+    pristine: torch.Tensor,
+    dtype: torch.dtype,
+    vocab_size: int,
+    option: str,
 ) -> None:
     """Change the first packed sample; the second one's hidden states must not move."""
     ids = batch.input_ids.clone()
@@ -265,8 +271,9 @@ def _require_isolation(
     first, second = (moved - pristine).float().abs().amax(dim=1).split(4)
     if second.max() > 1e-3 * pristine.float().abs().max() or not first.max() > 0:
         raise UserError(
-            f"data.packing: {type(causal_lm).__name__} lets packed samples see each other "
-            f"(attention {causal_lm.config._attn_implementation}): set data.packing: false"
+            f"{option}: {type(causal_lm).__name__} lets packed samples see each other (attention "
+            f"{causal_lm.config._attn_implementation}): set data.packing to false, and "
+            "model.attention not to flash_attention_2, which packs them always"
         )
 
 

@@ -124,7 +124,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Fields of `ArmResult` that say what the adapter is, and what came of its budget."""
     if trained_by is None:
-        return {"kind": "adapter", "weight": None}
+        return {"kind": "adapter", "weight": None, "seed": None}
     regularizer = trained_by.regularizer
     found: dict[str, Any] = {
         "kind": regularizer.kind,

@@ -19,7 +19,7 @@ from moored.adapters import require_scale, scaled
 from moored.base import locate
 from moored.config import Config, load_config
 from moored.engine import Engine, leave
-from moored.errors import UserError
+from moored.errors import TrainingRefusedError, UserError
 from moored.evaluate import Evaluation, build_suite, evaluate
 from moored.mesh import Mesh, degree_for, start_mesh
 from moored.model import load_policy
@@ -247,6 +247,17 @@ def _write(target: Target, report: Report, *, at_scales: bool) -> None:
     write(report, target.folder, curves=curves)
     run = target.run
     if run is not None and not at_scales and run.state().get("status") == "evaluation_failed":
-        run.update_state(status="done", reason=None)  # this was what it lacked
+        _finish(run, target.trained_by)  # this was what it lacked
     show(report, sys.stdout)
     print(f"report in {target.folder}")
+
+
+def _finish(run: RunDirectory, trained_by: Config | None) -> None:
+    """How the run would have ended, had its evaluation not failed."""
+    budget = trained_by.regularizer.budget if trained_by else None
+    broken = run.state().get("training", {}).get("budget_held") is False
+    if budget is not None and broken and budget.when_broken == "stop":
+        code = TrainingRefusedError.exit_code
+        run.update_state(status="refused", reason="the budget was broken", exit_code=code)
+    else:
+        run.update_state(status="done", reason=None, exit_code=0)

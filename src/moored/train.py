@@ -186,7 +186,8 @@ def _steer(run: Run) -> None:
     assert rise is not None
     controller.update(found.kl if controller.budget.by_drift else rise)
     run.tracker.metrics(run.step, measures.of_budget(controller))
-    if controller.is_lost and controller.budget.when_broken == "stop":
+    ended = run.step == run.num_steps  # then it is exported and reported before it is refused
+    if controller.is_lost and not ended and controller.budget.when_broken == "stop":
         _save(run)
         raise TrainingRefusedError(f"{controller.verdict(run.step)}; the last step is saved")
 

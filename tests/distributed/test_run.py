@@ -135,6 +135,13 @@ def scaling(folder: Path) -> None:
     trained = report(path)["arms"]["tmkl"]
     remeasure.run_command([str(path)], scales=[1.0, 0.5, 1e-9])
     assert report(path)["arms"] == {"tmkl": trained}  # the run's own report stays
+    # By another recipe: what trained it is still its own.
+    other = recipe_of(folder, "regularizer.kind=none", train={"seed": 9})
+    (folder / "other.yaml").write_text(other.dump_yaml())
+    remeasure.run_command([str(path)], recipe=folder / "other.yaml", out=folder / "other")
+    again = json.loads((folder / "other/report.json").read_text())["arms"]
+    own = ("kind", "weight", "seed", "setting", "adapter", "direction")
+    assert [again["tmkl"][key] for key in own] == [trained[key] for key in own]
     scales = json.loads((path / "scales/report.json").read_text())
     arms, base = scales["arms"], scales["base"]
     assert {name: arm["scale"] for name, arm in arms.items()} == {
@@ -197,7 +204,7 @@ def failing_to_evaluate(folder: Path) -> None:
     (run / "report/report.json").write_text("")  # as a crash may leave it
     assert (run / "adapter/adapter_model.safetensors").exists()
     remeasure.run_command([str(run)])  # what the error says
-    assert state(run)["status"] == "done"
+    assert (state(run)["status"], state(run)["exit_code"]) == ("done", 0)
     [(name, arm)] = report(run)["arms"].items()
     assert (name, arm["num_steps"]) == ("tmkl", 4)
     assert arm["tokens_per_second"] > 0
@@ -279,7 +286,7 @@ def over_budget(folder: Path) -> None:
     budget = budget.replace("FOX", str(folder / "fox.txt"))
     text = f"regularizer.budget={budget}"
     optim = {"learning_rate": 0.05}
-    config = recipe_of(folder, text, "regularizer.weight=1", optim=optim, train={"steps": 20})
+    config = recipe_of(folder, text, "regularizer.weight=0.01", optim=optim, train={"steps": 20})
     # Given up as soon as the greatest weight has been too little three times in a row.
     with pytest.raises(TrainingRefusedError, match=r"broken: after step \d+ .*last step is saved"):
         train.run(config)
@@ -314,6 +321,14 @@ def over_budget(folder: Path) -> None:
         file.truncate(100)
     with pytest.raises(UserError, match="is not as it was written: copy it again from"):
         export(run, folder / "again")
+
+    # Given up at the last step: the same.
+    last = [text, "name=last", "regularizer.weight=0.01", "train.steps=3"]
+    with pytest.raises(TrainingRefusedError, match=r"after step 3 .*the adapter is in"):
+        train.run(recipe_of(folder, *last, optim=optim))
+    run = config.output.dir / "last"
+    assert (run / "adapter/adapter_model.safetensors").exists()
+    assert report(run)["arms"]["tmkl"]["budget_held"] is False
 
     # Or goes on, if the recipe says so.
     on = [late[0].replace("every", "when_broken: continue, every"), "name=on", late[2]]
@@ -434,7 +449,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path):
 
 def with_an_endless_warm_up(folder: Path) -> None:
     config = recipe_of(folder, train={"steps": None, "epochs": 1.0}, optim={"warmup_steps": 1000})
-    with pytest.raises(UserError, match=r"warmup_steps=1000, but the run has 4 steps"):
+    with pytest.raises(UserError, match=r"warmup_steps: the run has 4 steps, so it would never"):
         train.run(config)
 
 

@@ -17,7 +17,7 @@ from moored.data import TrainStream, load_samples
 from moored.errors import UserErrors
 from moored.model import LossArguments, PolicyModel, load_policy
 from moored.reference import adapters_off
-from moored.step import weight_at
+from moored.step import needs_kl, weight_at
 from tiny import ALONE, tiny_recipe, write_recipe, write_text
 
 
@@ -225,6 +225,28 @@ def test_replayed_rows_come_beside_each_batch(tmp_path):
         ),
         (
             [
+                "regularizer.budget={retention_increase_pct: 1, "
+                "probe: {path: TRAINED, domain_field: d, domain: law}}"
+            ],
+            "regularizer.budget.probe: is also in data.train",
+        ),
+        (
+            [
+                "regularizer.budget={retention_increase_pct: 1, "
+                "probe: {path: a.jsonl, domain_field: d}}"
+            ],
+            "budget.probe.domain_field: a probe is one text: name one of its domains",
+        ),
+        (
+            ["regularizer.warmup_steps=4"],
+            "regularizer.warmup_steps: 4 is not less than train.steps 4",
+        ),
+        (
+            ["regularizer.budget={retention_increase_pct: 1}", "regularizer.end_ratio=0.1"],
+            "regularizer.end_ratio: would be ignored",
+        ),
+        (
+            [
                 "compare=[{kind: none}, {kind: replay, replay: [{path: old.txt}], "
                 "budget: {retention_increase_pct: 1, probe: {path: old.txt}}}]"
             ],
@@ -238,3 +260,26 @@ def test_what_makes_no_sense_is_refused_in_a_line(tmp_path, overrides, says):
         config_of(tmp_path, *(override.replace("TRAINED", trained) for override in overrides))
     assert any(says in problem for problem in caught.value.problems), caught.value.problems
     assert len(caught.value.problems) == 1
+
+
+def test_what_an_arm_does_not_take_over_is_no_fault_of_its_own(tmp_path):
+    arms = "compare=[{kind: none}, {budget: {retention_increase_pct: 3}}]"
+    config = config_of(tmp_path, "regularizer.schedule=linear", "regularizer.end_ratio=0.1", arms)
+    assert [arm.schedule for arm in config.compare] == ["constant", "constant"]
+
+
+def test_asft_without_its_kl_is_dft_and_needs_no_reference(tmp_path):
+    regularizer = config_of(tmp_path, "regularizer.kind=asft", "regularizer.weight=0").regularizer
+    assert not needs_kl(0, regularizer)
+    assert needs_kl(0, regularizer.model_copy(update={"weight": 0.1}))
+
+
+def test_a_corpus_that_the_probe_is_a_domain_of_is_watched(tmp_path):
+    config = config_of(
+        tmp_path,
+        "retention={a: {path: b.jsonl, domain_field: d}, b: {path: b.jsonl, domain_field: d, "
+        "domain: art}, c: {path: c.jsonl}}",
+        "regularizer.budget={retention_increase_pct: 1, probe: {path: b.jsonl, domain_field: d, "
+        "domain: law}}",
+    )
+    assert config.budget_watched() == ["a"]

@@ -831,8 +831,9 @@ compare:
   - {kind: eaft}
 """
     )
-    names = arm_names(load_config(write(tmp_path, text)).compare)
-    assert len(set(names)) == len(names)
+    config = load_config(write(tmp_path, text))
+    names = arm_names(config.compare)
+    assert len(config.arms()) == len(set(names)) == len(names)
     assert names[:4] == [
         "tmkl",
         "tmkl-tokenfraction0.25",
@@ -840,4 +841,20 @@ compare:
         "tmkl-budget1.5",
     ]
     assert names[4:] == ["replay-replay0", "replay-replay1", "eaft"]
+    # What a name does not say is counted.
+    text = (
+        MINIMAL
+        + """
+compare:
+  - {budget: {retention_increase_pct: 3, probe: {path: a.txt}}}
+  - {budget: {retention_increase_pct: 3, probe: {path: b.txt}}}
+  - {budget: {drift_nats_per_token: 3}}
+  - {weight: 0.12345671}
+  - {weight: 0.12345672}
+"""
+    )
+    config = load_config(write(tmp_path, text, "same.yaml"))
+    names = arm_names(config.compare)
+    assert len(config.arms()) == len(set(names)) == 5
+    assert {"tmkl-weight1-budget3-1", "tmkl-weight1-budget3-3"} <= set(names)
     assert all(Path(name).name == name for name in names)

@@ -68,6 +68,48 @@ def test_values_and_gradients(
     assert rel(grad, want) < 1e-5
 
 
+@pytest.mark.parametrize("mask_target", [True, False], ids=["masked", "plain"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("offset", [-300.0, -110.0, 110.0])
+def test_logits_that_differ_by_a_common_offset(
+    offset: float, direction: Any, mask_target: bool
+) -> None:
+    """It changes no distribution, but the mass of either model underflows beside the other's."""
+    h, h0, weight, y = (x.to(DEVICE) for x in make(4, 24, 203))
+    ones = torch.ones_like(h[:, :1])
+    h, h0 = torch.cat([h, 0 * ones], 1), torch.cat([h0, offset * ones], 1)
+    weight = torch.cat([weight, torch.ones_like(weight[:, :1])], 1)
+    h[:, -1] = 0.0
+    options = {"direction": direction, "mask_target": mask_target, "kl_weight": 3.0}
+    h.requires_grad_()
+    out = linear_tmkl_loss(h, h0, weight, y, **options)
+    (grad,) = torch.autograd.grad(out.loss, h)
+    exact = h.detach().double().requires_grad_()
+    loss, _, kl = dense_loss(dense_logits(exact, weight), dense_logits(h0, weight), y, **options)
+    (want,) = torch.autograd.grad(loss, exact)
+    assert rel(out.kl, kl) < 1e-4  # fp32 logits of some hundred
+    assert rel(grad, want) < 1e-4
+
+
+def test_a_target_with_all_of_the_mass() -> None:
+    """Without a mask: what is left of the policy beside the target underflows, the base's not."""
+    weight = torch.eye(70, 8, device=DEVICE)
+    h, h0 = torch.zeros(2, 8, device=DEVICE), torch.zeros(2, 8, device=DEVICE)
+    h[:, 3], h0[:, 3] = 130.0, -130.0
+    y = torch.full((2,), 3, device=DEVICE)
+    h.requires_grad_()
+    for direction in ("forward", "jsd"):
+        options = {"direction": direction, "mask_target": False, "kl_weight": 1.0}
+        out = linear_tmkl_loss(h, h0, weight, y, **options)
+        (grad,) = torch.autograd.grad(out.loss, h)
+        exact = h.detach().double().requires_grad_()
+        both = (dense_logits(x, weight) for x in (exact, h0))
+        loss, _, kl = dense_loss(*both, y, **options)
+        (want,) = torch.autograd.grad(loss, exact)
+        assert rel(out.kl, kl) < 1e-5
+        assert float((grad - want).abs().max()) < 1e-6  # forward: about 1; jsd: below fp32's reach
+
+
 @pytest.mark.parametrize("noise", [1.0, 0.03, 1e-3])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

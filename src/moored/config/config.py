@@ -121,6 +121,8 @@ class Config(Section):
             own: dict[str, Any] = {name: getattr(arm, name) for name in arm.model_fields_set}
             own["kind"] = own.get("kind", base.kind)
             idle = {i.field for i in Regularizer.model_validate(inherited | own).ignored()}
+            if base.weight == 0 and own["kind"] != base.kind:
+                idle.add("weight")  # of asft, which alone can do without
             kept = {name: value for name, value in inherited.items() if name not in idle}
             full.append(Regularizer.model_validate(kept | own))
         return full
@@ -226,7 +228,7 @@ class Config(Section):
         budget = self.regularizer.budget
         if budget is None:
             return []
-        return [name for name, c in self.retention.items() if c.text == budget.probe.text]
+        return [name for name, c in self.retention.items() if c.shares_text(budget.probe)]
 
     def resolved(self) -> dict[str, Any]:
         """Everything that has an effect, defaults included, as plain JSON values."""

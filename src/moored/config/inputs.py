@@ -91,8 +91,8 @@ class Source(Section):
     )
 
     @property
-    def text(self) -> tuple[str | None, ...]:
-        """Where the text is, as `Corpus.text` says it."""
+    def place(self) -> tuple[str | None, ...]:
+        """Where the text is, as `Corpus.place` says it."""
         return (self.hub, self.subset, self.split) if self.hub else (self.path,)
 
     def ignored(self) -> Iterator[Ignored]:
@@ -207,10 +207,14 @@ class Corpus(Section):
         return defaults | given
 
     @property
-    def text(self) -> tuple[str | None, ...]:
+    def place(self) -> tuple[str | None, ...]:
         """Where the text is, however much of it is read."""
-        place = (self.hub, self.subset, self.split) if self.hub else (self.path or self.builtin,)
-        return place if self.domain is None else (*place, self.domain)
+        return (self.hub, self.subset, self.split) if self.hub else (self.path or self.builtin,)
+
+    def shares_text(self, other: Corpus) -> bool:
+        """Whether both begin in the same text; of two domains of one, none is shared."""
+        apart = None not in (self.domain, other.domain) and self.domain != other.domain
+        return self.place == other.place and not apart
 
     def ignored(self) -> Iterator[Ignored]:
         """Hub coordinates and column names mean nothing for a plain text, or are known."""

@@ -78,10 +78,14 @@ class Recipe:
         """Whether the command line set this key, or something that holds it."""
         return any(key[: len(k)] == k for k in self.overridden)
 
+    def is_new(self, key: Key) -> bool:
+        """Whether the command line set this key, or a part of it that the file does not have."""
+        holds_one = any(k[: len(key)] == key for k in self.overridden)
+        return self.is_overridden(key) or (holds_one and key not in self.lines)
+
     def where(self, key: Key) -> str:
         """`recipe.yaml:12`, the nearest line known for the key, or `command line`."""
-        made_by_override = any(k[: len(key)] == key for k in self.overridden)
-        if self.is_overridden(key) or (made_by_override and key not in self.lines):
+        if self.is_new(key):
             return "command line"
         for end in range(len(key), 0, -1):
             if key[:end] in self.lines:

@@ -163,8 +163,9 @@ class Regularizer(Section):
         if self.kind != "replay":
             for name in ("replay", "replay_fraction"):
                 yield Ignored(name, ("kind",), why)
-        if self.schedule == "constant" or self.kind not in WEIGHTED:
-            yield Ignored("end_ratio", ("schedule", "kind"), "the weight has no schedule")
+        if self.schedule == "constant" or self.kind not in WEIGHTED or self.budget is not None:
+            switches = ("schedule", "kind", "budget")
+            yield Ignored("end_ratio", switches, "the weight has no schedule")
         if self.first_tokens is None or self.kind not in DIVERGENT:
             yield Ignored("first_tokens_factor", ("first_tokens", "kind"), "first_tokens is null")
         if self.budget is not None and self.kind in WEIGHTED:
@@ -173,7 +174,7 @@ class Regularizer(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Weight 0 is spelt kind none; replay needs text."""
-        if self.kind in WEIGHTED and self.weight == 0:
+        if self.kind in WEIGHTED and self.weight == 0 and self.kind != "asft":  # which is DFT then
             yield Problem(
                 "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
             )
@@ -208,4 +209,8 @@ def arm_names(arms: Sequence[Regularizer]) -> list[str]:
                 value = [getattr(other, field) for other in same].index(value)
             name += f"-{label}{value:g}" if isinstance(value, float) else f"-{label}{value}"
         names.append(name)
-    return names
+    # Budgets of one limit differ in their probes, say; weights in more digits than a name has.
+    return [
+        f"{name}-{1 + names[:i].count(name)}" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from moored.config.recipe import Key, dotted_key
-from moored.config.regularizer import Regularizer
+from moored.config.regularizer import WEIGHTED, Regularizer
 from moored.config.section import Relation
 
 if TYPE_CHECKING:
@@ -90,6 +90,15 @@ def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Ite
         yield from _of_l2(config, (*place, "kind"))
     if is_news("budget", "replay"):
         yield from _of_probe(config, place, regularizer)
+    warm = regularizer.warmup_steps
+    weighs = regularizer.kind in WEIGHTED and regularizer.budget is None
+    if steps is not None and weighs and warm >= steps and is_news("warmup_steps"):
+        yield Relation(
+            (*place, "warmup_steps"),
+            f"{warm} is not less than train.steps {steps}, so the weight would never be reached: "
+            "lower it",
+            (("train", "steps"),),
+        )
     never = steps is not None and regularizer.every > steps
     if never and regularizer.is_divergent and is_news("every"):
         yield Relation(
@@ -105,9 +114,14 @@ def _of_probe(config: Config, place: Key, regularizer: Regularizer) -> Iterator[
     budget = regularizer.budget
     if budget is None or budget.probe.builtin:
         return
+    if budget.probe.domain_field is not None and budget.probe.domain is None:
+        yield Relation(
+            (*place, "budget", "probe", "domain_field"),
+            "a probe is one text: name one of its domains as domain, or leave domain_field out",
+        )
     trained = {("data", "train"): config.data.train, (*place, "replay"): regularizer.replay}
     for key, sources in trained.items():
-        if any(source.text == budget.probe.text for source in sources):
+        if any(source.place == budget.probe.place for source in sources):
             yield Relation(
                 (*place, "budget", "probe"),
                 f"is also in {dotted_key(key)}: a budget needs text that is not trained on",

@@ -104,7 +104,7 @@ def _drop_overridden(recipe: Recipe, relations: Sequence[Relation]) -> bool:
     """Takes out the file's options that the command line made void; True if there were any."""
     dropped = False
     for relation in relations:
-        overridden = any(recipe.is_overridden(switch) for switch in relation.switches)
+        overridden = any(recipe.is_new(switch) for switch in relation.switches)
         if overridden and not recipe.is_overridden(relation.key):
             remove(recipe.data, relation.key)
             dropped = True

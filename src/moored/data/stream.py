@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,7 +24,10 @@ from moored.errors import UserError
 if TYPE_CHECKING:
     from moored.config import Config
 
+log = logging.getLogger(__name__)
+
 PACK_WINDOW = 512  # consecutive samples that are packed together
+REPLAY_TOLERANCE = 0.1  # by which a share may differ from the recipe's without a word
 _VERSION = 1  # of the cursor
 
 
@@ -171,6 +175,13 @@ class TrainStream:
             for name in ("global_batch_sequences", "global_batch_tokens")
             if (size := getattr(train, name)) is not None
         }
+        for name, size in sizes.items():
+            real = size / getattr(train, name)
+            if abs(real / regularizer.replay_fraction - 1) > REPLAY_TOLERANCE:
+                log.warning(
+                    "regularizer.replay_fraction=%g is %d beside train.%s=%d, a fraction of %.3g",
+                    regularizer.replay_fraction, size, name, getattr(train, name), real,
+                )  # fmt: skip
         data = config.data.model_copy(update={"train": regularizer.replay})
         length = {"steps": num_steps, "epochs": None}
         beside = config.model_copy(
