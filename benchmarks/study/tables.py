@@ -163,14 +163,15 @@ def against(
     if mark is None or not chosen:
         yield "(no result yet)"
         return
-    corpora = list(mark.arms[0].retention_ppl)
+    # Of WikiText-2 what the budget's controller did not see.
+    corpora = [corpus for corpus in mark.arms[0].retention_ppl if corpus != "wikitext-2"]
     yield "| setting | weight | probe, % | adaptation, % | " + " | ".join(corpora) + " |"
     yield "|---" * (4 + len(corpora)) + "|"
     for one in [mark, *sorted(chosen, key=lambda s: _order(s.label))]:
-        arm = one.arms[0]
-        lost = "–" if arm.budget_lost is None else f"{arm.budget_lost:+.2f}"
-        weight = "–" if arm.weight is None else f"{arm.weight:.3g}"
-        cells = [one.label, weight, lost]
+        losses = (arm.budget_lost for arm in one.arms)
+        lost = ", ".join("–" if x is None else f"{x:+.2f}" for x in losses)
+        weights = (arm.weight for arm in one.arms)
+        cells = [one.label, ", ".join("–" if x is None else f"{x:.3g}" for x in weights), lost]
         if one is mark:
             cells += ["0"] * (1 + len(corpora))
         else:
