@@ -180,7 +180,7 @@ class Head(nn.Module):
         kl_weights: Tensor | None = None,
         drift: bool = False,
         num_spots: int = 0,
-        groups: Tensor | None = None,
+        spot_groups: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
         """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
 
@@ -201,7 +201,7 @@ class Head(nn.Module):
             kl_weights: [N], a further weight of each row's KL.
             drift: compare policy and reference instead.
             num_spots: with `drift`, look at as many rows that drift most.
-            groups: with `num_spots`, [N], of which each has few of these rows.
+            spot_groups: with `num_spots`, [N], of which each has few of these rows.
 
         Returns:
             Plain `hidden @ weight.T + bias` of the whole vocabulary without `targets`: no cap, no
@@ -214,7 +214,7 @@ class Head(nn.Module):
         if drift:
             if reference_hidden is None:
                 raise ValueError("drift needs reference_hidden")
-            return self.drift(hidden, reference_hidden, targets, num_spots, groups)
+            return self.drift(hidden, reference_hidden, targets, num_spots, spot_groups)
         hidden = hidden.detach()
         num_rows = len(targets)
         groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []

@@ -138,7 +138,7 @@ class PolicyModel(nn.Module):
                 batch.targets,
                 drift=True,
                 num_spots=num_spots,
-                groups=batch.target_index // batch.input_ids.shape[1],
+                spot_groups=batch.target_index // batch.input_ids.shape[1],
             )
         if loss is None:
             return hidden

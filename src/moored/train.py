@@ -112,6 +112,8 @@ def _train(run: Run) -> None:
         before = _measure(run, run.suite, base=True)
         run.base_answered = before.answered
         run.tracker.metrics(run.step, measures.of_evaluation(before))
+    if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
+        _evaluate(run)
     share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
         while run.step < run.num_steps:
@@ -142,10 +144,8 @@ def _train(run: Run) -> None:
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
                 _save(run)
             _stop_if_asked(run)
-            every = config.evaluation.every
-            if every and run.step % every == 0 and run.step < run.num_steps:
-                evaluation = _measure(run, run.suite.without_prompts())
-                run.tracker.metrics(run.step, measures.of_evaluation(evaluation))
+            if _evaluates_now(run):
+                _evaluate(run)
 
 
 def _stop_if_asked(run: Run) -> None:
@@ -198,13 +198,8 @@ def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
     if run.step % run.config.train.log_every and run.step != run.num_steps:
         return
     kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
-    values = measures.of_step(
-        stats,
-        kind,
-        seconds=seconds,
-        peak_memory_bytes=peak,
-        regularized=run.regularized,
-    )
+    spent = {"seconds": seconds, "peak_memory_bytes": peak}
+    values = measures.of_step(stats, kind, **spent, regularized=run.regularized)
     run.tracker.metrics(run.step, values)
 
 
@@ -329,6 +324,25 @@ def _measure(run: Run, suite: Suite, *, base: bool = False, pinpoint: bool = Fal
         pinpoint=pinpoint,
         poll=partial(_stop_if_asked, run),
     )
+
+
+def _evaluates_now(run: Run) -> bool:
+    every = run.config.evaluation.every
+    return bool(every) and run.step % every == 0 and 0 < run.step < run.num_steps
+
+
+def _was_evaluated(run: Run) -> bool:
+    """Whether an earlier start has measured the adapter of this step. Collective."""
+    found = metrics(run.directory.path) if run.mesh.is_main else {}
+    known = [found[name] for name in found if name.startswith(("eval/", "retention/"))]
+    is_known = any(step == run.step for points in known for step, _ in points)
+    return run.mesh.world.broadcast(is_known)
+
+
+def _evaluate(run: Run) -> None:
+    """On the way: without what has to be generated."""
+    evaluation = _measure(run, run.suite.without_prompts())
+    run.tracker.metrics(run.step, measures.of_evaluation(evaluation))
 
 
 def _evaluate_and_report(run: Run, name: str) -> None:

@@ -30,7 +30,7 @@ from moored.errors import (
     UserError,
 )
 from moored.export import run_command as export
-from moored.track.journal import read_journal
+from moored.track.journal import metrics, read_journal
 from tiny import tiny_recipe, write_chats, write_recipe
 
 
@@ -233,6 +233,8 @@ def stopped_while_evaluating(folder: Path) -> None:
         evaluate.Engine.drift = drift
         train.run(stopped)
         assert state(run)["status"] == "done"
+        found = metrics(run)["eval/adaptation_perplexity"]
+        assert [at for at, _ in found] == sorted({step, 4}), "what was stopped was left out"
 
 
 def test_a_signal_during_an_evaluation_saves_and_leaves(tmp_path):

@@ -674,7 +674,7 @@ def test_drift(dtype: torch.dtype) -> None:
     for found, want in ((most.log_p_policy, log_p), (most.log_p_reference, log_q)):
         assert ((found - want.gather(1, most.tokens)).abs() <= limit * (want.abs().max() + 1)).all()
     groups = torch.arange(40) // 10
-    spread = head(h, h0, y, drift=True, num_spots=7, groups=groups).spots.rows
+    spread = head(h, h0, y, drift=True, num_spots=7, spot_groups=groups).spots.rows
     best = torch.cat([10 * g + kl[groups == g].topk(2).indices for g in range(4)])
     assert torch.equal(spread, best[kl[best].topk(7).indices])
     empty = head(h[:0], h0[:0], y[:0], drift=True)
