@@ -18,7 +18,6 @@ from moored.base import Located, locate
 from moored.batch import Batch
 from moored.budget import Controller
 from moored.config import Config
-from moored.config.regularizer import WEIGHTED
 from moored.data import Ahead, TrainStream, check_data, load_samples
 from moored.engine import Engine
 from moored.errors import UserError
@@ -122,17 +121,31 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
 
 def _require_length(config: Config, num_steps: int) -> None:
     """Refuse what a run of so many steps would never reach; of `train.steps` the recipe knows."""
-    regularizer = config.regularizer
-    held = regularizer.kind in WEIGHTED and regularizer.budget is None
-    for key, first, what in (
-        ("optim.warmup_steps", config.optim.warmup_steps + 1, "the learning rate's peak"),
-        ("regularizer.warmup_steps", held * (regularizer.warmup_steps + 1), "its weight"),
-        ("regularizer.every", regularizer.is_divergent * regularizer.every, "its first step"),
+    optim, regularizer = config.optim, config.regularizer
+    for key, value, is_beyond, never in (
+        (
+            "optim.warmup_steps",
+            optim.warmup_steps,
+            optim.warmup_steps >= num_steps,
+            "the learning rate would never reach its peak",
+        ),
+        (
+            "regularizer.warmup_steps",
+            regularizer.warmup_steps,
+            regularizer.has_schedule and regularizer.warmup_steps >= num_steps,
+            "the weight would never be reached",
+        ),
+        (
+            "regularizer.every",
+            regularizer.every,
+            regularizer.is_divergent and regularizer.every > num_steps,
+            "the divergence would never act",
+        ),
     ):
-        if first > num_steps:
+        if is_beyond:
             raise UserError(
-                f"{key}: the run has {num_steps} steps, so it would never reach {what}: lower it, "
-                "or train longer"
+                f"{key}={value}, but the run has {num_steps} steps, so {never}: lower it, or train "
+                "longer"
             )
 
 

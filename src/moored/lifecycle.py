@@ -155,8 +155,7 @@ def ending(directory: RunDirectory, tracker: Tracker, mesh: Mesh) -> Iterator[No
     except BaseException as error:
         status = next((s for kind, s in STATUS.items() if isinstance(error, kind)), "failed")
         reason = f"{type(error).__name__}: {error}"
-        exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        exit_code = error.exit_code if isinstance(error, MooredError) else exit_code
+        exit_code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         owned = not isinstance(error, TakenOverError)
         raise
     finally:

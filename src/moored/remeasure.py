@@ -139,9 +139,9 @@ def _open(
                 "base, which data and which retention texts"
             )
         config = load_config(source, list(overrides))
-        trained_by = None if run is None else load_config(run.config)
-        name = labels[path]
-        if run is not None and trained_by is not None:
+        trained_by, name = None, labels[path]
+        if run is not None:
+            trained_by = load_config(run.config)
             name = _arm_name(run, trained_by)
         opened.append(
             Target(

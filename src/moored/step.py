@@ -64,8 +64,7 @@ def needs_kl(step: int, regularizer: Regularizer) -> bool:
 
     The last of every k: at the very first there is nothing to hold, policy and base are equal.
     """
-    acts = regularizer.is_divergent and regularizer.weight > 0  # asft may do without
-    return acts and (step + 1) % regularizer.every == 0
+    return regularizer.is_divergent and (step + 1) % regularizer.every == 0
 
 
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:

@@ -17,9 +17,9 @@ from pydantic import ValidationError
 
 from moored.config import Config, Regularizer, arm_names, load_config
 from moored.config import recipe as recipes
-from moored.config.recipe import Key
+from moored.config.document import dump
 from moored.config.reference import reference
-from moored.config.section import Section
+from moored.config.section import Key, Section
 from moored.config.wording import section_at
 from moored.errors import UserError, UserErrors
 
@@ -158,7 +158,7 @@ def test_every_misspelt_key_is_caught_with_the_right_name(tmp_path_factory, case
     for part in key:
         at = at[part]
     at[changed] = 1
-    path = write(tmp_path_factory.mktemp("mutated"), recipes.dump(data))
+    path = write(tmp_path_factory.mktemp("mutated"), dump(data))
     found = problems(path)
     dotted = ".".join(str(part) for part in (*key, changed))
     assert len(found) == 1, found
@@ -174,7 +174,7 @@ def test_every_misspelt_key_is_caught_with_the_right_name(tmp_path_factory, case
 def FULL_PATH(factory: pytest.TempPathFactory) -> Path:
     path = factory.getbasetemp() / "full.yaml"
     if not path.exists():
-        path.write_text(recipes.dump(FULL))
+        path.write_text(dump(FULL))
     return path
 
 
@@ -612,7 +612,7 @@ def any_recipe(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=60, deadline=None)
 def test_the_resolved_copy_loads_as_an_equal_config(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("round")
-    config = load_config(write(folder, recipes.dump(data)))
+    config = load_config(write(folder, dump(data)))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     again = load_config(write(elsewhere, config.dump_yaml(), "config.yaml"))
     assert again == config
@@ -722,7 +722,7 @@ def test_no_value_anywhere_crashes_the_loader(tmp_path_factory, values, override
         except (KeyError, IndexError, TypeError):
             continue  # an earlier value took this section away
     path = tmp_path_factory.getbasetemp() / "anything.yaml"
-    path.write_text(recipes.dump(data), encoding="utf-8")
+    path.write_text(dump(data), encoding="utf-8")
     try:
         config = load_config(path, [f"{key}={json.dumps(value)}" for key, value in overrides])
     except UserErrors as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from moored.card.facts import (
 )
 from moored.config import Config, Corpus, ModelConfig
 from moored.config import Source as SourceConfig
+from moored.config.inputs import short_name
 from moored.errors import MooredError
 from moored.log import redact
 from moored.report import Report
@@ -49,8 +49,7 @@ _KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 def public(name: str) -> str:
     """A name as it may be published: the last part of a path, without secrets."""
-    is_path = os.path.isabs(name) or name.startswith(("~", "."))
-    return redact((Path(name).name or name) if is_path else name)
+    return redact(short_name(name))
 
 
 def hub_name(name: str) -> str | None:

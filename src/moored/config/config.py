@@ -17,10 +17,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moored.config import recipe as recipes
+from moored.config.document import dump
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
 from moored.config.method import AdapterConfig, OptimConfig
 from moored.config.paths import resolve_paths
-from moored.config.recipe import Key, dotted_key
 from moored.config.regularizer import Regularizer, arm_names
 from moored.config.relations import across_sections
 from moored.config.running import (
@@ -31,7 +31,7 @@ from moored.config.running import (
     TrackConfig,
     TrainConfig,
 )
-from moored.config.section import Relation, Section
+from moored.config.section import Key, Relation, Section, dotted_key
 from moored.config.validation import remove, validate
 
 __all__ = [
@@ -247,7 +247,7 @@ class Config(Section):
 
     def dump_yaml(self) -> str:
         """The resolved recipe as YAML; loading it gives an equal `Config`."""
-        return recipes.dump(self.resolved())
+        return dump(self.resolved())
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
         """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`."""

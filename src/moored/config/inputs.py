@@ -6,6 +6,7 @@ Every key with its type, bounds, unit and default; no file is opened here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import Field, model_validator
@@ -163,6 +164,12 @@ KNOWN_TEXTS: Mapping[str, KnownText] = {
         "EleutherAI/lambada_openai", "default", target="last_word", window_tokens=512
     ),
 }
+
+
+def short_name(name: str) -> str:
+    """A hub name as it is; of a folder the last part: where it lies is nobody's business."""
+    is_path = Path(name).is_absolute() or name.startswith(("~", "."))
+    return (Path(name).name or name) if is_path else name
 
 
 class Corpus(Section):

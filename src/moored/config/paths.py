@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moored.config.recipe import Key, Recipe
+from moored.config.recipe import Recipe
+from moored.config.section import Key
 
 _PATHS: tuple[Key, ...] = (
     ("model", "name_or_path"),

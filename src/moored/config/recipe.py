@@ -1,12 +1,11 @@
-"""Recipe text to plain values and back: YAML with line numbers, dotted overrides, did-you-mean.
+"""A recipe file and what the command line lays over it: dotted overrides, did-you-mean.
 
-What the keys mean is not known here: that is the sections' and `config.py`'s.
+How YAML is read is `document.py`'s; what the keys mean is the sections' and `config.py`'s.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,49 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from moored.config.section import Key
+from moored.config.document import Document
+from moored.config.section import Key, dotted_key
 from moored.errors import UserError, UserErrors
 
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 20
-# YAML 1.2's core schema: `yes`, `on` and 2024-01-01 are text, and 1e-3 is a number.
-_RESOLVERS: Sequence[tuple[str, str, list[str]]] = (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-)
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  replaced, not shared
-
-
-class _Dumper(yaml.SafeDumper):
-    # The same rules both ways, so that the text "1e-3" is quoted and comes back as text.
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML would write these line breaks as they are and read them as spaces.
-    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
-
-
-_Dumper.add_representer(str, _text)
-for _tag, _pattern, _first in _RESOLVERS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +59,6 @@ class Recipe:
         return f"{self.where(key)}: {dotted}: {message}" if dotted else f"{self.file}: {message}"
 
 
-def dotted_key(key: Key) -> str:
-    """`("data", "train", 0)` -> `data.train.0`."""
-    return ".".join(str(part) for part in key)
-
-
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the nearest known word, else an empty string."""
     by_lower = {k.lower().replace("-", "_"): k for k in known}
@@ -129,7 +85,7 @@ def read(
     """
     path = Path(path)
     text = _read_text(path)
-    builder = _Builder(str(path))
+    builder = Document(str(path))
     data = builder.parse(text)
     if data is None:
         raise UserError(f"{path}: {empty}")
@@ -184,120 +140,6 @@ def _neighbour(path: Path) -> str:
     return f"; did you mean {stems[near[0]]}?" if near else ""
 
 
-class _Builder:
-    """Builds plain values from YAML nodes, keeping the line of every key."""
-
-    def __init__(self, file: str):
-        self.file = file
-        self.lines: dict[Key, int] = {}
-        self.problems: list[str] = []
-        self.top_line = 1
-
-    def parse(self, text: str) -> Any:
-        unprintable = _Loader.NON_PRINTABLE.search(text)
-        if unprintable:
-            line = text.count("\n", 0, unprintable.start()) + 1
-            code = ord(unprintable.group())
-            raise UserError(f"{self.file}:{line}: not text (the character U+{code:04X}): remove it")
-        loader = _Loader(text)
-        try:
-            # Aliases and tags are refused as events, before anything could be expanded.
-            depth = 0
-            for event in yaml.parse(text, Loader=_Loader):
-                depth += isinstance(event, yaml.CollectionStartEvent)
-                depth -= isinstance(event, yaml.CollectionEndEvent)
-                self._refuse(event, depth)
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            self.top_line = node.start_mark.line + 1
-            return self._build(node, ())
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else 1
-            problem = " ".join(str(error.problem or error.context).split())
-            if "single document" in str(error.context):
-                problem = "a second document starts here: one recipe per file (remove `---`)"
-            elif "'\\t'" in problem:
-                problem = "a tab indents this line: YAML is indented with spaces"
-            raise UserError(f"{self.file}:{line}: not valid YAML: {problem}") from None
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.file}: not valid YAML: {reason}") from None
-        finally:
-            loader.dispose()
-
-    def _refuse(self, event: yaml.Event, depth: int) -> None:
-        mark = event.start_mark
-        line = mark.line + 1 if mark else 1
-        if depth > MAX_DEPTH:
-            raise UserError(f"{self.file}:{line}: nested too deeply to be a recipe")
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise UserError(
-                f"{self.file}:{line}: anchors and aliases (& and *) are not allowed: "
-                "write the value out, or quote it if it is text"
-            )
-        tag = getattr(event, "tag", None)
-        if tag:
-            shown = tag.replace("tag:yaml.org,2002:", "!!")
-            raise UserError(
-                f"{self.file}:{line}: the tag {shown} is not allowed: write a plain value, "
-                "in quotes if it is text"
-            )
-
-    def _build(self, node: yaml.Node, key: Key) -> Any:
-        line = node.start_mark.line + 1
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, key)
-        if isinstance(node, yaml.SequenceNode):
-            values: list[Any] = []
-            for index, child in enumerate(node.value):
-                self.lines[(*key, index)] = child.start_mark.line + 1
-                values.append(self._build(child, (*key, index)))
-            return values
-        return self._scalar(node.tag.rpartition(":")[2], str(node.value), line, key)
-
-    def _mapping(self, node: yaml.MappingNode, key: Key) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key_node, child in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(f"{self.file}:{line}: a key is a plain name, not a structure")
-                continue
-            name = str(key_node.value)
-            here = (*key, name)
-            if name in values:
-                first = self.lines[here]
-                self.problems.append(
-                    f"{self.file}:{line}: {dotted_key(here)}: given twice, first on line {first}: "
-                    "keep one"
-                )
-                continue
-            self.lines[here] = line
-            values[name] = self._build(child, here)
-        return values
-
-    def _scalar(self, tag: str, text: str, line: int, key: Key) -> Any:
-        if tag == "null":
-            return None
-        if tag == "bool":
-            return text.lower() == "true"
-        if tag == "int" and len(text) <= 40:
-            return int(text)
-        if tag in ("int", "float"):
-            lowered = text.lower()
-            if lowered.endswith(("inf", "nan")):
-                return math.nan if "nan" in lowered else float(lowered.replace(".inf", "inf"))
-            return float(text)
-        if re.search("[\0\ud800-\udfff]", text):
-            self.problems.append(
-                f"{self.file}:{line}: {dotted_key(key)}: holds a character that no file can: "
-                "remove the \\0 or \\ud800-style escape"
-            )
-            return ""
-        return text
-
-
 # Setting one of these on the command line takes the place of its file's alternative.
 _ALTERNATIVES = (
     frozenset({"steps", "epochs"}),
@@ -338,7 +180,7 @@ def _apply(recipe: Recipe, text: str, done: Mapping[Key, str]) -> Key:
         raise UserError(
             f"command line: {shorten(text)}: an override is key=value with a dotted key"
         )
-    builder = _Builder("command line")
+    builder = Document("command line")
     try:
         value = builder.parse(value_text)
     except UserError as error:
@@ -396,8 +238,3 @@ def _drop_alternatives(at: dict[str, Any], name: str, parent: Key, done: Mapping
             for other in group - {name}:
                 if (*parent, other) not in done:
                     at.pop(other, None)
-
-
-def dump(data: Mapping[str, Any]) -> str:
-    """YAML that `read` gives back as the same values."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moored.config.inputs import Corpus, Source
+from moored.config.inputs import Corpus, Source, short_name
 from moored.config.section import Ignored, Key, Positive, Problem, Section, about, one_of
 
 DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base
@@ -51,9 +51,7 @@ class Budget(Section):
     def in_words(self) -> str:
         """What may be lost, of which text."""
         probe = self.probe
-        text = Path(probe.path).name if probe.path else probe.hub or probe.builtin
-        if probe.hub and (Path(probe.hub).is_absolute() or probe.hub.startswith(("~", "."))):
-            text = Path(probe.hub).name  # a folder: whose it is is nobody's business
+        text = Path(probe.path).name if probe.path else short_name(probe.hub or str(probe.builtin))
         return f"{self.limit:g} {self.unit} on {text}"
 
     @property
@@ -134,8 +132,13 @@ class Regularizer(Section):
 
     @property
     def is_divergent(self) -> bool:
-        """Whether there is a divergence, and so a reference."""
-        return self.kind in DIVERGENT
+        """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
+        return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the recipe says how the weight moves: there is one, and no budget moves it."""
+        return self.kind in WEIGHTED and self.budget is None
 
     @property
     def kl_weight(self) -> float:
@@ -163,7 +166,7 @@ class Regularizer(Section):
         if self.kind != "replay":
             for name in ("replay", "replay_fraction"):
                 yield Ignored(name, ("kind",), why)
-        if self.schedule == "constant" or self.kind not in WEIGHTED or self.budget is not None:
+        if self.schedule == "constant" or not self.has_schedule:
             switches = ("schedule", "kind", "budget")
             yield Ignored("end_ratio", switches, "the weight has no schedule")
         if self.first_tokens is None or self.kind not in DIVERGENT:

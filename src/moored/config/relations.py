@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from moored.config.recipe import Key, dotted_key
-from moored.config.regularizer import WEIGHTED, Regularizer
-from moored.config.section import Relation
+from moored.config.regularizer import Regularizer
+from moored.config.section import Key, Relation, dotted_key
 
 if TYPE_CHECKING:
     from moored.config.config import Config
@@ -91,8 +90,8 @@ def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Ite
     if is_news("budget", "replay"):
         yield from _of_probe(config, place, regularizer)
     warm = regularizer.warmup_steps
-    weighs = regularizer.kind in WEIGHTED and regularizer.budget is None
-    if steps is not None and weighs and warm >= steps and is_news("warmup_steps"):
+    too_long = steps is not None and warm >= steps
+    if too_long and regularizer.has_schedule and is_news("warmup_steps"):
         yield Relation(
             (*place, "warmup_steps"),
             f"{warm} is not less than train.steps {steps}, so the weight would never be reached: "

@@ -16,6 +16,11 @@ from pydantic_core import PydanticCustomError
 Key: TypeAlias = "tuple[str | int, ...]"
 
 
+def dotted_key(key: Key) -> str:
+    """`("data", "train", 0)` -> `data.train.0`."""
+    return ".".join(str(part) for part in key)
+
+
 class Ignored(NamedTuple):
     """An option without effect: which field, because of which fields, and why, in words."""
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from moored.config.recipe import Key, Recipe
-from moored.config.section import Relation, Section
+from moored.config.recipe import Recipe
+from moored.config.section import Key, Relation, Section
 from moored.config.wording import unknown_key, wording
 from moored.errors import UserErrors
 

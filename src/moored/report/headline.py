@@ -60,8 +60,9 @@ def headline(report: Report) -> Headline:
     if broken:
         title = f"{broken.subject} broke down: a perplexity is not finite."
     elif plain:
-        title = _compared(focus, plain, before)
-        details += _differences(focus, plain)
+        pair = Pair(focus, plain)
+        title = _compared(pair, before)
+        details += _differences(pair)
     else:
         title = _alone(focus, before)
     details += budgets(report)
@@ -170,6 +171,30 @@ class Group:
         return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}{ranges}."
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two groups side by side, and where each is one setting the differences between them."""
+
+    focus: Group
+    plain: Group
+
+    @property
+    def singles(self) -> tuple[Setting, Setting] | None:
+        """Both settings, if there is one on either side."""
+        one, other = self.focus.single, self.plain.single
+        return (one, other) if one and other else None
+
+    @cached_property
+    def learned(self) -> Interval | None:
+        """Percent by which the focus's adaptation perplexity is above the other's."""
+        return learned_more(*self.singles) if self.singles else None
+
+    @cached_property
+    def forgot(self) -> Interval | None:
+        """Points by which the focus's worst corpus rose more than the other's."""
+        return forgot_more_at_worst(*self.singles) if self.singles else None
+
+
 def _range(values: Sequence[float | None]) -> Span | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return (min(known), max(known)) if known and len(known) == len(values) else None
@@ -229,8 +254,9 @@ _LEARNED = {-1: "more than", 0: "about as much as", 1: "less than", None: "in th
 _FORGOT = {-1: "less", 0: "about as much", 1: "more", None: "in the same range"}
 
 
-def _compared(focus: Group, plain: Group, before: float | None) -> str:
+def _compared(pair: Pair, before: float | None) -> str:
     """One sentence on two groups."""
+    focus, plain = pair.focus, pair.plain
     learned, forgot = (focus.learned, plain.learned), (focus.forgot, plain.forgot)
     nothing = [_nothing(before, group) for group in (focus, plain)]
     figures = learning = forgetting = ""
@@ -239,7 +265,7 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
     if learned[0] and learned[1]:
         if nothing[0] and nothing[1]:
             return f"Neither {focus.name} nor {plain.name} learned: {_drops(before, learned)}."
-        learned_order = _learned_order(focus, plain)
+        learned_order = _learned_order(pair)
         bad_learning = learned_order == 1
         if nothing[0] and learned_order == 1:
             learning, bad_learning = f"{nothing[0]} where {plain.name} learned", True
@@ -248,7 +274,7 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
         else:
             learning = f"learned {_LEARNED[learned_order]} {plain.name}"
     if forgot[0] and forgot[1]:
-        forgot_order = _forgot_order(focus, plain)
+        forgot_order = _forgot_order(pair)
         bad_forgetting = forgot_order == 1
         if forgot_order == _UNCLEAR:
             apart = f"from {plain.name}" if not learning else "from it"
@@ -262,7 +288,7 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
         little = little and not (found and found.high > SAME_INCREASE_POINTS)
         if little and forgot_order != 1:
             figures += "; there was next to nothing to protect"
-    if _unsure(focus, plain, {learned_order, forgot_order}):
+    if _unsure(pair, {learned_order, forgot_order}):
         figures += "; no interval says how sure that is"
     if learning and forgetting:
         if learned_order == forgot_order == _UNCLEAR:
@@ -280,15 +306,14 @@ def _compared(focus: Group, plain: Group, before: float | None) -> str:
     return f"{focus.subject} and {plain.name}: too little was measured to compare them."
 
 
-def _unsure(focus: Group, plain: Group, orders: set[int | None]) -> bool:
+def _unsure(pair: Pair, orders: set[int | None]) -> bool:
     """Whether one setting is said to be above or below another by the bare figures."""
-    if not focus.single or not plain.single or not orders & {1, -1}:
+    focus, plain = pair.focus, pair.plain
+    if not pair.singles or not orders & {1, -1}:
         return False
-    one, other = focus.single, plain.single
-    return bool(
-        (focus.learned and plain.learned and learned_more(one, other) is None)
-        or (focus.forgot and plain.forgot and forgot_more_at_worst(one, other) is None)
-    )
+    learned_by_figures = focus.learned and plain.learned and pair.learned is None
+    forgot_by_figures = focus.forgot and plain.forgot and pair.forgot is None
+    return bool(learned_by_figures or forgot_by_figures)
 
 
 def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
@@ -296,27 +321,25 @@ def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
     return f"adaptation perplexity {ppl(before)} → {reached}"
 
 
-def _learned_order(focus: Group, plain: Group) -> int | None:
-    if focus.single and plain.single:
-        found = learned_more(focus.single, plain.single)
-        if found:
-            # As far below as above: in nats.
-            least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
-            return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
-    assert focus.learned is not None
-    assert plain.learned is not None
-    return _order(focus.learned, plain.learned, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
+def _learned_order(pair: Pair) -> int | None:
+    if found := pair.learned:
+        # As far below as above: in nats.
+        least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
+        return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
+    ours, theirs = pair.focus.learned, pair.plain.learned
+    assert ours is not None
+    assert theirs is not None
+    return _order(ours, theirs, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
 
 
-def _forgot_order(focus: Group, plain: Group) -> int | None:
-    if focus.single and plain.single:
-        found = forgot_more_at_worst(focus.single, plain.single)
-        if found:
-            most = SAME_INCREASE_POINTS
-            return _told(found, found.low >= -most and found.high <= most)
-    assert focus.forgot is not None
-    assert plain.forgot is not None
-    return _order(focus.forgot, plain.forgot, lambda a, b: a > b + SAME_INCREASE_POINTS)
+def _forgot_order(pair: Pair) -> int | None:
+    if found := pair.forgot:
+        most = SAME_INCREASE_POINTS
+        return _told(found, found.low >= -most and found.high <= most)
+    ours, theirs = pair.focus.forgot, pair.plain.forgot
+    assert ours is not None
+    assert theirs is not None
+    return _order(ours, theirs, lambda a, b: a > b + SAME_INCREASE_POINTS)
 
 
 def _told(difference: Interval, same: bool) -> int:
@@ -337,17 +360,16 @@ def _order(a: Span, b: Span, above: Callable[[float, float], bool]) -> int | Non
     return -1 if above(b[0], a[1]) else None
 
 
-def _differences(focus: Group, plain: Group) -> list[str]:
+def _differences(pair: Pair) -> list[str]:
     """The differences behind the sentence, with their intervals; why there are none."""
-    if not focus.single or not plain.single:
+    if not pair.singles:
         return ["Several settings of a kind are compared by their ranges, without an interval."]
+    focus, plain = pair.focus, pair.plain
     said: list[str] = []
-    if found := learned_more(focus.single, plain.single):
+    if found := pair.learned:
         said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
-    if found := forgot_more_at_worst(focus.single, plain.single):
-        where = dict.fromkeys(
-            clean(s.worst[0], 32) for s in (focus.single, plain.single) if s.worst
-        )
+    if found := pair.forgot:
+        where = dict.fromkeys(clean(s.worst[0], 32) for s in pair.singles if s.worst)
         by = f"{points(found.value)} {bounds(found.low, found.high)}"
         apart = ", not paired" if len(where) > 1 else ""
         said.append(f"retention perplexity at worst {by} ({' against '.join(where)}{apart})")

@@ -16,8 +16,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from moored.config import recipe as recipes
-from moored.config.recipe import Key, dotted_key, shorten, suggest
-from moored.config.section import Ignored, Positive, Problem, Relation, Section, about
+from moored.config.recipe import shorten, suggest
+from moored.config.section import (
+    Ignored,
+    Key,
+    Positive,
+    Problem,
+    Relation,
+    Section,
+    about,
+    dotted_key,
+)
 from moored.config.validation import validate
 from moored.errors import UserError
 from moored.submit.places import slurm_folder
