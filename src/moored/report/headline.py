@@ -366,16 +366,19 @@ def _differences(pair: Pair) -> list[str]:
         return ["Several settings of a kind are compared by their ranges, without an interval."]
     focus, plain = pair.focus, pair.plain
     said: list[str] = []
+    intervals = "Paired 95 % intervals"
     if found := pair.learned:
         said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
     if found := pair.forgot:
         where = dict.fromkeys(clean(s.worst[0], 32) for s in pair.singles if s.worst)
         by = f"{points(found.value)} {bounds(found.low, found.high)}"
-        apart = ", not paired" if len(where) > 1 else ""
+        apart = ""
+        if len(where) > 1:
+            apart, intervals = ", not paired", "95 % intervals, else paired,"
         said.append(f"retention perplexity at worst {by} ({' against '.join(where)}{apart})")
     if not said:
         return []
     seeds = min(len(focus.arms), len(plain.arms)) >= FEWEST_SEEDS
     over = "texts and seeds" if seeds else "texts"
     joined = "; ".join(said)
-    return [f"{focus.subject} against {plain.name}: {joined}. Paired 95 % intervals over {over}."]
+    return [f"{focus.subject} against {plain.name}: {joined}. {intervals} over {over}."]
