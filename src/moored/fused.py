@@ -80,21 +80,22 @@ def chunk_loss_(
         *chunk, stats_SKC, WARM=warm, DIRECTION=direction, **blocks
     )
     stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)
-    rows_RC = s_Cv.new_empty((kernels.NUM_ROWS, num_rows))
+    rows_RC = s_Cv.new_empty((kernels.NUM_ROWS.value, num_rows))
     kernels.join[at](
-        stats_PKC, weights_2C, rows_RC, goal.temperature, P=len(stats_PKC), WITH_KL=with_kl,
+        stats_PKC, weights_2C, rows_RC, goal.temperature, len(stats_PKC), WITH_KL=with_kl,
         MASKED=goal.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
-        num_warps=1,
+        SLOTS=triton.next_power_of_2(len(stats_PKC)), num_warps=1,
     )  # fmt: skip
     if with_kl and is_jsd:
-        sums_2C = s_Cv.new_empty((2, num_rows))
-        kernels.halfway[at](*chunk, rows_RC, sums_2C, **blocks)
-        _finish_jsd(rows_RC, all_gather(sums_2C, shard).double().sum(0), weights_2C, goal)
+        sums_S2C = s_Cv.new_empty((num_parts, 2, num_rows))
+        kernels.halfway[num_rows, num_parts](*chunk, rows_RC, sums_S2C, **blocks)
+        sums_2C = all_gather(sums_S2C, shard).double().sum((0, 1))
+        _finish_jsd(rows_RC, sums_2C, weights_2C, goal)
     if num_columns:
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
-            *chunk, rows_RC, out_Cv, out_Cv.stride(0), DIRECTION=direction, BLOCK=GRADIENT_BLOCK,
-            num_warps=GRADIENT_WARPS, **shared,
+            *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=goal.mask_target,
+            DIRECTION=direction, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
     wide = exact_dtype(s_Cv)

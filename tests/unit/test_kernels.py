@@ -87,8 +87,8 @@ def test_logits_that_differ_by_a_common_offset(
     exact = h.detach().double().requires_grad_()
     loss, _, kl = dense_loss(dense_logits(exact, weight), dense_logits(h0, weight), y, **options)
     (want,) = torch.autograd.grad(loss, exact)
-    assert rel(out.kl, kl) < 1e-4  # fp32 logits of some hundred
-    assert rel(grad, want) < 1e-4
+    assert rel(out.kl, kl) < 2e-4  # fp32 logits of some hundred, off by up to 1.5e-5
+    assert rel(grad, want) < 2e-4
 
 
 def test_a_target_with_all_of_the_mass() -> None:
