@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from typing import Any
 
 import torch
@@ -25,7 +26,16 @@ os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
+# DeepSpeed's autotuner imports MLflow if it can: a second of every start, for what is not used
+# here. Where it cannot, it goes on without.
+hides_mlflow = "mlflow" not in sys.modules
+if hides_mlflow:
+    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
+try:
+    import deepspeed
+finally:
+    if hides_mlflow:
+        del sys.modules["mlflow"]
 
 # On CPUs DeepSpeed would compile a C++ extension (over a minute) at the first collective.
 with contextlib.suppress(ImportError, AttributeError):

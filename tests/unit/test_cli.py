@@ -420,6 +420,13 @@ def test_help_loads_nothing_slow(arguments):
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
 
 
+def test_a_rank_loads_neither_mlflow_nor_matplotlib():
+    """Two seconds of every start: MLflow has a process of its own, and only reports are drawn."""
+    code = "import sys, moored.train; print({'mlflow', 'matplotlib'} & set(sys.modules))"
+    done = python("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
+
+
 def test_python_m_moored_is_the_same_command():
     done = python("-m", "moored", "--help")
     assert done.returncode == 0

@@ -13,16 +13,18 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moored.errors import UserError
 from moored.report.merging import merge
-from moored.report.page import Curves, html
-from moored.report.picture import frontier_png
 from moored.report.results import Report
 from moored.report.terminal import show
 from moored.rundir import write_atomically
 from moored.track import Tracker
 from moored.track.journal import metrics
+
+if TYPE_CHECKING:
+    from moored.report.page import Curves
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,10 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
     Raises:
         UserError: the figures contradict themselves, or the folder cannot be written.
     """
+    # matplotlib takes half a second, of every rank's start if it stood above.
+    from moored.report.page import html
+    from moored.report.picture import frontier_png
+
     folder = Path(folder)
     data = report.to_json()
     Report.from_json(data, source=f"figures for {folder / 'report.json'}")
