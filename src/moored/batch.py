@@ -65,6 +65,8 @@ class Batch:
         num_targets: N.
         num_kl: positions of the regulariser.
         num_tokens: real tokens, without padding.
+        sample_lengths: of each row, of its samples and its run of padding, L in all; None where no
+            row holds several.
     """
 
     input_ids: Tensor
@@ -76,6 +78,7 @@ class Batch:
     num_targets: int
     num_kl: int
     num_tokens: int
+    sample_lengths: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -155,7 +158,14 @@ def collate(
         num_targets=len(flat),
         num_kl=int(np.count_nonzero(kl_mask)),
         num_tokens=sum(lengths),
+        sample_lengths=tuple(_lengths(row, length) for row in rows) if packed else None,
     )
+
+
+def _lengths(row: Row, length: int) -> tuple[int, ...]:
+    """Of the samples, and of the padding up to `length`."""
+    lengths = [len(sample) for sample in row if len(sample)]
+    return (*lengths, *([rest] if (rest := length - sum(lengths)) else []))
 
 
 def answer_offsets(target_index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from moored.attention import samples_apart
 from moored.batch import Batch
 from moored.errors import UserError
 from moored.head import Head
@@ -22,16 +23,18 @@ from moored.tensor_parallel import Sharding
 def final_hidden(causal_lm: Any, batch: Batch) -> torch.Tensor:
     """The backbone's final hidden states at the batch's targets, [N, D].
 
-    Samples are kept apart by `position_ids` alone, which transformers honours only with
-    `attention_mask=None` and `use_cache=False`.
+    Samples are kept apart by `position_ids`, which transformers honours only with
+    `attention_mask=None` and `use_cache=False`; or are attended to one by one.
     """
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    output = backbone(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-    )
+    with samples_apart(causal_lm, batch) as arguments:
+        output = backbone(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **arguments,
+        )
     hidden = output.last_hidden_state
     return hidden.reshape(-1, hidden.shape[-1])[batch.target_index]
 
@@ -50,6 +53,7 @@ def probe_batch(vocab_size: int, device: torch.device) -> Batch:
         num_targets=len(index),
         num_kl=len(index),
         num_tokens=16,
+        sample_lengths=((8, 8),),
     ).to(device)
 
 

@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moored.adapters import add_adapters, open_adapter, product_norm
+from moored.attention import attend_by_sample
 from moored.base import resolve_dtype
 from moored.batch import Batch, answer_offsets
 from moored.config import Config
@@ -197,6 +199,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     dtype = resolve_dtype(config.model, mesh.device)
     vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
     batch = probe_batch(vocab_size, mesh.device)
+    attend_by_sample(causal_lm, partial(_pristine_hidden, causal_lm, batch, dtype))
     pristine = _pristine_hidden(causal_lm, batch, dtype)
     if config.data.packing or config.model.attention == "flash_attention_2":  # rows of several
         option = "data.packing" if config.data.packing else "model.attention"

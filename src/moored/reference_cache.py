@@ -35,7 +35,7 @@ from moored.mesh import Mesh
 from moored.sources import cache_folder
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 FILE_BYTES = 2**26
 FACTS = "facts.json"
 _OPEN_FILES = 64
