@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,11 @@ def _draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
     from matplotlib.figure import Figure  # not on every machine with a GPU
 
     rows = max(len(panel.bars) for panel in panels)
-    figure = Figure(figsize=(4.6 * len(panels) + 1.5, 1.3 + 0.34 * rows), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels) + 1.5, 1.5 + 0.34 * rows), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.set_title(panel.title, loc="left", fontsize=9.5, color=MUTED)
+        axes.set_title(textwrap.fill(panel.title, 44), loc="left", fontsize=9.5, color=MUTED)
         known = [bar for bar in panel.bars if bar.value is not None]
         reach = max((bar.high or bar.value or 0.0 for bar in known), default=1.0)
         for y, bar in enumerate(panel.bars):
@@ -89,9 +91,20 @@ def _draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
                 axes.plot([bar.low, bar.high], [y, y], color=INK, lw=1.2)
                 end = max(end, bar.high)
             text = format(bar.value, panel.form)
-            axes.text(end + 0.015 * reach, y, text, va="center", fontsize=8.5, color=INK)
+            # On the paper's colour, where the line runs through it.
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
+            axes.text(
+                end + 0.015 * reach,
+                y,
+                text,
+                va="center",
+                fontsize=8.5,
+                color=INK,
+                bbox=box,
+                zorder=3,
+            )
         if panel.mark is not None:
-            axes.axvline(panel.mark, color=MUTED, lw=1, dashes=(4, 3))
+            axes.axvline(panel.mark, color=MUTED, lw=1, dashes=(4, 3), zorder=2.5)
         axes.set_yticks(range(len(panel.bars)), [bar.name for bar in panel.bars], fontsize=9)
         axes.set_xlim(0, 1.16 * reach)
         axes.invert_yaxis()
