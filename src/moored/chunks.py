@@ -8,6 +8,7 @@ padding. h the policy's and h0 the reference's hidden states, y the targets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -62,7 +63,8 @@ def run_chunks(
         by_kernels = kernels_run(logits, dtype) and not goal.is_weighted
         how = _by_kernels if by_kernels else _by_torch
         half = logits.native(h_ND.dtype) and with_gradient
-        chunk = how(logits, goal, dtype, min(size, plan.num_targets), half)
+        room = min(size, plan.num_targets), 1 if h0_ND is None else 2
+        chunk = how(logits, goal, dtype, room, half)
         for rows, with_kl in plan.chunks(size):
             h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
             unit = units[with_kl]
@@ -102,10 +104,18 @@ _Chunk = Callable[
 
 
 def _by_torch(
-    logits: Logits, goal: Objective, dtype: torch.dtype, num_rows: int, half: bool
+    logits: Logits, goal: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
 ) -> _Chunk:
-    """Chunks by torch alone; `half`: the gradient's product in the weight's half precision."""
-    buffer = logits.new_buffer(num_rows, dtype)
+    """Chunks by torch alone.
+
+    Args:
+        logits: the head.
+        goal: the divergence.
+        dtype: to compute in.
+        room: rows of the largest chunk, and of how many models there are logits.
+        half: whether the gradient's product is in the weight's half precision.
+    """
+    buffer = logits.new_buffer(math.prod(room), dtype)
     weight_vD = logits.weight_vD if half else None
 
     def chunk(
@@ -119,16 +129,16 @@ def _by_torch(
 
 
 def _by_kernels(
-    logits: Logits, goal: Objective, dtype: torch.dtype, num_rows: int, half: bool
+    logits: Logits, goal: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
 ) -> _Chunk:
     """Chunks by Triton's kernels, which read and write every logit twice."""
     from moored import fused
 
-    buffer, weight_vD, gradient = logits.new_buffer(num_rows, dtype), None, None
+    buffer, weight_vD, gradient = logits.new_buffer(math.prod(room), dtype), None, None
     if half:
         # fp16's 11 bits round the gradient to 0.02 %, bf16's 8 to 0.17 %.
         weight_vD = fused.to_half(logits.weight_vD)
-        gradient = buffer.new_empty((num_rows, buffer.shape[1]), dtype=weight_vD.dtype)
+        gradient = buffer.new_empty((room[0], buffer.shape[1]), dtype=weight_vD.dtype)
 
     def chunk(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float

@@ -75,7 +75,7 @@ def drift(
     dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
     columns: list[tuple[Tensor, ...]] = []
     size = chunk_size(chunk_tokens, num_rows, logits)
-    buffer = logits.new_buffer(min(size, num_rows), dtype)
+    buffer = logits.new_buffer(2 * min(size, num_rows), dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for i in range(0, num_rows, size):
             rows: Rows = slice(i, i + size)
@@ -134,7 +134,7 @@ def _choices(
     """What policy and reference predict at S rows: both models' first choices, of all shards."""
     shard = logits.shard
     with torch.autocast(hidden.device.type, enabled=False):
-        buffer = logits.new_buffer(len(rows), dtype)
+        buffer = logits.new_buffer(2 * len(rows), dtype)
         s_Sv, e_Sv, _ = logits.project(hidden, reference_hidden, dtype, buffer)
         assert e_Sv is not None
         both_2Sv = torch.stack([s_Sv, s_Sv + e_Sv]).double()

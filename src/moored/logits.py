@@ -61,8 +61,8 @@ class Logits:
         return Logits(weight.detach()[valid], cut_bias, scale, softcap, shard)
 
     def new_buffer(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """Room for two chunks of logits: made once, since fresh pages cost as much as the sums."""
-        return self.weight_vD.new_empty((2 * num_rows, self.weight_vD.shape[0]), dtype=dtype)
+        """Room for rows of logits: made once, since fresh pages cost as much as the sums."""
+        return self.weight_vD.new_empty((num_rows, self.weight_vD.shape[0]), dtype=dtype)
 
     def products(
         self, h_CD: Tensor, h0_CD: Tensor | None, dtype: torch.dtype, buffer_2Cv: Tensor
