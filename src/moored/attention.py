@@ -46,27 +46,25 @@ def samples_apart(causal_lm: nn.Module, batch: Batch) -> Iterator[dict[str, Any]
         batch: its rows.
     """
     rows = batch.sample_lengths
+    if rows is None or max(map(max, rows)) > _longest.get(causal_lm, 0):
+        yield {}
+        return
     least = LEAST_MEAN_ON_GPU if batch.input_ids.is_cuda else LEAST_MEAN
-    if rows is None or not _pays(causal_lm, rows, least):
+    is_trial = _seen.get() is not None
+    if not is_trial and batch.input_ids.numel() < least * sum(map(len, rows)):
         yield {}
         return
     with _set(_by_sample, True):
         yield {"sample_lengths": rows}
 
 
-def _pays(causal_lm: nn.Module, rows: Sequence[Sequence[int]], least: int) -> bool:
-    if max(map(max, rows)) > _longest.get(causal_lm, 0):
-        return False
-    is_trial = _seen.get() is not None
-    return is_trial or sum(map(sum, rows)) >= least * sum(map(len, rows))
-
-
-def attend_by_sample(causal_lm: Any, hidden: Callable[[], Tensor]) -> bool:
+def attend_by_sample(causal_lm: Any, masked: Tensor, hidden: Callable[[], Tensor]) -> bool:
     """Let packed rows of a model be attended to by sample, if that gives the same. Collective.
 
     Args:
         causal_lm: the Hugging Face model.
-        hidden: computes final hidden states of a packed batch, [N, D].
+        masked: final hidden states of a packed batch under transformers' mask, [N, D].
+        hidden: computes them again.
 
     Returns:
         Whether it will be done.
@@ -81,7 +79,6 @@ def attend_by_sample(causal_lm: Any, hidden: Callable[[], Tensor]) -> bool:
         return False
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
     ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask
-    masked = hidden()
     # Within its window a sample is attended to causally and no more; a longer one needs the mask.
     _longest[causal_lm] = getattr(config, "sliding_window", None) or math.inf
     seen: list[bool] = []

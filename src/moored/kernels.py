@@ -69,6 +69,14 @@ def _load(
 
 
 @triton.jit
+def _part(num_columns, BLOCK: tl.constexpr):
+    """Which part of a row this program has, and its first column and the one after its last."""
+    part, num_parts = tl.program_id(1), tl.num_programs(1)
+    width = tl.cdiv(tl.cdiv(num_columns, BLOCK), num_parts) * BLOCK
+    return part, part * width, tl.minimum(part * width + width, num_columns)
+
+
+@triton.jit
 def summary(
     s, t, bias, targets, stride, out, num_columns,
     scale: tl.constexpr, cap: tl.constexpr, cold: tl.constexpr,
@@ -78,10 +86,7 @@ def summary(
     """A part of a row: what its rank sends, without y: s_y, log mass at temperature 1; e_y, log
     mass, log ratio and KL of the objective's temperature and direction (none for jsd)."""  # noqa: D205, D209
     row, num_rows = tl.program_id(0), tl.num_programs(0)
-    part, num_parts = tl.program_id(1), tl.num_programs(1)
-    width = tl.cdiv(tl.cdiv(num_columns, BLOCK), num_parts) * BLOCK
-    first = part * width
-    last = tl.minimum(first + width, num_columns)
+    part, first, last = _part(num_columns, BLOCK)
     y = tl.load(targets + row)
     out += part * (6 if WITH_KL else 2) * num_rows
     row_start = row.to(tl.int64) * stride
@@ -161,16 +166,14 @@ def halfway(
 ):  # fmt: skip
     """A part of a row: its share of KL(p || m) and KL(q || m), m = (p + q) / 2, without y."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
-    part, num_parts = tl.program_id(1), tl.num_programs(1)
-    width = tl.cdiv(tl.cdiv(num_columns, BLOCK), num_parts) * BLOCK
-    first = part * width
+    part, first, last = _part(num_columns, BLOCK)
     y = tl.load(targets + row)
     out += part * 2 * num_rows
     mass = tl.load(rows + MASS * num_rows + row)
     ratio = tl.load(rows + RATIO * num_rows + row)
     row_start = row.to(tl.int64) * stride
     to_p, to_q = 0.0, 0.0
-    for start in range(first, tl.minimum(first + width, num_columns), BLOCK):
+    for start in range(first, last, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         s_b, e_b, _ = _load(
             s, t, bias, row_start, columns, num_columns, scale, cap,

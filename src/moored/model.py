@@ -199,11 +199,13 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     dtype = resolve_dtype(config.model, mesh.device)
     vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
     batch = probe_batch(vocab_size, mesh.device)
-    attend_by_sample(causal_lm, partial(_pristine_hidden, causal_lm, batch, dtype))
     pristine = _pristine_hidden(causal_lm, batch, dtype)
     if config.data.packing or config.model.attention == "flash_attention_2":  # rows of several
         option = "data.packing" if config.data.packing else "model.attention"
         _require_isolation(causal_lm, batch, pristine, dtype, vocab_size, option)
+    if config.data.packing:
+        again = partial(_pristine_hidden, causal_lm, batch, dtype)
+        attend_by_sample(causal_lm, pristine, again)
     if adapter is None:
         label = f"{config.adapter.family} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
