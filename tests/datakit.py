@@ -9,7 +9,10 @@ from typing import Any
 import chats
 from moored import data
 from moored.config import Config
+from moored.data.files import open_sources
+from moored.data.records import Record, read_records
 from moored.data.samples import SampleSet, load_samples
+from moored.errors import UserErrors
 
 TOKENIZER = chats.tokenizer(chats.CHATML)
 PLAIN_TOKENIZER = chats.tokenizer(add_bos=True)
@@ -41,6 +44,25 @@ def load(path: str | Path, tokenizer=TOKENIZER, **options: Any) -> SampleSet:
     recipe = config([{"path": str(path)} | options.pop("source", {})], data=options)
     data.check_data(recipe)
     return load_samples(recipe.data.train, tokenizer, recipe.data, len(tokenizer))
+
+
+def records(path: str | Path, **source: Any) -> list[Record]:
+    """What the rows of a file, a folder or (hub=True) a hub data set mean; nothing is tokenised.
+
+    Raises:
+        UserErrors: their problems.
+    """
+    place = "hub" if source.pop("hub", False) else "path"
+    recipe = config([{place: str(path)} | source])
+    problems: list[str] = []
+    found = [
+        record
+        for reader in open_sources(recipe.data.train, "data.train", problems)
+        for record in read_records(reader, recipe.data.train[0], problems)
+    ]
+    if problems:
+        raise UserErrors(problems)
+    return found
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

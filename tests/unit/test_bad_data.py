@@ -171,9 +171,9 @@ BAD: dict[str, tuple[str, bytes | str, str, str, str]] = {
     "no turns": ("a.jsonl", '{"messages": []}', "a.jsonl:1", "messages: is empty", "write"),
     "weighted turn": (
         "a.jsonl",
-        chat_line(U, A | {"weight": 0}),
+        chat_line(U, A | {"weight": 0.5}),
         "a.jsonl:1",
-        "messages[1].weight",
+        "messages[1].weight: holds the number 0.5: a turn is learned (true or 1) or not",
         "remove it",
     ),
     "empty prompt": (
@@ -519,12 +519,6 @@ def test_a_template_that_is_no_jinja_is_one_line_with_its_place(tmp_path):
     template.write_text("\ufeff" + chats.CHATML, encoding="utf-8")
     marked = load(tmp_path / "a.jsonl", chat_template=str(template))
     assert marked.fingerprint() == load(tmp_path / "a.jsonl").fingerprint()
-
-
-def test_turns_cannot_be_left_out_of_learning(tmp_path):
-    chat = [U, {**A, "train": False}]
-    path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
-    assert r"messages[1].train: turns cannot be weighted" in problems_of(Path(path))
 
 
 @pytest.mark.parametrize("call", ["f()", {"function": "f"}, {"function": {"name": None}}])

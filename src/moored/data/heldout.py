@@ -98,7 +98,11 @@ def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     per_source: list[list[Record]] = []
     for reader in open_sources(config.data.eval, "data.eval", problems):
         source = config.data.eval[int(reader.label.rsplit(".", 1)[1])]
-        records = read_records(reader, source, problems)
+        records = (
+            record
+            for record in read_records(reader, source, problems)
+            if record.learned is None or record.learned[-1]  # else it is no answer to match
+        )
         per_source.append(list(itertools.islice(records, config.evaluation.max_examples)))
     records = _evenly(per_source, config.evaluation.max_examples)
     found: list[Prompt] = []

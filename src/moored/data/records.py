@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from moored.data.files import (
     text_problem,
 )
 from moored.data.formats import kind_of
+from moored.data.turns import read_turns
 from moored.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ COLUMNS: dict[Kind, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-ROLES = ("system", "user", "assistant", "tool")
-_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "developer": "system"}
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 MAX_PROBLEMS = 10_000  # per source; more of them say nothing new
 STREAM_CHECKED = 1000  # rows of a streamed hub dataset that are checked at the start
@@ -59,6 +57,7 @@ class Record:
         tools: JSON schemas for the chat template, or None.
         text: of kind text.
         document: the text is a whole txt or md file, to be cut into windows.
+        learned: whether each message is learned; None if all turns of the assistant are.
     """
 
     sample_id: str
@@ -68,6 +67,7 @@ class Record:
     tools: list[dict[str, Any]] | None = None
     text: str = ""
     document: bool = False
+    learned: tuple[bool, ...] | None = None
 
 
 def read_records(
@@ -115,16 +115,18 @@ def parse(row: Row, source: Source, label: str) -> Record | list[str]:
         return missing
     values = [row.value[column] for column in columns]
     if kind == "messages":
-        messages, tools = values[0], row.value.get("tools")
-        problems = _chat_problems(messages, columns[0]) or _tools_problems(tools)
-        if problems:
+        turns, tools = read_turns(values[0], columns[0]), row.value.get("tools")
+        if isinstance(turns, list):
+            return turns
+        if problems := _tools_problems(tools):
             return problems
-        chat = tuple(
-            {key: value for key, value in message.items() if value is not None}
-            for message in messages
-        )
         return Record(
-            sample_id=row.key, where=row.where, kind=kind, messages=chat, tools=tools or None
+            sample_id=row.key,
+            where=row.where,
+            kind=kind,
+            messages=turns.messages,
+            tools=tools or None,
+            learned=turns.learned,
         )
     texts = [_text_problem(value, column) for value, column in zip(values, columns, strict=True)]
     if problems := [problem for problem in texts if problem]:
@@ -183,93 +185,6 @@ def _tools_problems(tools: Any) -> list[str]:
     if tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         return []
     return [f"tools: holds {kind_of(tools)}: write a list of JSON schemas, or remove the column"]
-
-
-def _chat_problems(messages: Any, name: str) -> list[str]:
-    if not isinstance(messages, list):
-        return [
-            f'{name}: holds {kind_of(messages)}, not a list: write [{{"role": "user", '
-            '"content": "..."}, ...]'
-        ]
-    if not messages:
-        return [f"{name}: is empty: write at least a user and an assistant turn"]
-    problems = []
-    for index, message in enumerate(messages):
-        if problem := _turn_problem(message):
-            problems.append(f"{name}[{index}]{problem}")
-    if not problems and (problem := _order_problem([m["role"] for m in messages])):
-        problems.append(f"{name}{problem}")
-    return problems
-
-
-def _turn_problem(message: Any) -> str | None:
-    if not isinstance(message, dict):
-        return f': holds {kind_of(message)}, not an object: write {{"role": ..., "content": ...}}'
-    if "role" not in message or "content" not in message:
-        if {"from", "value"} <= message.keys():
-            return ": has from and value (ShareGPT): rename them to role and content"
-        lacking = "role" if "role" not in message else "content"
-        if lacking == "role" or not message.get("tool_calls"):
-            return ": " + missing_problem(lacking, message, f"the key {lacking!r} in each turn")
-    role = message["role"]
-    if role not in ROLES:
-        near = difflib.get_close_matches(str(role), ROLES, 1)
-        meant = _ALIASES.get(str(role).lower()) or (near[0] if near else None)
-        hint = f"; did you mean {meant!r}?" if meant else f": use one of {', '.join(ROLES)}"
-        return f".role: {role!r} is unknown{hint}"
-    for key in ("weight", "train"):
-        if message.get(key) is not None:
-            return f".{key}: turns cannot be weighted: remove it, or split the conversation"
-    if message.get("tool_calls") is not None:
-        if role != "assistant" or not isinstance(message["tool_calls"], list):
-            return ".tool_calls: must be a list, in an assistant turn: move or remove it"
-        for number, call in enumerate(message["tool_calls"]):
-            inner = (call.get("function") or call) if isinstance(call, dict) else None
-            if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-                return (
-                    f".tool_calls[{number}]: names no function: write "
-                    '{"function": {"name": ..., "arguments": ...}}'
-                )
-        if message["tool_calls"] and not message.get("content"):
-            return _deep_problem(message)  # a call needs no words
-    if isinstance(message["content"], list):
-        return ".content: holds a list (of parts), not text: join the parts to one string"
-    if problem := text_problem(message["content"], "content"):
-        return f".{problem}"
-    return _deep_problem(message)
-
-
-def _deep_problem(message: dict[str, Any]) -> str | None:
-    """Other keys reach the chat template too."""
-    rest = {key: value for key, value in message.items() if key != "content"}
-    try:
-        problem = text_problem(json.dumps(rest, ensure_ascii=False), "keys")
-    except (TypeError, ValueError):
-        return ": holds values that are not JSON: remove them"
-    return f".{problem}" if problem else None
-
-
-def _order_problem(roles: list[str]) -> str | None:
-    """System first if at all, then user and assistant in turn, tools after an assistant."""
-    last = len(roles) - 1
-    for index, role in enumerate(roles):
-        before = roles[index - 1] if index else None
-        allowed = {
-            None: ("system", "user"),
-            "system": ("user",),
-            "user": ("assistant",),
-            "assistant": ("user", "tool"),
-            "tool": ("tool", "assistant"),
-        }[before]
-        if role not in allowed:
-            after = f"after {before}" if before else "first"
-            return (
-                f"[{index}].role: {role!r} comes {after}, where {' or '.join(allowed)} is "
-                "expected: merge or reorder the turns"
-            )
-    if roles[last] != "assistant":
-        return f"[{last}].role: the last turn is {roles[last]!r}: end with the assistant's answer"
-    return None
 
 
 def read_template(path: Path | None, problems: list[str]) -> str | None:
