@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ _OPEN, _CLOSE = "«", "»"
 # In a family's template these stand where the marks of generation go in its marked variant. Every
 # tag around them strips its blanks, so both variants write the same text.
 FROM, TO = "⟦", "⟧"
+_NO_REASONING = re.compile(r"^<think>\s*</think>\n*")
 _CORPUS = ["hello there how are you", "line\n\nline \n  line", "user assistant system model tool"]
 
 
@@ -57,8 +59,12 @@ class Said:
         return self.words + ("" if self.added else self.end) + self.tail
 
     def same_as(self, other: Said) -> bool:
-        """Whether the model generates the same in both."""
-        return self.words == other.words and (not self.own or self.end == other.end)
+        """Whether the turn says here what it says as the last one, `other`.
+
+        A block of reasoning without a word, which a template gives to a last turn alone, says
+        nothing; and how a turn ends may depend on what follows.
+        """
+        return _NO_REASONING.sub("", self.words) == _NO_REASONING.sub("", other.words)
 
 
 Part = str | Said

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chats
-from moored.data.chat import ChatEncoder, Layout, TemplateError
+from moored.data.chat import ChatEncoder
+from moored.data.layout import Layout
+from moored.data.template import TemplateError
 from moored.errors import UserError
 
 EOS = "<|endoftext|>"
@@ -23,7 +25,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 def learned(tokenizer, messages, template=None) -> list[str]:
     """The text of each run of targets, after checking that tokens and masks fit."""
     encoder = ChatEncoder(tokenizer, template)
-    (tokens,) = encoder.encode([encoder.layout(messages)])
+    (tokens,) = encoder.encode(encoder.layouts(messages))
     assert not isinstance(tokens, str), tokens
     assert len(tokens.input_ids) == len(tokens.label_mask)
     runs: list[list[int]] = []
@@ -40,7 +42,7 @@ def learned(tokenizer, messages, template=None) -> list[str]:
 def prompts_are_what_generation_sees(tokenizer, messages, template=None) -> None:
     """Independently: transformers' own prompt for each answer is the prefix of what is learned."""
     encoder = ChatEncoder(tokenizer, template)
-    (tokens,) = encoder.encode([encoder.layout(messages)])
+    (tokens,) = encoder.encode(encoder.layouts(messages))
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -107,7 +109,7 @@ def test_a_template_that_ends_with_nothing_is_cut_before_the_end_token():
     )
     tokenizer = chats.tokenizer(template)
     encoder = ChatEncoder(tokenizer)
-    (tokens,) = encoder.encode([encoder.layout(turns("a", "b"))])
+    (tokens,) = encoder.encode(encoder.layouts(turns("a", "b")))
     assert tokenizer.decode(tokens.input_ids) == f"user: a\nassistant: b{EOS}"
     assert learned(tokenizer, turns("a", "b", "c", "d")) == ["b", f"d{EOS}"]
 
@@ -116,12 +118,7 @@ REFUSED = {
     "rewritten": (
         chats.COUNTING,
         TWO,
-        r"rewrites what comes before messages\[1\].*data\.chat_template.*generation",
-    ),
-    "late-system": (
-        chats.LATE_SYSTEM,
-        turns("a", "b", "c", "d", system="be brief"),
-        r"rewrites what comes before messages\[2\].*one sample an answer",
+        r"rewrites what comes before messages\[3\].*data\.chat_template.*generation",
     ),
     "no-system-role": (
         chats.GEMMA,
@@ -147,14 +144,6 @@ REFUSED = {
     ),
     "broken": ("{% for m in messages %}", TWO, "refuses this conversation"),
     "type-error": ("{{ messages + 1 }}", TWO, "refuses this conversation"),
-    "no-end": (  # an earlier answer is laid out otherwise than a last one, and written twice
-        "{% for m in messages %}{{ m['role'] }}|{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' and not loop.last %}/{{ m['content'] }}{% endif %}|"
-        "{% if loop.last and m['role'] == 'assistant' %}!{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant|{% endif %}",
-        TWO,
-        r"the end of messages\[1\] cannot be located",
-    ),
 }
 
 
@@ -162,9 +151,122 @@ REFUSED = {
 def test_what_cannot_be_derived_is_refused_with_the_fix(template, messages, reason):
     encoder = ChatEncoder(chats.tokenizer(template))
     with pytest.raises(TemplateError, match=reason) as caught:
-        encoder.layout(messages)
+        encoder.layouts(messages)
     assert "\n" not in str(caught.value)
     assert "data.chat_template" in str(caught.value)
+
+
+def learned_of_each(template, messages, **options) -> list[list[str]]:
+    """The texts of the targets of each sample that a conversation becomes."""
+    encoder = ChatEncoder(chats.tokenizer(template))
+    layouts = encoder.layouts(messages, **options)
+    for tokens, layout in zip(encoder.encode(layouts), layouts, strict=True):
+        assert not isinstance(tokens, str), tokens
+        assert tokens.label_mask[-1]
+        shown = encoder.tokenizer.decode(tokens.input_ids)
+        assert shown == layout.text + ("" if layout.is_closed else EOS)
+    return [[layout.text[slice(*span)] for span in layout.spans] for layout in layouts]
+
+
+def test_a_system_text_that_moves_makes_a_sample_of_each_answer():
+    messages = turns("a", "b", "c", "d", system="be brief")
+    assert learned_of_each(chats.LATE_SYSTEM, messages) == [[" d</s>"], [" b</s>"]]
+
+
+def test_an_earlier_answer_that_is_laid_out_otherwise_is_learned_as_it_was_said():
+    twice = (
+        "{% for m in messages %}{{ m['role'] }}|{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' and not loop.last %}/{{ m['content'] }}{% endif %}|"
+        "{% if loop.last and m['role'] == 'assistant' %}!{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant|{% endif %}"
+    )
+    assert learned_of_each(twice, TWO) == [["fine\nand you |!"], ["hi there|!"]]
+
+
+CUTTING = chats.CHATML.replace(
+    "{{ m['content'] }}<",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<",
+)
+
+
+def test_words_that_are_cut_once_others_follow_are_split_on_demand_only():
+    messages = turns("a", "<think>hm</think>b", "c", "d")
+    with pytest.raises(TemplateError, match=r"messages\[1\].*data\.rewritten_turns=split"):
+        ChatEncoder(chats.tokenizer(CUTTING)).layouts(messages)
+    found = learned_of_each(CUTTING, messages, split=True)
+    assert found == [["d<|im_end|>"], ["<think>hm</think>b<|im_end|>"]]
+    unlearned = [False, False, False, True]
+    assert learned_of_each(CUTTING, messages, learned=unlearned) == [["d<|im_end|>"]]
+
+
+def test_turns_that_are_not_to_be_learned_stay_in_the_context():
+    messages = turns("a", "bad", "c", "good")
+    for template in (chats.CHATML, chats.MARKED, chats.THINKING, chats.LATE_SYSTEM):
+        encoder = ChatEncoder(chats.tokenizer(template))
+        (whole,) = encoder.layouts(messages)
+        (last,) = encoder.layouts(messages, learned=[False, False, False, True])
+        assert (last.text, last.spans) == (whole.text, whole.spans[1:])
+        (first,) = encoder.layouts(messages, learned=[False, True, False, False])
+        assert first.text == whole.text[: whole.spans[0][1]]
+        assert first.spans == whole.spans[:1]
+        assert encoder.layouts(messages, learned=[False] * 4) == []
+
+
+ENDS = {
+    "another end and a final one": (  # Phi 3
+        chats.CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}").replace(
+            "helpful.<|im_end|>\n{% else %}{{ eos_token }}", "helpful.<|im_end|>\n"
+        ),
+        ["hi there<|im_end|>", f"fine\nand you <|im_end|>\n{EOS}"],
+    ),
+    "blanks before the end": (
+        chats.CHATML.replace("{{ m['content'] }}", "{{ m['content'] }} \n "),
+        ["hi there \n <|im_end|>", "fine\nand you  \n <|im_end|>"],
+    ),
+    "the next header": (  # GLM
+        "{% for m in messages %}<|{{ 'im_start' if m['role'] == 'user' else 'eot_id' }}|>"
+        "{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|eot_id|>{% endif %}",
+        ["hi there<|im_start|>", f"fine\nand you {EOS}"],
+    ),
+    "an end that depends on what follows": (
+        chats.CHATML.replace(
+            "<|im_end|>\n{% endfor", "{{ '<|eot_id|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}\n{% endfor"
+        ),
+        ["hi there<|im_end|>", "fine\nand you <|eot_id|>"],
+    ),
+    "a prompt for the next answer, always": (
+        chats.CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"),
+        ["hi there<|im_end|>", "fine\nand you <|im_end|>"],
+    ),
+    "words after the last end": (
+        chats.CHATML + "{% if not add_generation_prompt %}(over){% endif %}",
+        ["hi there<|im_end|>", "fine\nand you <|im_end|>"],
+    ),
+    "the start of the next, which is no end": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<s>[INST]{{ m['content'] }}[/INST]"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}",
+        ["hi there", f"fine\nand you {EOS}"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "expected"), ENDS.values(), ids=ENDS)
+def test_the_end_of_every_turn_is_learned_whatever_it_is(template, expected):
+    settings = {"bos_token": "<s>"} if "<s>" in template else {}
+    assert learned(chats.tokenizer(template, **settings), TWO) == expected
+
+
+@pytest.mark.parametrize("name", ["CHATML", "THINKING", "another end", "the next header"])
+def test_a_chat_gets_one_mask_with_marks_and_without(name):
+    template = getattr(chats, name, None) or next(t for n, (t, _) in ENDS.items() if name in n)
+    words = "{{ m['content'] }}"
+    assert words in template
+    said = f"{{% if m['role'] == 'assistant' %}}{{% generation %}}{words}{{% endgeneration %}}"
+    marked = template.replace(words, f"{said}{{% else %}}{words}{{% endif %}}")
+    plain, same = (learned(chats.tokenizer(text), TWO) for text in (template, marked))
+    if name == "THINKING":  # what the marks leave out is not learned
+        plain[-1] = plain[-1].removeprefix("<think>\n\n</think>\n\n")
+    assert same == plain
 
 
 def test_tool_turns_pass_where_the_template_knows_them():
@@ -185,7 +287,7 @@ def test_tool_turns_pass_where_the_template_knows_them():
     assert last == "one<|im_end|>"
     quoting = template.replace("{{ m['content'] }}", "{{ m['content'] | tojson }}", 1)
     with pytest.raises(TemplateError, match="leaves out or rewrites"):  # "add" is, the rest is not
-        ChatEncoder(chats.tokenizer(quoting)).layout(
+        ChatEncoder(chats.tokenizer(quoting)).layouts(
             [*messages[:3], {**messages[3], "content": 'say "one"'}]
         )
 
@@ -193,7 +295,7 @@ def test_tool_turns_pass_where_the_template_knows_them():
 def test_today_is_the_same_day_every_day():
     template = "Today is {{ strftime_now('%A, %-d %b %Y') }}.\n" + chats.CHATML
     tokenizer = chats.tokenizer(template)
-    assert ChatEncoder(tokenizer).layout(TWO).text.startswith("Today is Friday, 26 Jul 2024.\n")
+    assert ChatEncoder(tokenizer).layouts(TWO)[0].text.startswith("Today is Friday, 26 Jul 2024.\n")
     assert learned(tokenizer, TWO)[0] == "hi there<|im_end|>"
 
 
@@ -201,7 +303,7 @@ def test_prompt_and_completion_without_a_template():
     tokenizer = chats.tokenizer(add_bos=True)
     encoder = ChatEncoder(tokenizer)
     pairs = [("hello ", "there"), ("hello", " there"), ("line\n", "\nline"), ("a", "b" + EOS)]
-    layouts = [Layout(text=p + c, spans=((len(p), len(p + c)),)) for p, c in pairs]
+    layouts = [encoder.plain_layout(prompt, completion) for prompt, completion in pairs]
     for (prompt, completion), tokens in zip(
         pairs, encoder.encode(layouts, chat=False), strict=True
     ):
@@ -279,7 +381,7 @@ def test_any_words_come_back_exactly(name, contents):
         expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
     assert learned(ONE_TOKENIZER, messages, template) == expected
     encoder = ChatEncoder(ONE_TOKENIZER, template)
-    (tokens,) = encoder.encode([encoder.layout(messages)])
+    (tokens,) = encoder.encode(encoder.layouts(messages))
     asked = ONE_TOKENIZER.apply_chat_template(
         messages[:1], chat_template=template, add_generation_prompt=True, return_dict=False
     )
@@ -297,13 +399,14 @@ def test_what_the_template_does_not_say_is_not_taught_as_silence(template):
     encoder = ChatEncoder(chats.tokenizer(template))
     calling = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     with pytest.raises(TemplateError, match=r"tool_calls|do not cover"):
-        encoder.layout([TWO[0], calling, {"role": "tool", "content": "4"}, TWO[1]])
+        encoder.layouts([TWO[0], calling, {"role": "tool", "content": "4"}, TWO[1]])
     with pytest.raises(TemplateError, match="leaves the tools out"):
-        encoder.layout(TWO[:2], TOOLS)
+        encoder.layouts(TWO[:2], TOOLS)
     with pytest.raises(TemplateError, match=r"reasoning_content|do not cover"):
-        encoder.layout([TWO[0], {**TWO[1], "reasoning_content": "hm"}])
-    earlier = {**TWO[1], "reasoning_content": "hm"}  # dropped by design, as Qwen 3 does
-    assert encoder.layout([TWO[0], earlier, *TWO[:2]]).spans
+        encoder.layouts([TWO[0], {**TWO[1], "reasoning_content": "hm"}])
+    earlier = {**TWO[1], "reasoning_content": "hm"}
+    with pytest.raises(TemplateError, match=r"messages\[1\].reasoning_content|do not cover"):
+        encoder.layouts([TWO[0], earlier, *TWO[:2]])
 
 
 def test_marks_that_cover_a_later_answer_do_not_cover_an_earlier_one_of_its_words():
@@ -311,7 +414,7 @@ def test_marks_that_cover_a_later_answer_do_not_cover_an_earlier_one_of_its_word
     said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}] * 2
     said[-1] = {"role": "assistant", "content": "oh yes"}
     with pytest.raises(TemplateError, match="do not cover every assistant turn"):
-        ChatEncoder(chats.tokenizer(template)).layout(said)
+        ChatEncoder(chats.tokenizer(template)).layouts(said)
 
 
 def test_a_generation_prompt_that_opens_the_answer():
@@ -320,10 +423,10 @@ def test_a_generation_prompt_that_opens_the_answer():
     thinking = [TWO[0], {"role": "assistant", "content": "<think>\nx</think>yes"}]
     assert learned(tokenizer, thinking) == ["x</think>yes<|im_end|>"]
     with pytest.raises(TemplateError, match=r"opens an answer with '<think>\\n'"):
-        ChatEncoder(tokenizer).layout([TWO[0], {"role": "assistant", "content": "yes"}])
+        ChatEncoder(tokenizer).layouts([TWO[0], {"role": "assistant", "content": "yes"}])
 
 
 @pytest.mark.parametrize("fault", ["{{ 1 / 0 }}", "{{ range(10 ** 9) }}"])
 def test_a_template_is_somebodys_program(fault):
     with pytest.raises(TemplateError, match="refuses this conversation"):
-        ChatEncoder(chats.tokenizer(fault + chats.CHATML)).layout(TWO)
+        ChatEncoder(chats.tokenizer(fault + chats.CHATML)).layouts(TWO)

@@ -84,6 +84,9 @@ class Source(Section):
     format: Annotated[
         Literal["auto", "messages", "prompt_completion", "text"], about("how a row is read")
     ] = "auto"
+    rendered: Annotated[
+        bool, about("prompts and texts are in the model's chat format already: no template")
+    ] = False
     weight: Annotated[float, Field(gt=0, description="passes over it per epoch")] = 1.0
     streaming: Annotated[bool, about("read as it goes instead of at the start")] = False
     limit: Annotated[Positive | None, about("samples, from the start")] = None
@@ -101,6 +104,8 @@ class Source(Section):
         if self.path is not None:
             for name in ("subset", "split", "revision"):
                 yield Ignored(name, ("path",), "path is a local file, not a hub data set")
+        if self.format == "messages":
+            yield Ignored("rendered", ("format",), "chats are laid out by the template")
 
     def problems(self) -> Iterator[Problem]:
         """A source is a path or a hub name."""
@@ -129,6 +134,13 @@ class DataConfig(Section):
     too_long: Annotated[Literal["drop", "truncate"], about("samples over max_length")] = "drop"
     max_dropped_fraction: Annotated[Fraction, about("share of samples; above it: error")] = 0.1
     chat_template: Annotated[RecipePath | None, about("Jinja file instead of the model's")] = None
+    rewritten_turns: Annotated[
+        Literal["refuse", "split"],
+        about(
+            "answers of which the chat template cuts words once other turns follow; split: each "
+            "is learned in a sample of its own"
+        ),
+    ] = "refuse"
 
     def ignored(self) -> Iterator[Ignored]:
         """Plain text needs no chat template."""

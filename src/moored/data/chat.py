@@ -1,45 +1,35 @@
-"""Chat templates and what is learned of a conversation: the assistant's turns, and their end.
+"""Conversations and texts as tokens, with what is learned of them.
 
-No file is read and no sample dropped here. The span of an answer is found in the rendered *text*
-(from the template's generation markers, or by rendering what came before it), then carried over to
-tokens, and checked there: the tokens before an answer must be what the model will be given when it
-has to answer.
+Where the answers are in the text is `layout.py`'s matter. Here spans of characters become masks of
+tokens, and are checked there: the tokens before an answer must be what the model will be given when
+it has to answer. No file is read and no sample dropped here.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from moored.data.template import ChatTemplate, TemplateError
+from moored.data.layout import Layout, Stops, chat_layouts, plain_layout
+from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.errors import UserError
-
-_SENTINEL = "\ue000"  # private use: no text has it
-_FIX = (
-    "give data.chat_template a copy of the template with {% generation %} markers around the "
-    "assistant's words"
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Rendered text and the character spans [start, stop) in it that are to be learned."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
-    """Token ids (int32) and which of them are targets (bool)."""
+    """Token ids (int32) and which of them are targets (bool).
+
+    Attributes:
+        has_empty_reasoning: a block of reasoning without a word is among the targets.
+    """
 
     input_ids: np.ndarray
     label_mask: np.ndarray
+    has_empty_reasoning: bool = False
 
 
 class ChatEncoder:
@@ -48,6 +38,11 @@ class ChatEncoder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         template: Jinja text to use instead of the tokenizer's own.
+
+    Attributes:
+        eos: id of the end-of-sequence token.
+        prefix: the start token where the tokenizer puts one before every text, else nothing.
+        stops: the tokens at which a turn may end.
 
     Raises:
         UserError: the tokenizer is slow or has no end-of-sequence token, or the template's markers
@@ -70,128 +65,69 @@ class ChatEncoder:
         self.eos: int = tokenizer.eos_token_id
         self._template = ChatTemplate(tokenizer, template)
         start = list(tokenizer("", verbose=False)["input_ids"])
-        bos = tokenizer.bos_token_id
-        self.prefix: list[int] = start[:1] if bos is not None and start[:1] == [bos] else []
-        self._special = {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-        } | {self.eos}
+        self._bos: int | None = tokenizer.bos_token_id
+        has_start = self._bos is not None and start[:1] == [self._bos]
+        self.prefix: list[int] = start[:1] if has_start else []
+        added = tokenizer.added_tokens_decoder
+        self._special = {i for i, token in added.items() if token.special} | {self.eos}
+        starts = {self._bos} - {self.eos}  # no turn ends with the start of the next text
+        self.stops = Stops(
+            [self._text_of(i) for i in sorted(self._special - starts)],
+            [token.content for i, token in added.items() if i not in self._special],
+        )
 
     @property
-    def template(self) -> str | None:
-        """The chat template, or None."""
-        return self._template.text
+    def templates(self) -> dict[str, str]:
+        """The chat templates by name; empty where there is none."""
+        return self._template.named
 
-    def layout(
-        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> Layout:
-        """The rendered conversation and where the answers are in it.
+    @property
+    def turn_tokens(self) -> tuple[str, ...]:
+        """The added tokens with which the chat template marks turns; none without a template."""
+        return self._marks[0]
+
+    def with_end(self, answer: str) -> str:
+        """An answer with the chat template's end of a turn, where it has no end of its own."""
+        return answer if self.stops.closing(answer) is not None else answer + self._marks[1]
+
+    @cached_property
+    def _marks(self) -> tuple[tuple[str, ...], str]:
+        """What the template writes around two turns: its added tokens, and the end of the last."""
+        word = "\ue000"  # private use: no template has it
+        asked = [{"role": "user", "content": word}]
+        answered = [*asked, {"role": "assistant", "content": word}]
+        if not self.templates:
+            return (), ""
+        try:
+            header = self._template.render(asked, generation_prompt=True)
+            whole = self._template.render(answered)
+        except TemplateError:  # one that cannot ask a single question
+            return (), ""
+        end = whole[: self.stops.closing(whole) or 0].rpartition(word)[2]
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        marks = {t for t in added if t.strip() and t in header + end and "think" not in t.lower()}
+        return tuple(sorted(marks)), end
+
+    def layouts(
+        self,
+        messages: Sequence[Message],
+        tools: Tools = None,
+        *,
+        learned: Sequence[bool] | None = None,
+        split: bool = False,
+    ) -> list[Layout]:
+        """The conversation as one or several samples, as `layout.chat_layouts` says.
 
         Raises:
-            TemplateError: they cannot be located, or the template leaves something out.
+            TemplateError: an answer cannot be located, or the template leaves something out.
         """
-        if self._template.marked:
-            text, spans = self._template.render_marked(messages, tools)
-        else:
-            text, spans = self._template.render(messages, tools), []
-        if tools and self._template.render(messages) == text:
-            raise TemplateError(
-                "the chat template leaves the tools out: remove them or set data.chat_template"
-            )
-        for index, message in enumerate(messages):
-            if not _holds(text, message):
-                raise TemplateError(
-                    f"the chat template leaves out or rewrites messages[{index}] "
-                    f"({message['role']}): remove this turn or set data.chat_template"
-                )
-        if self._template.marked:
-            covered = "\n".join(text[start:stop] for start, stop in spans)
-            turns = [m for m in messages if m["role"] == "assistant"]
-            if not _in_order(covered, turns, turns[-1]) or not covered.strip():
-                raise TemplateError(
-                    "the chat template's {% generation %} markers do not cover every assistant "
-                    "turn: put them around the assistant's words in data.chat_template"
-                )
-            return Layout(text=text, spans=tuple(spans))
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                spans.append(self._span(text, messages, index, tools))
-        return Layout(text=text, spans=tuple(spans))
-
-    def _span(
-        self,
-        text: str,
-        messages: Sequence[dict[str, Any]],
-        index: int,
-        tools: list[dict[str, Any]] | None,
-    ) -> tuple[int, int]:
-        """Where turn `index` is: after what the model is given to answer, up to the turn's end."""
-        given = self._template.render(messages[:index], tools, generation_prompt=True)
-        if not text.startswith(given):
-            before = self._template.render(messages[:index], tools)
-            if text.startswith(before) and given.startswith(before):
-                same = os.path.commonprefix([given, text])  # noqa: RUF071 - of characters
-                raise TemplateError(
-                    f"the chat template opens an answer with {given[len(same) :]!r}, as "
-                    f"messages[{index}] does not in this conversation: begin the answer like that, "
-                    f"or {_FIX}"
-                )
-            raise TemplateError(
-                f"the chat template rewrites what comes before messages[{index}], so this answer "
-                f"cannot be located in the conversation: {_FIX}, or split it into one sample an "
-                "answer"
-            )
-        until = (
-            text
-            if index == len(messages) - 1
-            else self._template.render(messages[: index + 1], tools)
-        )
-        if text.startswith(until):
-            stop = len(until)
-        else:
-            stop = self._end_of_words(text, messages, index, tools)
-        turn, last = messages[index], messages[-1]
-        if stop > len(given) and _in_order(text[len(given) : stop], [turn], last):
-            return len(given), stop
-        # What the model is given may open the answer, which then says it too.
-        before = self._template.render(messages[:index], tools)
-        said = text[len(before) if given.startswith(before) else len(given) : stop]
-        if stop <= len(given) or _content(turn) not in said:
-            raise TemplateError(
-                f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
-            )
-        if _in_order(said, [turn], last):
-            return len(given), stop
-        if _in_order(text[len(given) :], [turn], last):  # the words end before the calls do
-            raise TemplateError(
-                f"the end of messages[{index}] cannot be located after the chat template: {_FIX}"
-            )
-        what = "tool_calls" if turn.get("tool_calls") else "reasoning_content"
-        raise TemplateError(
-            f"the chat template leaves out messages[{index}].{what}: write it into the content, "
-            "remove it, or set data.chat_template"
+        return chat_layouts(
+            self._template, messages, tools, self.stops, learned=learned, split=split
         )
 
-    def _end_of_words(
-        self,
-        text: str,
-        messages: Sequence[dict[str, Any]],
-        index: int,
-        tools: list[dict[str, Any]] | None,
-    ) -> int:
-        """For templates that lay a last turn out otherwise than an earlier one: -1 if nowhere.
-
-        A mark after the turn's last word shows where the words end in the whole conversation.
-        """
-        words = messages[index].get("content") or ""
-        for end in dict.fromkeys((words, words.rstrip())):  # as it is, or for one that trims
-            if not end:
-                continue
-            marked = [dict(message) for message in messages]
-            marked[index]["content"] = end + _SENTINEL
-            other = self._template.render(marked, tools)
-            if other.count(_SENTINEL) == 1 and other.replace(_SENTINEL, "") == text:
-                return other.index(_SENTINEL)
-        return -1
+    def plain_layout(self, prompt: str, completion: str) -> Layout:
+        """A text that no template lays out; all but the prompt is learned."""
+        return plain_layout(prompt + completion, len(prompt), self.stops)
 
     def encode(self, layouts: Sequence[Layout], *, chat: bool = True) -> list[Tokens | str]:
         """Tokenises layouts; in the place of one that cannot be masked exactly, says why.
@@ -199,7 +135,7 @@ class ChatEncoder:
         Args:
             layouts: what to tokenise.
             chat: rendered by the template, which writes special tokens itself. Otherwise the
-                tokenizer's own start token is put first.
+                tokenizer's own start token is put first, if it is not there.
         """
         if not layouts:
             return []
@@ -229,22 +165,40 @@ class ChatEncoder:
                     )
                     continue
                 ids, offsets = pieces
-            out.append(self._mask(layout, ids, offsets, [] if chat else self.prefix))
+            out.append(self._mask(layout, ids, offsets, chat=chat))
         return out
 
-    def prompt_ids(
-        self, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
         """What the model is given to answer `messages`: the assistant's header included.
 
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        return self._ids([self._template.render(messages, tools, generation_prompt=True)])[0]
+        suited = self._template.suited(messages, tools)
+        return self._ids([self._template.render(suited, tools, generation_prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a plain text, with the start token where the tokenizer puts one."""
-        return [*self.prefix, *self._ids([text])[0]]
+        ids = self._ids([text])[0]
+        return [*self.prefix, *ids[self._num_starts(ids) :]] if self.prefix else ids
+
+    def ends_of(self, tokens: Tokens) -> tuple[int, ...]:
+        """The tokens that end a learned turn, the last turn's first, and the end of sequence."""
+        last = tokens.label_mask & ~np.append(tokens.label_mask[1:], False)
+        ends = tokens.input_ids[last][::-1].tolist()
+        marks = self.tokenizer.added_tokens_decoder
+        return tuple(dict.fromkeys([*(end for end in ends if end in marks), self.eos]))
+
+    def _num_starts(self, ids: Sequence[int]) -> int:
+        """How many start tokens a text rendered beforehand begins with."""
+        count = 0
+        while self._bos is not None and count < len(ids) and ids[count] == self._bos:
+            count += 1
+        return count
+
+    def _text_of(self, token_id: int) -> str:
+        token = self.tokenizer.added_tokens_decoder.get(token_id)
+        return token.content if token else str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -272,89 +226,33 @@ class ChatEncoder:
         return ids, offsets
 
     def _mask(
-        self, layout: Layout, ids: list[int], offsets: list[tuple[int, int]], prefix: list[int]
+        self, layout: Layout, ids: list[int], offsets: list[tuple[int, int]], *, chat: bool
     ) -> Tokens:
         mask = np.zeros(len(ids), dtype=bool)
         starts = np.array([start for start, _ in offsets], dtype=np.int64)
-        stops = np.array([stop for _, stop in offsets], dtype=np.int64)
-        ends = [self.eos]  # of a turn
-        for number, (start, stop) in enumerate(reversed(layout.spans)):
-            first = int(np.searchsorted(starts, start))
-            past = int(np.searchsorted(stops, stop, side="right"))
-            is_last = number == 0
-            closing = self._closing(
-                layout.text, ids, stops, range(first, past), stop, is_last, ends
-            )
-            if closing is not None:
-                past = closing + 1
+        for start, stop in layout.spans:
+            first, past = np.searchsorted(starts, (start, stop))
+            # A token that goes on past the end is the end itself, with the blanks that it takes
+            # along, or joins words with what the template writes: that one is not learned.
+            if past > first and offsets[past - 1][1] > stop and ids[past - 1] not in self._special:
+                past -= 1
             mask[first:past] = True
-            if not is_last:
-                continue
-            ids, mask = ids[:past], mask[:past]  # nothing is learned of what may follow
-            if closing is not None:
-                ends.append(ids[closing])
-            else:  # the template lets the answer end with nothing to stop at
-                ids, mask = [*ids, self.eos], np.append(mask, True)
+        if layout.spans and not layout.is_closed:  # nothing there to stop at
+            ids, mask = [*ids, self.eos], np.append(mask, True)
+        if not chat:
+            ids, mask = self._with_start(ids, mask)
+        input_ids = np.array(ids, dtype=np.int32)
+        if self._bos is not None and self._bos != self.eos:
+            mask &= input_ids != self._bos  # who writes is given it, and never has to write it
         return Tokens(
-            input_ids=np.array([*prefix, *ids], dtype=np.int32),
-            label_mask=np.concatenate([np.zeros(len(prefix), dtype=bool), mask]),
+            input_ids=input_ids, label_mask=mask, has_empty_reasoning=layout.has_empty_reasoning
         )
 
-    def _closing(
-        self,
-        text: str,
-        ids: list[int],
-        stops: np.ndarray,
-        turn: range,
-        stop: int,
-        is_last: bool,
-        ends: list[int],
-    ) -> int | None:
-        """The index of the special token that ends a turn, inside its span or right after it.
-
-        What follows it in the span (often a line break) is the template's: a model that stops at
-        the token is never asked for it.
-        """
-        for index in reversed(turn):
-            if ids[index] in self._special:
-                if not text[stops[index] : stop].strip():
-                    return index
-                break
-        index = turn.stop
-        if is_last:
-            while index < len(ids) and not text[stop : stops[index]].strip():
-                index += 1
-            return index if index < len(ids) and ids[index] in self._special else None
-        return index if index < len(ids) and ids[index] in ends else None
-
-
-def _content(message: dict[str, Any]) -> str:
-    return (message.get("content") or "").strip()
-
-
-def _in_order(text: str, turns: Sequence[dict[str, Any]], last: dict[str, Any]) -> bool:
-    """Whether the text has what each turn says, calls and reasons, one turn after the other.
-
-    Reasoning is asked for in the `last` turn alone: many templates drop an earlier one's by design.
-    """
-    position = 0
-    for turn in turns:
-        words = [_content(turn)]
-        for call in turn.get("tool_calls") or ():
-            words.append(str((call.get("function") or call).get("name", "")))
-        if turn is last:
-            words.append((turn.get("reasoning_content") or "").strip())
-        found = [text.find(word, position) for word in words]
-        if -1 in found:
-            return False
-        position = max(at + len(word) for at, word in zip(found, words, strict=True))
-    return True
-
-
-def _holds(text: str, message: dict[str, Any]) -> bool:
-    """Whether the rendered text has the turn's words; some templates quote a tool's as JSON."""
-    content = _content(message)
-    if content in text:
-        return True
-    quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-    return message["role"] == "tool" and quoted in text
+    def _with_start(self, ids: list[int], mask: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """One start token, where the tokenizer puts one or the text has one; it is not learned."""
+        there = self._num_starts(ids)
+        if there == len(ids):  # nothing but the end, where both are one token
+            there = 0
+        start = self.prefix or ids[: min(there, 1)]
+        mask = np.concatenate([np.zeros(len(start), dtype=bool), mask[there:]])
+        return [*start, *ids[there:]], mask

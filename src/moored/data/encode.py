@@ -5,20 +5,22 @@ Which sources there are is `samples.py`'s matter, templates and masks are `chat.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import logging
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from moored.batch import Sample
-from moored.data.chat import ChatEncoder, Layout, Tokens
+from moored.data.chat import ChatEncoder, Tokens
+from moored.data.layout import Layout
 from moored.data.records import Record, read_template
 from moored.data.template import TemplateError
 from moored.errors import UserError, UserErrors
@@ -50,52 +52,98 @@ class Encoder:
         self.vocab_size = vocab_size
 
     def encode(self, records: Sequence[Record]) -> Iterator[tuple[str, Record, Tokens | str]]:
-        """(sample id, record, tokens or what is wrong) of each; documents give several."""
-        layouts: list[tuple[Layout | str, bool]] = [self._layout(record) for record in records]
+        """(sample id, record, tokens or what is wrong) of each.
+
+        Documents give several, and so do conversations of which the template writes earlier turns
+        otherwise than it did when they were last: of these the whole one comes first, by the
+        record's own id.
+        """
+        layouts = [self._layouts(record) for record in records]
         encoded: dict[bool, Iterator[Tokens | str]] = {
             chat: iter(
                 self.chat.encode(
-                    [lay for lay, of in layouts if of is chat and isinstance(lay, Layout)],
+                    [layout for found, of in layouts if of is chat for layout in _laid(found)],
                     chat=chat,
                 )
             )
             for chat in (True, False)
         }
-        for record, (layout, chat) in zip(records, layouts, strict=True):
-            if isinstance(layout, str):
-                yield record.sample_id, record, layout
-                continue
-            tokens = next(encoded[chat])
-            if record.document and isinstance(tokens, Tokens):
+        for record, (found, chat) in zip(records, layouts, strict=True):
+            if isinstance(found, str):
+                yield record.sample_id, record, found
+            elif not found:
+                yield record.sample_id, record, NOTHING
+            elif record.document:
+                tokens = next(encoded[chat])
+                assert isinstance(tokens, Tokens), "all of a text is learned, so nothing is cut"
                 for number, window in enumerate(self._windows(tokens)):
                     yield f"{record.sample_id}.{number}", record, window
             else:
-                yield record.sample_id, record, tokens
+                for layout in found:
+                    is_whole = not record.messages or layout.turn == len(record.messages) - 1
+                    part = "" if is_whole else f".{layout.turn}"
+                    yield f"{record.sample_id}{part}", record, next(encoded[chat])
 
-    def _layout(self, record: Record) -> tuple[Layout | str, bool]:
+    def _layouts(self, record: Record) -> tuple[list[Layout] | str, bool]:
+        """A record's samples as text or what is wrong, and whether the template wrote them."""
         if record.kind == "text":
-            return Layout(text=record.text, spans=((0, len(record.text)),)), False
-        if self.chat.template:
+            return [self.chat.plain_layout("", record.text)], False
+        if self.chat.templates and not record.rendered:
+            if record.kind == "prompt_completion" and (problem := self._rendered(record)):
+                return problem, True
             try:
-                return self.chat.layout(record.messages, record.tools), True
+                layouts = self.chat.layouts(
+                    record.messages,
+                    record.tools,
+                    learned=record.learned,
+                    split=self.data.rewritten_turns == "split",
+                )
             except TemplateError as error:
                 return str(error), True
+            return layouts, True
         if record.kind == "messages":
             return "the tokenizer has no chat template: set data.chat_template to a file", True
         prompt, completion = (message["content"] for message in record.messages)
-        return Layout(
-            text=prompt + completion, spans=((len(prompt), len(prompt + completion)),)
-        ), False
+        if record.rendered:
+            completion = self.chat.with_end(completion)
+        layout = self.chat.plain_layout(prompt, completion)
+        return [dataclasses.replace(layout, turn=1)], False
+
+    def holds_turn_tokens(self, record: Record) -> bool:
+        """Whether words of a text or chat hold marks of turns; rendered rows may."""
+        words = [record.text, *(message.get("content") or "" for message in record.messages)]
+        tokens = () if record.rendered else self.chat.turn_tokens
+        return any(token in text for token in tokens for text in words)
+
+    def _rendered(self, record: Record) -> str | None:
+        """Says that a pair has the marks of turns which the template is about to write again."""
+        for name, message in zip(("prompt", "completion"), record.messages, strict=True):
+            for token in self.chat.turn_tokens:
+                if token in message["content"]:
+                    return (
+                        f"{name}: holds {token!r}, which the chat template writes itself: give "
+                        "plain words, or set rendered: true for this source if its rows are in the "
+                        "model's format already"
+                    )
+        return None
 
     def _windows(self, tokens: Tokens) -> Iterator[Tokens]:
         """A whole file has no samples of its own: it is cut at max_length, nothing is lost."""
         prefix = self.chat.prefix
-        ids = tokens.input_ids[len(prefix) :]
+        ids, learned = tokens.input_ids[len(prefix) :], tokens.label_mask[len(prefix) :]
         size = self.data.max_length - len(prefix)
         for start in range(0, len(ids), size):
             window = np.concatenate([np.array(prefix, np.int32), ids[start : start + size]])
             if len(window) > 1:
-                yield Tokens(input_ids=window, label_mask=np.ones(len(window), dtype=bool))
+                mask = np.concatenate([[True] * len(prefix), learned[start : start + size]])
+                yield Tokens(input_ids=window, label_mask=mask.astype(bool))
+
+
+NOTHING = Tokens(input_ids=np.zeros(0, np.int32), label_mask=np.zeros(0, bool))  # to learn
+
+
+def _laid(found: list[Layout] | str) -> list[Layout]:
+    return [] if isinstance(found, str) else found
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +151,9 @@ class Drops:
     """Samples that were met but are not used (truncated ones are used).
 
     Attributes:
+        split: samples besides the first of a conversation that had to become several.
+        empty_reasoning: samples in which a block of reasoning without a word is learned.
+        turn_tokens: samples whose words hold the chat template's own marks of turns.
         lengths: in tokens, of every sample that was met, before it was cut.
     """
 
@@ -111,7 +162,20 @@ class Drops:
     no_target: int = 0
     truncated: int = 0
     unreadable: int = 0
-    lengths: array[int] = field(default_factory=lambda: array("i"))
+    split: int = 0
+    empty_reasoning: int = 0
+    turn_tokens: int = 0
+    lengths: array[int] = dataclasses.field(default_factory=lambda: array("i"))
+
+    def counts(self) -> dict[str, int]:
+        """All but the lengths, by name."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "lengths"]
+        return {name: getattr(self, name) for name in names}
+
+    def add(self, other: Drops) -> None:
+        """Counts what was met in another source, too."""
+        for name in (*self.counts(), "lengths"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def dropped(self) -> int:
@@ -126,6 +190,27 @@ class Drops:
         """
         if self.truncated:
             logger.info("%s: %d samples cut to %d tokens", where, self.truncated, data.max_length)
+        for count, what in (
+            (
+                self.empty_reasoning,
+                "learn a block of reasoning without a word, as the chat template writes it: the "
+                "model learns not to think; give reasoning_content, or a template without the block",
+            ),
+            (
+                self.turn_tokens,
+                "hold the chat template's own marks of turns among their words, which are read as "
+                "such: clean them, or give chats as messages",
+            ),
+        ):
+            if count:
+                logger.warning("%s: %d of %d samples %s", where, count, self.met, what)
+        if self.split:
+            logger.info(
+                "%s: %d samples more than rows, since the chat template writes earlier turns "
+                "otherwise once others follow",
+                where,
+                self.split,
+            )
         if not self.dropped and self.met:
             return
         reasons = [
@@ -275,6 +360,9 @@ def build(
                 problems.append(f"{record.where}: {problem}")
                 continue
             drops.met += 1
+            drops.split += record.kind == "messages" and sample_id != record.sample_id
+            drops.empty_reasoning += tokens.has_empty_reasoning
+            drops.turn_tokens += encoder.holds_turn_tokens(record)
             length = len(tokens.input_ids)
             drops.lengths.append(length)
             if length > data.max_length:

@@ -114,7 +114,7 @@ def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
             )
         elif isinstance(tokens, str):
             problems.append(f"{record.where}: {tokens}")
-        else:
+        elif sample_id == record.sample_id:  # not an earlier turn of it
             try:
                 found.append(_prompt(encoder.chat, sample_id, record, tokens))
             except TemplateError as error:
@@ -138,7 +138,7 @@ def instruction_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     """
     chat = Encoder(tokenizer, config.data).chat
     switch = "or set evaluation.instructions to false"
-    if chat.template is None:
+    if not chat.templates:
         raise UserError(
             f"evaluation.instructions: {config.model.name_or_path} has no chat template, so it "
             f"cannot be asked: give one as data.chat_template, {switch}"
@@ -148,11 +148,10 @@ def instruction_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
         for name, task in TASKS.items():
             asked = {"role": "user", "content": task.prompt}
             turns = [asked, {"role": "assistant", "content": "Yes."}]
-            (tokens,) = chat.encode([chat.layout(turns)])
+            (tokens,) = chat.encode(chat.layouts(turns))
             if isinstance(tokens, str):
                 raise TemplateError(tokens)
-            end = int(tokens.input_ids[np.flatnonzero(tokens.label_mask)[-1]])
-            stops = tuple(dict.fromkeys((end, chat.eos)))
+            stops = chat.ends_of(tokens)
             ids = chat.prompt_ids([asked])
             found.append(Prompt(sample_id=name, input_ids=ids, completion="", stop_token_ids=stops))
     except TemplateError as error:
@@ -162,16 +161,15 @@ def instruction_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
 
 def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -> Prompt:
     *asked, answer = record.messages
-    if chat.template:
+    if chat.templates and not record.rendered:
         ids = chat.prompt_ids(asked, record.tools)
     else:
         ids = chat.text_ids(asked[0]["content"])
-    end = int(tokens.input_ids[np.flatnonzero(tokens.label_mask)[-1]])
     return Prompt(
         sample_id=sample_id,
         input_ids=ids,
         completion=answer.get("content") or "",
-        stop_token_ids=tuple(dict.fromkeys((end, chat.eos))),
+        stop_token_ids=chat.ends_of(tokens),
     )
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEP_BYTES = 16 << 20  # of a source, from which its tokens are kept without `moored prepare`
-_COUNTS = ("met", "too_long", "no_target", "truncated", "unreadable")
 _VERSIONS = ("transformers", "tokenizers", "jinja2")
 _FACTS = "source.json"
 
@@ -102,12 +101,14 @@ def source_tokens(
             return None
         parts = {
             **tokenizer,
-            "template": encoder.chat.template,
+            "template": encoder.chat.templates,
+            "rewritten_turns": encoder.data.rewritten_turns,
             "vocab_size": encoder.vocab_size,
             "max_length": encoder.data.max_length,
             "too_long": encoder.data.too_long,
             "format": source.format,
             "fields": source.fields,
+            "rendered": source.rendered,
             "limit": source.limit,
             "names": [reader.name, *(name for _, name in reader.files)],
             "content": found.digest,
@@ -281,7 +282,7 @@ def _write(source: HeldSource, folder: Path) -> None:
     }
     for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-    counts = {name: getattr(source.drops, name) for name in _COUNTS}
+    counts = source.drops.counts()
     facts = {"digest": source.digest(), "num_samples": len(source), "drops": counts}
     (folder / _FACTS).write_text(json.dumps(facts))
 

@@ -58,6 +58,7 @@ class Record:
         text: of kind text.
         document: the text is a whole txt or md file, to be cut into windows.
         learned: whether each message is learned; None if all turns of the assistant are.
+        rendered: the words are in the model's chat format already, no template is to be used.
     """
 
     sample_id: str
@@ -68,6 +69,7 @@ class Record:
     text: str = ""
     document: bool = False
     learned: tuple[bool, ...] | None = None
+    rendered: bool = False
 
 
 def read_records(
@@ -132,10 +134,18 @@ def parse(row: Row, source: Source, label: str) -> Record | list[str]:
     if problems := [problem for problem in texts if problem]:
         return problems
     if kind == "text":
-        return Record(sample_id=row.key, where=row.where, kind=kind, text=values[0])
+        return Record(
+            sample_id=row.key,
+            where=row.where,
+            kind=kind,
+            text=values[0],
+            rendered=source.rendered,
+        )
     roles = ("user", "assistant")
     chat = tuple({"role": role, "content": text} for role, text in zip(roles, values, strict=True))
-    return Record(sample_id=row.key, where=row.where, kind=kind, messages=chat)
+    return Record(
+        sample_id=row.key, where=row.where, kind=kind, messages=chat, rendered=source.rendered
+    )
 
 
 def _kind(value: dict[str, Any], source: Source, label: str) -> Kind | list[str]:

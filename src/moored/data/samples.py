@@ -215,8 +215,7 @@ def load_samples(
             continue
         held = source_tokens(reader, source, encoder, problems, keep=keep)
         loaded.append(held)
-        for name in ("met", "too_long", "no_target", "truncated", "lengths"):
-            setattr(total, name, getattr(total, name) + getattr(held.drops, name))
+        total.add(held.drops)
     if problems:
         raise UserErrors(problems)
     if any(isinstance(source, HeldSource) for source in loaded):

@@ -110,7 +110,7 @@ def _rows(
 def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
     """What the base is given: questions that leave room for an answer, else its start token."""
     found: list[list[int]] = []
-    if chat.template is not None:
+    if chat.templates:
         asked = [chat.prompt_ids([{"role": "user", "content": text}]) for text in QUESTIONS]
         found = [ids for ids in asked if 2 * len(ids) <= window_tokens]
     return found or [chat.prefix or [chat.eos]]
