@@ -18,23 +18,33 @@ Learned is all that the model generates after its prompt, up to the token at whi
 (of Phi 3 the text's last token too). A template that rewrites earlier turns makes several samples
 of a conversation: first the whole, then its parts `messages[:n]`, from long to short. Each
 assistant turn is learned once, in the longest in which it is as it was generated, after what was
-asked. A marked text ends at its last »; what the template writes after that is not in it.
+asked. A marked text ends at its last »; what the template writes after that is not in it. Where
+tokens swallow blanks (`family.strips`), `family.decoded(marked)` is what its tokens decode to.
 """
 
 from __future__ import annotations
 
 from families.chatml import CHATML, QWEN25
-from families.glm import GLM4
+from families.command import COMMAND_R, COMMAND_R_PUBLISHED
+from families.deepseek import DEEPSEEK_R1, DEEPSEEK_R1_KEPT, DEEPSEEK_V31
+from families.gemma import GEMMA2, GEMMA3
+from families.glm import GLM4, GLM45
+from families.granite import GRANITE3, GRANITE4
+from families.harmony import HARMONY
 from families.kit import Family, Sample
 from families.llama import LLAMA3, LLAMA32
-from families.phi import PHI3, PHI4
+from families.mistral import MISTRAL_NEMO, MISTRAL_V3, MISTRAL_V7
+from families.phi import PHI3, PHI3_STRIPS, PHI4, PHI4_STRIPS
 from families.qwen3 import QWEN3, QWEN3_THINKING
 from families.talks import TALKS, TOOLS
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        CHATML, QWEN25, QWEN3, QWEN3_THINKING, LLAMA3, LLAMA32, PHI3, PHI4, GLM4,
+        CHATML, QWEN25, QWEN3, QWEN3_THINKING, LLAMA3, LLAMA32, PHI3, PHI3_STRIPS, PHI4,
+        PHI4_STRIPS, GLM4, GLM45, MISTRAL_V3, MISTRAL_NEMO, MISTRAL_V7, GEMMA2, GEMMA3,
+        DEEPSEEK_R1, DEEPSEEK_R1_KEPT, DEEPSEEK_V31, HARMONY, COMMAND_R, COMMAND_R_PUBLISHED,
+        GRANITE3, GRANITE4,
     )
 }  # fmt: skip
 

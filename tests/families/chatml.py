@@ -143,5 +143,5 @@ QWEN25 = Family(
     eos=_END,
     pad="<|endoftext|>",
     stops=(_END, "<|endoftext|>"),
-    takes=(*_PLAIN, "call", "call_with_words", "call_last", "parallel", "steps"),
+    takes=(*_PLAIN, "tools_unused", "call", "call_with_words", "call_last", "parallel", "steps"),
 )

@@ -102,6 +102,8 @@ class Family:
             given to answer. It knows nothing of Jinja.
         special: added tokens that the tokenizer flags as special.
         plain_added: single tokens that it does not flag as special.
+        strips: of the special tokens, those whose token swallows the blanks after it.
+        strips_left: those swallow the blanks before them too.
         bos: the start token, or None.
         eos: the tokenizer's own end of sequence.
         pad: the padding token.
@@ -120,6 +122,8 @@ class Family:
     write: Writer
     special: tuple[str, ...]
     plain_added: tuple[str, ...] = ()
+    strips: tuple[str, ...] = ()
+    strips_left: bool = False
     bos: str | None
     eos: str
     pad: str
@@ -132,7 +136,11 @@ class Family:
 
     @property
     def refused(self) -> tuple[str, ...]:
-        """Talks that its template refuses or of which it silently leaves something out."""
+        """Talks for which a line is right, and no sample.
+
+        Its template refuses them, silently leaves something out, or opens an answer otherwise than
+        it asks for one.
+        """
         return tuple(name for name in TALKS if name not in self.takes)
 
     def template(self, *, marked: bool = False, tools: bool = False) -> str:
@@ -167,6 +175,15 @@ class Family:
     def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The conversation as the template has to write it; or the prompt for its next answer."""
         return _written(self.write(messages, tools, prompt=prompt))
+
+    def decoded(self, marked: str) -> str:
+        """A marked text as its tokens are decoded again: without the blanks that tokens swallow."""
+        for token in self.strips:
+            name = re.escape(token)
+            marked = re.sub(rf"(?<={name})[\s«»]+", _marks_alone, marked)
+            if self.strips_left:
+                marked = re.sub(rf"[\s«»]+(?={name})", _marks_alone, marked)
+        return marked
 
     def samples(self, messages: Sequence[Message], tools: Any = None) -> list[Sample]:
         """What the conversation becomes, from the whole of it to the shortest part.
@@ -228,6 +245,10 @@ def calls(message: Message) -> list[dict[str, Any]]:
     return [call["function"] for call in message.get("tool_calls") or ()]
 
 
+def _marks_alone(blanks: re.Match[str]) -> str:
+    return "".join(blanks[0].split())
+
+
 def _said(parts: Sequence[Part]) -> dict[int, Said]:
     return {part.turn: part for part in parts if isinstance(part, Said)}
 
@@ -262,7 +283,9 @@ def build(family: Family, template: Any) -> transformers.PreTrainedTokenizerFast
             show_progress=False,
         ),
     )
-    model.add_special_tokens([AddedToken(token, special=True) for token in family.special])
+    for token in family.special:
+        right, left = token in family.strips, family.strips_left and token in family.strips
+        model.add_special_tokens([AddedToken(token, special=True, rstrip=right, lstrip=left)])
     model.add_tokens([AddedToken(token, special=False) for token in family.plain_added])
     if family.adds:
         model.post_processor = processors.TemplateProcessing(

@@ -142,6 +142,6 @@ LLAMA32 = Family(
     pad="<|finetune_right_pad_id|>",
     adds=(_BOS,),
     stops=("<|end_of_text|>", "<|eom_id|>", _END),
-    takes=(*_PLAIN, "call", "call_last", "steps"),
+    takes=(*_PLAIN, "tools_unused", "call", "call_last", "steps"),
     today=DAY,
 )

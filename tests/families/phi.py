@@ -6,6 +6,8 @@ Inference of Phi 3 stops at `<|end|>`; a run that only knows the tokenizer's own
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from families.kit import Family, Part, Said
 
 _PLAIN = ("one", "three", "edges", "same_words", "system")
@@ -51,6 +53,11 @@ PHI3 = Family(
     takes=_PLAIN,
 )
 
+# As its tokenizer is published: the line break after a header or an end is no token of its own.
+PHI3_STRIPS = replace(
+    PHI3, name="phi-3-strips", strips=("<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+)
+
 _PHI4 = """
 {%- for turn in messages -%}
     {{- '<|im_start|>' ~ turn.role ~ '<|im_sep|>' -}}
@@ -85,4 +92,11 @@ PHI4 = Family(
     pad="<|dummy_85|>",
     stops=("<|endoftext|>", "<|im_end|>"),
     takes=_PLAIN,
+)
+
+PHI4_STRIPS = replace(
+    PHI4,
+    name="phi-4-strips",
+    strips=("<|im_start|>", "<|im_end|>", "<|im_sep|>"),
+    strips_left=True,
 )

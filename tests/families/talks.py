@@ -103,6 +103,7 @@ TALKS: dict[str, Talk] = {
         ],
         TOOLS,
     ),
+    "tools_unused": ([_user("2+2?"), _says("4"), _user("And 3+3?"), _says("6")], TOOLS),
     "reasoning": ([_user("2+2?"), _says("4", because="Two and two.")], None),
     "reasoning_three": (
         [

@@ -5,6 +5,7 @@ Nothing of Moored is tested here: this is what its table of templates rests on.
 
 from __future__ import annotations
 
+import jinja2
 import pytest
 
 from families import FAMILIES, TALKS
@@ -76,29 +77,35 @@ def halves(marked: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "talk"), REFUSED)
-def test_what_a_family_does_not_take_is_refused_or_left_out(tokenizers, name, talk):
+def test_what_a_family_does_not_take_is_refused_left_out_or_not_as_asked(tokenizers, name, talk):
     """So that a table may ask for a line here, and does not ask for it without reason."""
-    family = FAMILIES[name]
+    family, tokenizer = FAMILIES[name], tokenizers[name, False]
     messages, tools = family.talk(talk)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     try:
-        text = rendered(tokenizers[name, False], family, messages, tools)
-    except Exception:  # the template raises
+        text = rendered(tokenizer, family, messages, tools)
+        asked = [
+            rendered(tokenizer, family, messages[:index], tools, add_generation_prompt=True)
+            for index in answers
+        ]
+    except jinja2.TemplateError:
+        return
+    parts = [rendered(tokenizer, family, messages[: index + 1], tools) for index in answers]
+    if not all(map(str.startswith, parts, asked)):
         return
     wanted = [tools[0]["function"]["description"]] if tools else []
     for message in messages:
-        wanted += [message["content"], message.get(family.reasoning_key, "")]
-        wanted += [call["function"]["arguments"]["city"] for call in message.get("tool_calls", ())]
-    position = 0
-    for word in wanted:
-        found = text.find(word.strip(), position)
-        if found < 0:
-            return
-    pytest.fail(f"nothing is missing in {text!r}")
+        wanted += [message["content"].strip(), message.get(family.reasoning_key, "")]
+        for call in message.get("tool_calls", ()):
+            wanted += ['"city": "{city}"'.format(**call["function"]["arguments"])]
+    if all(words in text for words in wanted):
+        pytest.fail(f"nothing is missing in {text!r}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_single_and_flagged_as_in_the_real_tokenizer(tokenizers, name):
     family, tokenizer = FAMILIES[name], tokenizers[name, False]
+    assert set(family.strips) <= set(family.special)
     for token in (*family.special, *family.plain_added):
         (index,) = tokenizer(token, add_special_tokens=False)["input_ids"]
         assert tokenizer.added_tokens_decoder[index].special == (token in family.special)
@@ -152,6 +159,58 @@ SPELT = {
         "[gMASK]<sop><|system|>\nBe brief.<|user|>\n2+2?<|assistant|>«\n4<|user|>»\nAnd 3+3?"
         "<|assistant|>«\n6<|endoftext|>»"
     ],
+    ("glm-4.5", "reasoning"): [
+        "[gMASK]<sop><|user|>\n2+2?<|assistant|>«\n<think>Two and two.</think>\n4<|endoftext|>»"
+    ],
+    ("mistral-v3", "system"): [
+        "<s>[INST] 2+2?[/INST] 4</s>[INST] Be brief.\n\nAnd 3+3?[/INST]« 6</s>»",
+        "<s>[INST] Be brief.\n\n2+2?[/INST]« 4</s>»",
+    ],
+    # The second is in no rendering: the template writes the system text only before it is answered.
+    ("mistral-nemo", "system"): [
+        "<s>[INST]2+2?[/INST]4</s>[INST]Be brief.\n\nAnd 3+3?[/INST]«6</s>»",
+        "<s>[INST]Be brief.\n\n2+2?[/INST]«4</s>»",
+    ],
+    ("mistral-v7", "system"): [
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]2+2?[/INST]«4</s>»"
+        "[INST]And 3+3?[/INST]«6</s>»"
+    ],
+    ("gemma-2", "edges"): [
+        "<bos><start_of_turn>user\n2+2?<end_of_turn>\n<start_of_turn>model\n«four<end_of_turn>»\n"
+        "<start_of_turn>user\nso?<end_of_turn>\n<start_of_turn>model\n«done<end_of_turn>»"
+    ],
+    ("gemma-3", "system"): [
+        "<bos><start_of_turn>user\nBe brief.\n\n2+2?<end_of_turn>\n<start_of_turn>model\n"
+        "«4<end_of_turn>»\n<start_of_turn>user\nAnd 3+3?<end_of_turn>\n<start_of_turn>model\n"
+        "«6<end_of_turn>»"
+    ],
+    ("deepseek-r1-kept", "reasoning_three"): [
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜>\n\n4<｜end▁of▁sentence｜>"
+        "<｜User｜>And 3+3?<｜Assistant｜>\n\n6<｜end▁of▁sentence｜><｜User｜>Thanks<｜Assistant｜>"
+        "<think>\n«Polite.\n</think>\n\nAt your service<｜end▁of▁sentence｜>»",
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜>\n\n4<｜end▁of▁sentence｜>"
+        "<｜User｜>And 3+3?<｜Assistant｜>"
+        "<think>\n«Three and three.\n</think>\n\n6<｜end▁of▁sentence｜>»",
+        "<｜begin▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜>"
+        "<think>\n«Two and two.\n</think>\n\n4<｜end▁of▁sentence｜>»",
+    ],
+    ("deepseek-v3.1", "system"): [
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+2?"
+        "<｜Assistant｜></think>«4<｜end▁of▁sentence｜>»"
+        "<｜User｜>And 3+3?<｜Assistant｜></think>«6<｜end▁of▁sentence｜>»"
+    ],
+    ("command-r", "system"): [
+        "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be brief.<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>2+2?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>«4<|END_OF_TURN_TOKEN|>»"
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>And 3+3?<|END_OF_TURN_TOKEN|>"
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>«6<|END_OF_TURN_TOKEN|>»"
+    ],
+    ("granite-3", "one"): [
+        "<|start_of_role|>system<|end_of_role|>Today's Date: July 26, 2024. You help."
+        "<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>2+2?<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>«4<|end_of_text|>»"
+    ],
 }
 
 
@@ -194,6 +253,55 @@ ENDINGS = {
         '<|assistant|>«\nI look.<|assistant|>weather\n{"city": "Rome"}<|observation|>»\nsunny'
         "<|assistant|>«\nIt is sunny.<|endoftext|>»"
     ],
+    ("glm-4.5", "reasoning_steps"): [
+        "<|assistant|>«\n<think>Polite.</think>\nAny time.<|endoftext|>»",
+        "<|assistant|>«\n<think>I have to look.</think>\n<tool_call>weather\n<arg_key>city"
+        "</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call><|observation|>»\n<tool_response>\n"
+        "sunny\n</tool_response><|assistant|>«\n<think>So it says.</think>\nIt is sunny."
+        "<|endoftext|>»",
+    ],
+    ("mistral-v3", "steps"): [
+        "[INST] Be brief.\n\nThanks[/INST]« Any time.</s>»",
+        '[INST] Be brief.\n\nRome, then Oslo?[/INST]«[TOOL_CALLS] [{"name": "weather", '
+        '"arguments": {"city": "Rome"}, "id": "call00001"}]</s>»[TOOL_RESULTS] {"content": sunny, '
+        '"call_id": "call00001"}[/TOOL_RESULTS]«[TOOL_CALLS] [{"name": "weather", "arguments": '
+        '{"city": "Oslo"}, "id": "call00002"}]</s>»[TOOL_RESULTS] {"content": snow, "call_id": '
+        '"call00002"}[/TOOL_RESULTS]« Sun, then snow.</s>»',
+    ],
+    ("deepseek-v3.1", "call"): [
+        "<｜Assistant｜></think>«<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>"
+        '{"city": "Rome"}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>»'
+        "<｜tool▁output▁begin｜>sunny<｜tool▁output▁end｜>«It is sunny.<｜end▁of▁sentence｜>»"
+    ],
+    ("gpt-oss", "three"): [
+        "<|start|>assistant«<|channel|>final<|message|>At your service<|return|>»",
+        "<|start|>assistant«<|channel|>final<|message|>6,\nof course<|return|>»",
+        "<|start|>assistant«<|channel|>final<|message|>4<|return|>»",
+    ],
+    # The second is in no rendering: the call loses its reasoning once an answer follows it.
+    ("gpt-oss", "reasoning_steps"): [
+        "<|start|>assistant«<|channel|>analysis<|message|>Polite.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Any time.<|return|>»",
+        "<|start|>assistant<|channel|>analysis<|message|>I have to look.<|end|><|start|>assistant "
+        'to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'
+        '<|start|>functions.weather to=assistant<|channel|>commentary<|message|>"sunny"<|end|>'
+        "<|start|>assistant«<|channel|>analysis<|message|>So it says.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It is sunny.<|return|>»",
+        "<|start|>assistant«<|channel|>analysis<|message|>I have to look.<|end|><|start|>assistant "
+        'to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>»',
+    ],
+    ("command-r", "call"): [
+        '«\nAction:\n```json\n[\n    {\n        "tool_name": "weather",\n        "parameters": '
+        '{"city": "Rome"}\n    }\n]```<|END_OF_TURN_TOKEN|>»<|START_OF_TURN_TOKEN|>'
+        "<|SYSTEM_TOKEN|><results>\nsunny</results><|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+        "<|CHATBOT_TOKEN|>«It is sunny.<|END_OF_TURN_TOKEN|>»"
+    ],
+    ("granite-4", "call_with_words"): [
+        '«I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+        "<|end_of_text|>»\n<|start_of_role|>user<|end_of_role|>\n<tool_response>\nsunny\n"
+        "</tool_response><|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+        "«It is sunny.<|end_of_text|>»"
+    ],
 }
 
 
@@ -205,3 +313,15 @@ def test_marked_texts_with_tools_end_as_spelt_out(name, talk):
     for text, ending in zip(marked, ENDINGS[name, talk], strict=True):
         assert text.endswith(ending)
         assert "«" not in text.removesuffix(ending)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.strips])
+@pytest.mark.parametrize("talk", ["one", "edges", "system"])
+def test_tokens_swallow_blanks_as_said(tokenizers, name, talk):
+    family, tokenizer = FAMILIES[name], tokenizers[name, False]
+    messages, tools = family.talk(talk)
+    (marked,) = family.mark(messages, tools)
+    bare = marked.replace("«", "").replace("»", "")
+    tokens = tokenizer(bare, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(tokens) == family.decoded(marked).replace("«", "").replace("»", "")
+    assert (family.decoded(marked) != marked) == (talk == "edges" or not family.strips_left)
