@@ -115,11 +115,6 @@ def test_a_template_that_ends_with_nothing_is_cut_before_the_end_token():
 
 
 REFUSED = {
-    "rewritten": (
-        chats.COUNTING,
-        TWO,
-        r"rewrites what comes before messages\[3\].*data\.chat_template.*generation",
-    ),
     "no-system-role": (
         chats.GEMMA,
         turns("a", "b", system="be brief"),
@@ -171,6 +166,19 @@ def learned_of_each(template, messages, **options) -> list[list[str]]:
 def test_a_system_text_that_moves_makes_a_sample_of_each_answer():
     messages = turns("a", "b", "c", "d", system="be brief")
     assert learned_of_each(chats.LATE_SYSTEM, messages) == [[" d</s>"], [" b</s>"]]
+
+
+def test_what_is_written_otherwise_once_it_is_answered_is_learned_as_it_was_asked():
+    """Then no rendering is what the model sees: it is given the one, and says the other."""
+    encoder = ChatEncoder(chats.tokenizer(chats.COUNTING))
+    last, first = encoder.layouts(TWO)
+    assert last.text.startswith("3 turns\n")
+    assert first.text.startswith("1 turns\n")
+    said = [["fine\nand you <|im_end|>"], ["hi there<|im_end|>"]]
+    assert learned_of_each(chats.COUNTING, TWO) == said
+    asked = encoder.prompt_ids(TWO[:3])
+    (tokens,) = encoder.encode([last])
+    assert tokens.input_ids[: len(asked)].tolist() == asked
 
 
 def test_an_earlier_answer_that_is_laid_out_otherwise_is_learned_as_it_was_said():
@@ -230,7 +238,9 @@ ENDS = {
     ),
     "an end that depends on what follows": (
         chats.CHATML.replace(
-            "<|im_end|>\n{% endfor", "{{ '<|eot_id|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}\n{% endfor"
+            "<|im_end|>\n{% endfor",
+            "{{ '<|eot_id|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>' }}\n"
+            "{% endfor",
         ),
         ["hi there<|im_end|>", "fine\nand you <|eot_id|>"],
     ),

@@ -57,7 +57,8 @@ def test_each_answer_is_learned_once_and_ends_where_inference_stops(name, talk):
     for sample in samples:
         whole = family.text(messages[: sample.num_messages], tools)
         for _, said in halves(sample.marked):
-            assert said.endswith(family.stops), said
+            # Of an answer that others follow, Harmony writes another end than where it stops.
+            assert said.endswith((*family.stops, "<|end|>")), said
         if sample.as_asked:
             bare = sample.marked.replace("«", "").replace("»", "")
             assert whole.startswith(bare) or whole + family.eos == bare
@@ -228,11 +229,9 @@ ENDINGS = {
         "</tool_response><|im_end|>\n<|im_start|>assistant\n«Rome.<|im_end|>»"
     ],
     ("qwen3", "call"): [
-        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
-        "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nsunny\n</tool_response>"
-        "<|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nIt is sunny.<|im_end|>»",
-        '<|im_start|>assistant\n«<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", '
-        '"arguments": {"city": "Rome"}}\n</tool_call><|im_end|>»',
+        '«<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+        "<|im_end|>»\n<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n«<think>\n\n</think>\n\nIt is sunny.<|im_end|>»",
     ],
     ("qwen3", "reasoning_steps"): [
         '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n'
@@ -274,9 +273,10 @@ ENDINGS = {
         "<｜tool▁output▁begin｜>sunny<｜tool▁output▁end｜>«It is sunny.<｜end▁of▁sentence｜>»"
     ],
     ("gpt-oss", "three"): [
-        "<|start|>assistant«<|channel|>final<|message|>At your service<|return|>»",
-        "<|start|>assistant«<|channel|>final<|message|>6,\nof course<|return|>»",
-        "<|start|>assistant«<|channel|>final<|message|>4<|return|>»",
+        "<|start|>assistant«<|channel|>final<|message|>4<|end|>»<|start|>user<|message|>And 3+3?"
+        "<|end|><|start|>assistant«<|channel|>final<|message|>6,\nof course<|end|>»<|start|>user"
+        "<|message|>Thanks<|end|><|start|>assistant"
+        "«<|channel|>final<|message|>At your service<|return|>»",
     ],
     # The second is in no rendering: the call loses its reasoning once an answer follows it.
     ("gpt-oss", "reasoning_steps"): [

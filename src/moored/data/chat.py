@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moored.data.layout import Layout, Stops, chat_layouts, plain_layout
+from moored.data.layout import Layout, chat_layouts, plain_layout
+from moored.data.stops import Stops
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.errors import UserError
 

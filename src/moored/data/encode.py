@@ -194,7 +194,7 @@ class Drops:
             (
                 self.empty_reasoning,
                 "learn a block of reasoning without a word, as the chat template writes it: the "
-                "model learns not to think; give reasoning_content, or a template without the block",
+                "model learns not to think; give reasoning_content, or a template without it",
             ),
             (
                 self.turn_tokens,

@@ -1,8 +1,8 @@
 """Where in a rendered conversation the answers are, and the token that ends each.
 
-Text alone: tokens are `chat.py`'s matter. Nothing is known of any template beforehand. What it does
-is seen by rendering: the conversation up to an answer is what the model is given; up to and with it,
-what it is to write; and where later turns are added, what a template writes of an earlier one then.
+Text alone: tokens are `chat.py`'s matter. Nothing is known of any template beforehand. What it
+does is seen by rendering: the conversation up to an answer is what the model is given; up to and
+with it, what it is to write; and where later turns are added, how an earlier one is written then.
 
 A template may write an earlier turn otherwise than when it was the last (its reasoning is dropped,
 a system text moves). No model sees both at once: such a conversation becomes several samples, in
@@ -11,22 +11,15 @@ each of which what is learned stands as the model will have it before it and is 
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from moored.data.stops import Stops
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
+from moored.data.turn_words import content_of, holds, said_before, said_more, unsaid, words_of
 
-_SENTINEL = "\ue000"  # private use: no text has it
-_FIX = (
-    "give data.chat_template a copy of the template with {% generation %} markers around the "
-    "assistant's words"
-)
-# Under which a turn's reasoning is given, beside its content.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 _EMPTY_REASONING = re.compile(
     r"<(think|thinking|thought|reasoning)>\s*</\1>|\[THINK\]\s*\[/THINK\]"
     r"|<\|channel\|>analysis<\|message\|>\s*<\|end\|>"
@@ -51,54 +44,6 @@ class Layout:
     is_closed: bool = False
     turn: int = 0
     has_empty_reasoning: bool = False
-
-
-class Stops:
-    """The tokens at which a model can be made to stop, found in text.
-
-    Args:
-        special: texts of the special tokens, the end of sequence among them.
-        added: texts of other tokens that are never split; at these a turn may end, too, where
-            its template writes no special one.
-    """
-
-    def __init__(self, special: Sequence[str], added: Sequence[str] = ()):
-        self._special = _any_of(special)
-        other = [text for text in added if text.strip() and not text.startswith(("</", "[/"))]
-        self._all = _any_of([*special, *other])
-
-    def closing(self, text: str, start: int = 0) -> int | None:
-        """Past the special token that ends the text, blanks apart; None if none does."""
-        last = None
-        for match in self._special.finditer(text, start):
-            last = match
-        return last.end() if last and not text[last.end() :].strip() else None
-
-    def first(self, text: str, start: int, stop: int | None = None) -> int | None:
-        """Past the token that comes next, blanks apart; None if words do."""
-        match = self._all.search(text, start, len(text) if stop is None else stop)
-        return match.end() if match and not text[start : match.start()].strip() else None
-
-    def last(self, text: str, start: int, stop: int) -> int | None:
-        """Past the last token that lies in text[start:stop] whole."""
-        ends = [match.end() for match in self._all.finditer(text, start) if match.end() <= stop]
-        return ends[-1] if ends else None
-
-    def whole(self, text: str, start: int, at: int) -> int:
-        """`at`, or the start of the token that it would cut."""
-        for match in self._all.finditer(text, start):
-            if match.start() < at < match.end():
-                return match.start()
-        return at
-
-    def only(self, text: str) -> bool:
-        """Whether there are nothing but such tokens and blanks."""
-        return not self._all.sub("", text).strip()
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    longest_first = sorted(dict.fromkeys(texts), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def plain_layout(text: str, start: int, stops: Stops) -> Layout:
@@ -136,7 +81,6 @@ def chat_layouts(
         TemplateError: an answer cannot be located, or the template leaves something out.
     """
     chat = _Chat(template, template.suited(messages, tools), tools, stops, split)
-    chat.check()
     waiting = [
         index
         for index, message in enumerate(messages)
@@ -145,10 +89,14 @@ def chat_layouts(
     layouts: list[Layout] = []
     last = len(messages) - 1
     while waiting:
-        found = {index: chat.answer(index, last) for index in waiting if index <= last}
-        answers = [answer for answer in found.values() if answer is not None]
+        found = {index: chat.answer(index, last) for index in reversed(waiting)}
+        newest = found.get(last)
+        if newest is not None and newest.text is not None:
+            found = {last: newest}
+        answers = [answer for index in waiting if (answer := found.get(index)) is not None]
         if answers:
             layouts.append(_layout(chat.until(last).text, answers, last))
+            chat.check(layouts[-1].text, max(i for i in found if found[i] is not None))
         waiting = [index for index in waiting if found.get(index) is None]
         last = max(waiting, default=-1)
     return layouts
@@ -164,14 +112,20 @@ class _Rendered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
-    """Where one turn is to be learned."""
+    """Where one turn is to be learned.
+
+    Attributes:
+        text: in which; None for the conversation as rendered.
+    """
 
     spans: Sequence[tuple[int, int]]
     is_closed: bool
     has_empty_reasoning: bool
+    text: str | None = None
 
 
 def _layout(text: str, answers: Sequence[_Answer], last: int) -> Layout:
+    text = answers[-1].text or text
     spans = tuple(span for answer in answers for span in answer.spans)
     return Layout(
         text=text[: spans[-1][1]],
@@ -238,7 +192,7 @@ class _Chat:
 
     def _find_words_end(self, index: int, last: int) -> int | None:
         more = [dict(message) for message in self.messages[: last + 1]]
-        more[index] = _said_more(more[index])
+        more[index] = said_more(more[index])
         plain = self.messages[: last + 1]
         try:
             text = self.template.render(plain, self.tools)
@@ -267,15 +221,14 @@ class _Chat:
 
     # ------------------------------------------------------------ what must hold
 
-    def check(self) -> None:
-        """Raises TemplateError where the template leaves out tools, or what others say."""
-        text = self.until(len(self.messages) - 1).text
+    def check(self, text: str, last: int) -> None:
+        """Raises TemplateError where a sample lacks the tools, or what was said before `last`."""
         if self.tools and self._leaves_tools_out(text):
             raise TemplateError(
                 "the chat template leaves the tools out: remove them or set data.chat_template"
             )
-        for index, message in enumerate(self.messages):
-            if message["role"] != "assistant" and not _holds(text, message):
+        for index, message in enumerate(self.messages[:last]):
+            if message["role"] != "assistant" and not holds(text, message):
                 raise TemplateError(
                     f"the chat template leaves out or rewrites messages[{index}] "
                     f"({message['role']}): remove this turn or set data.chat_template"
@@ -286,7 +239,7 @@ class _Chat:
         if not all(name in text for name in names):
             return True
         try:
-            return text == self.template.render(self.messages)
+            return self.until(len(self.messages) - 1).text == self.template.render(self.messages)
         except TemplateError:
             return False
 
@@ -304,9 +257,9 @@ class _Chat:
             return None
         start, stop = spans[0][0], spans[-1][1]
         end = self._end(index, last, start)
-        if end is None and not self.is_marked:
-            return None  # written in another way than as the last turn
-        closed_at, words = end or (None, stop)
+        if end is None:
+            return None
+        closed_at, words = end
         is_closed = closed_at is not None
         if not self.is_marked:
             spans = [(start, words if closed_at is None else closed_at)]
@@ -321,26 +274,32 @@ class _Chat:
         blocks = _EMPTY_REASONING.finditer(text, max(0, start - _OPENED), spans[-1][1])
         content = self.messages[index].get("content") or ""
         empty = any(m.end() > start and m.group() not in content for m in blocks)
-        return _Answer(spans=spans, is_closed=is_closed, has_empty_reasoning=empty)
+        moved = None
+        if index == last and (begins := self._asked_anew(index)) is not None:
+            given = self.given(index)
+            moved = given + text[begins:]
+            by = len(given) - begins
+            spans = [(start + by, stop + by) for start, stop in spans]
+        return _Answer(spans=spans, is_closed=is_closed, has_empty_reasoning=empty, text=moved)
 
     def _marked(self, index: int, last: int) -> list[tuple[int, int]] | None:
         """The template's own marks, where what comes before them is what the model is given."""
+        given = self._derived(index, last)
         here, own = self.until(last), self.until(index)
-        spans, own_spans = list(here.marks.get(index, ())), own.marks.get(index)
-        if not own_spans:
+        spans, own_spans = here.marks.get(index, ()), own.marks.get(index)
+        if not own_spans or (not spans and here.text.startswith(own.text)):
+            raise _uncovered()
+        if given is None or not spans:
+            return None  # marked as the last turn alone, in which it is written otherwise
+        # What the model is given is not learned, whether it is marked or not.
+        start = given[0][0]
+        spans = [(max(at, start), stop) for at, stop in spans if stop > start]
+        if not spans:
             raise _uncovered()
         if index == last:
             return spans
-        if not spans:
-            if here.text.startswith(own.text):
-                raise _uncovered()
-            return None  # marked as the last turn alone, which is another text
-        before, own_before = here.text[: spans[0][0]], own.text[: own_spans[0][0]]
-        if before == own_before:
-            return spans
-        given = self.given(index)  # between which and the words a last turn may have an empty block
-        is_same = before.startswith(given) and own_before.startswith(given)
-        return spans if is_same and own_before.endswith(before[len(given) :]) else None
+        before, own_before = here.text[start : spans[0][0]], own.text[start : own_spans[0][0]]
+        return spans if own_before.endswith(before) else None  # a last turn's empty block apart
 
     def _derived(self, index: int, last: int) -> list[tuple[int, int]] | None:
         """From what the model is given, on; the end is found later."""
@@ -349,18 +308,45 @@ class _Chat:
             return [(len(given), len(text))]
         if index < last:
             return None
+        begins = self._asked_anew(index)
+        if begins is not None:
+            return [(begins, len(text))]
         before = self.before(index)
         if text.startswith(before) and given.startswith(before):
             same = _common_start(given, text)
             raise TemplateError(
                 f"the chat template opens an answer with {given[len(same) :]!r}, as "
                 f"messages[{index}] does not in this conversation: begin the answer like that, "
-                f"or {_FIX}"
+                "or set data.chat_template to a template that does not"
             )
         raise TemplateError(
             f"the chat template rewrites what comes before messages[{index}] once it is answered, "
-            f"so this answer cannot be located in the conversation: {_FIX}"
+            "and where the answer begins cannot be told: set data.chat_template to a template that "
+            "writes the same before and after"
         )
+
+    def _asked_anew(self, index: int) -> int | None:
+        """Where turn `index` begins in a text whose start is not what the model was given.
+
+        Some templates write what was asked otherwise as soon as it is answered (a system text that
+        stands before the last question only while nothing follows it). Then no rendering is what
+        the model sees; it is what it was given, and what it said. None where the text does begin
+        with what was given, or where the turn begins cannot be told.
+        """
+        own, given = self.until(index).text, self.given(index)
+        if own.startswith(given):
+            return None
+        asked, said = [dict(m) for m in self.messages[:index]], dict(self.messages[index])
+        asked[-1] = said_more(asked[-1])
+        try:
+            other = self.template.render(asked, self.tools, generation_prompt=True)
+            more = self.template.render([*self.messages[:index], said_before(said)], self.tools)
+        except TemplateError:
+            return None
+        header = given[len(given) - len(_common_start(given[::-1], other[::-1])) :]
+        words = len(_common_start(own, more))
+        at = own.rfind(header, 0, words) if header.strip() and more != own else -1
+        return None if at < 0 else at + len(header)
 
     def _end(self, index: int, last: int, start: int) -> tuple[int | None, int] | None:
         """Past the token that ends turn `index` (None: it has none), and past its words.
@@ -380,8 +366,12 @@ class _Chat:
             return found, len(own)
         words, own_words = self.words_end(index, last), self.words_end(index, index)
         if words is None or own_words is None or words < start:
-            return None
-        if not self.is_marked and not own[start:own_words].endswith(text[start:words]):
+            return (None, len(text)) if self.is_marked else None
+        own_start = self.until(index).marks[index][0][0] if self.is_marked else start
+        body, own_body = text[start:words], own[own_start:own_words]
+        dropped = own_body.removesuffix(body)
+        said = words_of(self.messages[index]).values()
+        if not own_body.endswith(body) or any(word in dropped for word in said):
             return None
         same = words + len(_common_start(text[words:], own[own_words:]))
         if closing is not None:  # of what both write, the last; else what comes next
@@ -400,13 +390,13 @@ class _Chat:
         """
         text, turn = self.until(last).text, self.messages[index]
         covered = "\n".join(text[slice(*span)] for span in spans)
-        missing = _unsaid(covered, turn)
-        if missing == "content" and not self.is_marked:
+        missing = unsaid(covered, turn)
+        if missing == "content" and text.startswith(self.given(index)):
             # What the model is given may open the answer, which then says it too.
-            before = self.before(index)
-            opened = text[len(before) : spans[-1][1]] if text.startswith(before) else ""
-            if _content(turn) in opened:
-                missing = _unsaid(covered, {**turn, "content": ""})
+            before, given = self.before(index), self.given(index)
+            opens = given.startswith(before) and spans[0][0] <= len(given)
+            if opens and content_of(turn) in text[len(before) : spans[-1][1]]:
+                missing = unsaid(covered, {**turn, "content": ""})
         if missing is None and covered.strip():
             return True
         if index < last:
@@ -440,87 +430,3 @@ def _uncovered() -> TemplateError:
 
 def _common_start(first: str, second: str) -> str:
     return os.path.commonprefix([first, second])  # noqa: RUF071 - of characters
-
-
-def _said_more(turn: Message) -> dict[str, Any]:
-    """The turn with a mark after its words, and in the arguments of its calls."""
-    more = dict(turn)
-    if turn.get("content"):
-        more["content"] = turn["content"] + _SENTINEL
-    if turn.get("tool_calls"):
-        more["tool_calls"] = [_called_with_more(call) for call in turn["tool_calls"]]
-    return more
-
-
-def _called_with_more(call: Mapping[str, Any]) -> dict[str, Any]:
-    inner = dict(call.get("function") or call)
-    arguments = inner.get("arguments")
-    if isinstance(arguments, Mapping):
-        inner["arguments"] = {**arguments, _SENTINEL: _SENTINEL}
-    elif isinstance(arguments, str) and arguments.rstrip().endswith("}"):
-        given = arguments.rstrip()[:-1].rstrip()
-        comma = "" if given.endswith("{") else ", "
-        inner["arguments"] = f'{given}{comma}"{_SENTINEL}": "{_SENTINEL}"}}'
-    else:
-        inner["name"] = f"{inner.get('name', '')}{_SENTINEL}"
-    return {**call, "function": inner} if call.get("function") else inner
-
-
-def _content(turn: Message) -> str:
-    return (turn.get("content") or "").strip()
-
-
-def _unsaid(text: str, turn: Message) -> str | None:
-    """The key of the turn whose words the text lacks, None if it says all."""
-    if _content(turn) not in text:
-        return "content"
-    for key in REASONING_KEYS:
-        value = turn.get(key)
-        if isinstance(value, str) and value.strip() not in text:
-            return key
-    for number, call in enumerate(turn.get("tool_calls") or ()):
-        inner = call.get("function") or call
-        if str(inner.get("name", "")) not in text:
-            return f"tool_calls[{number}]"
-        if not all(_is_said(text, leaf) for leaf in _leaves(inner.get("arguments"))):
-            return f"tool_calls[{number}].function.arguments"
-    return None
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Every key and value of arguments, those of JSON text too."""
-    if isinstance(value, str):
-        try:
-            decoded = json.loads(value)
-        except ValueError:
-            decoded = None
-        if isinstance(decoded, dict | list):
-            value = decoded
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _is_said(text: str, leaf: Any) -> bool:
-    """Whether a value stands in the text, as it is or as JSON writes it."""
-    if leaf is None or isinstance(leaf, bool):
-        return True  # true, True, or a flag of the template's own
-    if not isinstance(leaf, str):
-        return str(leaf) in text or json.dumps(leaf) in text
-    forms = (leaf.strip(), json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1])
-    return any(form in text for form in forms)
-
-
-def _holds(text: str, message: Message) -> bool:
-    """Whether the rendered text has the turn's words; some templates quote a tool's as JSON."""
-    content = _content(message)
-    if content in text:
-        return True
-    quoted = json.dumps(content, ensure_ascii=False)[1:-1]
-    return message["role"] == "tool" and quoted in text
