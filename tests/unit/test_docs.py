@@ -31,11 +31,18 @@ WITH_TOOLS = tiny.CHATML.replace(
     "{{ m['content'] }}{% for c in m['tool_calls'] or () %}<call>{{ c['function']['name'] }}"
     "({{ c['function']['arguments'] | tojson }})</call>{% endfor %}",
 )
+DROPPING = tiny.CHATML.replace(
+    "{{ m['content'] }}",
+    "{% if m['reasoning_content'] and loop.last %}<think>{{ m['reasoning_content'] }}</think>"
+    "{% endif %}{{ m['content'] }}",
+)
 
 
 def test_the_page_of_data_has_its_examples():
     kinds = [kind for kind, _, _ in EXAMPLES]
-    assert sorted(kinds) == ["chatml", "chatml", "joined", "marked", "plain", "plain", "tools"]
+    assert sorted(set(kinds)) == [
+        *("chatml", "dropping", "joined", "marked", "plain", "rendered", "tools"),
+    ]
     assert DATA.count("```json") == len(EXAMPLES)
     assert TEMPLATES.keys() == {"marked", "joined"}
 
@@ -43,14 +50,18 @@ def test_the_page_of_data_has_its_examples():
 @pytest.mark.parametrize(("kind", "row", "text"), EXAMPLES, ids=[kind for kind, _, _ in EXAMPLES])
 def test_an_example_of_the_page_of_data(kind, row, text, tmp_path):
     """Targets stand between « and »."""
-    template = {"plain": None, "tools": WITH_TOOLS}.get(kind, tiny.CHATML)
+    template = {"plain": None, "tools": WITH_TOOLS, "dropping": DROPPING}.get(kind, tiny.CHATML)
     tokenizer = chats.tokenizer(template, add_bos=kind in ("plain", "joined"))
-    options = {}
+    options = {"source": {"rendered": True}} if kind == "rendered" else {}
     if kind in TEMPLATES:
         file = tmp_path / "template.jinja"
         file.write_text(TEMPLATES[kind], encoding="utf-8")
         options["chat_template"] = file
-    (sample,) = load(jsonl(tmp_path / "x.jsonl", [json.loads(row)]), tokenizer, **options)
+    samples = load(jsonl(tmp_path / "x.jsonl", [json.loads(row)]), tokenizer, **options)
+    assert "\n".join(marked(sample, tokenizer) for sample in samples) == text
+
+
+def marked(sample, tokenizer) -> str:
     shown, before = "", False
     for index, (token, mask) in enumerate(zip(sample.input_ids, sample.label_mask, strict=True)):
         is_target = bool(mask) and index > 0
@@ -58,7 +69,7 @@ def test_an_example_of_the_page_of_data(kind, row, text, tmp_path):
             shown += "«" if is_target else "»"
         shown += tokenizer.decode([token])
         before = is_target
-    assert shown + "»" * before == text
+    return shown + "»" * before
 
 
 def anchors(page: Path) -> set[str]:

@@ -133,10 +133,12 @@ class Encoder:
         ids, learned = tokens.input_ids[len(prefix) :], tokens.label_mask[len(prefix) :]
         size = self.data.max_length - len(prefix)
         for start in range(0, len(ids), size):
-            window = np.concatenate([np.array(prefix, np.int32), ids[start : start + size]])
+            there = len(prefix) * (ids[start : start + 1].tolist() == prefix)  # of the next text
+            piece = slice(start + there, start + size)
+            window = np.concatenate([np.array(prefix, np.int32), ids[piece]])
             if len(window) > 1:
-                mask = np.concatenate([[True] * len(prefix), learned[start : start + size]])
-                yield Tokens(input_ids=window, label_mask=mask.astype(bool))
+                mask = np.concatenate([np.ones(len(prefix), dtype=bool), learned[piece]])
+                yield Tokens(input_ids=window, label_mask=mask)
 
 
 NOTHING = Tokens(input_ids=np.zeros(0, np.int32), label_mask=np.zeros(0, bool))  # to learn
