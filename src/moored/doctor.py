@@ -21,8 +21,8 @@ from rich.text import Text
 
 from moored.base import locate
 from moored.batch import Sample
-from moored.config import Config
-from moored.data import SampleSet, check_data, load_samples
+from moored.config import Config, DataConfig
+from moored.data import HeldSource, SampleSet, check_data, load_samples
 from moored.errors import UserError
 from moored.evaluate import build_suite
 from moored.loading import require_layout
@@ -102,14 +102,15 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
     located = locate(config.model, mesh)
     source, tokenizer = located.source, located.tokenizer
     samples = load_samples(config.data.train, tokenizer, config.data, located.vocab_size)
+    held_out = load_samples(
+        config.data.eval, tokenizer, config.data, located.vocab_size, section="data.eval"
+    )
     suite = build_suite(config, located, mesh)
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
-        console.print(
-            f"data        {samples.num_samples} samples, {samples.num_tokens} tokens"
-            f"{_streamed(samples)}; one of them, its targets in green:"
-        )
-        console.print(_coloured(samples.example(), tokenizer))
+        _show(console, samples, tokenizer, config.data)
+        if config.data.eval:
+            _show(console, held_out, tokenizer, config.data)
         for name, text in suite.retention.items():
             scored = sum(batch.num_targets for batch in text.batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
@@ -175,16 +176,36 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
     )
 
 
-def _streamed(samples: SampleSet) -> str:
-    count = len(samples.sources) - len(samples.held)
-    return f" and {count} streamed {'sources' if count > 1 else 'source'}" if count else ""
+def _show(console: Console, samples: SampleSet, tokenizer: Any, data: DataConfig) -> None:
+    """Of each source what there is and what was left out, and one sample of it as it is learned."""
+    for index, source in enumerate(samples.sources):
+        is_held = isinstance(source, HeldSource)
+        first = source if is_held else source.block(0)
+        if not first:
+            raise UserError(f"{samples.section}.{index}: holds no sample any more")
+        counted = f"{len(first)} samples, {first.num_tokens} tokens, {first.num_targets} learned"
+        if not is_held:
+            counted = f"streamed; its first block has {counted}"
+        console.print(f"{samples.section}.{index:<2}{source.name}: {counted}")
+        drops = first.drops
+        left_out = drops.reasons(data)
+        left_out += [f"{drops.truncated} cut to {data.max_length} tokens"] * bool(drops.truncated)
+        console.print(f"            left out: {', '.join(left_out) or 'nothing'}")
+        for note in [*drops.notes(), *[drops.split_note] * bool(drops.split)]:
+            console.print(f"            {note}", style="yellow")
+        console.print("            one of them, what is learned in green and between « and »:")
+        console.print(_coloured(first[0], tokenizer))
 
 
 def _coloured(sample: Sample, tokenizer: transformers.PreTrainedTokenizerBase) -> Text:
     text = Text("            ")
-    # Runs of tokens: a character may be spread over several.
-    cuts = np.flatnonzero(np.diff(sample.label_mask)) + 1
-    runs = zip(np.split(sample.input_ids, cuts), np.split(sample.label_mask, cuts), strict=True)
-    for tokens, scored in runs:
-        text.append(str(tokenizer.decode(tokens)), style="bold green" if scored[0] else "dim")
+    # Runs of tokens: a character may be spread over several. The first is predicted by nothing.
+    learned = sample.label_mask & (np.arange(len(sample)) > 0)
+    cuts = np.flatnonzero(np.diff(learned)) + 1
+    runs = zip(np.split(sample.input_ids, cuts), np.split(learned, cuts), strict=True)
+    for tokens, is_learned in runs:
+        words = str(tokenizer.decode(tokens))
+        text.append(
+            f"«{words}»" if is_learned[0] else words, style="bold green" if is_learned[0] else "dim"
+        )
     return text

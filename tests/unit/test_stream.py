@@ -419,4 +419,3 @@ def test_what_is_told_to_the_tracker(tmp_path):
     assert one["num_tokens"] == found.num_tokens == sum(len(s) for s in found)
     assert one["num_targets"] == sum(s.num_targets for s in found)
     assert len(str(one["digest"])) == 64
-    assert TOKENIZER.decode(found.example().input_ids).startswith(HEADER)

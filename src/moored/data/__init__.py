@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moored.data.ahead import Ahead
     from moored.data.corpora import by_domain, resolve_text
     from moored.data.drawn import BaseIdentity
+    from moored.data.encode import HeldSource
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _ROOMS = {
     "Ahead": "ahead",
     "BaseIdentity": "drawn",
+    "HeldSource": "encode",
     "by_domain": "corpora",
     "resolve_text": "corpora",
     "Prompt": "heldout",
@@ -48,6 +50,7 @@ _ROOMS = {
 __all__ = [
     "Ahead",
     "BaseIdentity",
+    "HeldSource",
     "Prompt",
     "SampleSet",
     "TrainStream",

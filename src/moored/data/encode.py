@@ -184,38 +184,9 @@ class Drops:
         """How many are not used."""
         return self.too_long + self.no_target + self.unreadable
 
-    def check(self, where: str, data: DataConfig) -> None:
-        """Says what was dropped.
-
-        Raises:
-            UserError: too many, or all.
-        """
-        if self.truncated:
-            logger.info("%s: %d samples cut to %d tokens", where, self.truncated, data.max_length)
-        for count, what in (
-            (
-                self.empty_reasoning,
-                "learn a block of reasoning without a word, as the chat template writes it: the "
-                "model learns not to think; give reasoning_content, or a template without it",
-            ),
-            (
-                self.turn_tokens,
-                "hold the chat template's own marks of turns among their words, which are read as "
-                "such: clean them, or give chats as messages",
-            ),
-        ):
-            if count:
-                logger.warning("%s: %d of %d samples %s", where, count, self.met, what)
-        if self.split:
-            logger.info(
-                "%s: %d samples more than rows, since the chat template writes earlier turns "
-                "otherwise once others follow",
-                where,
-                self.split,
-            )
-        if not self.dropped and self.met:
-            return
-        reasons = [
+    def reasons(self, data: DataConfig) -> list[str]:
+        """How many were dropped and why, in words."""
+        return [
             f"{count} {reason}"
             for count, reason in (
                 (self.too_long, f"longer than data.max_length={data.max_length}"),
@@ -224,6 +195,50 @@ class Drops:
             )
             if count
         ]
+
+    def notes(self) -> list[str]:
+        """What is learned, but should be looked at, in words."""
+        return [
+            f"{count} of {self.met} samples {what}"
+            for count, what in (
+                (
+                    self.empty_reasoning,
+                    "learn a block of reasoning without a word, as the chat template writes it: "
+                    "the model learns not to think; give reasoning_content, or a template "
+                    "without it",
+                ),
+                (
+                    self.turn_tokens,
+                    "hold the chat template's own marks of turns among their words, which are "
+                    "read as such: clean them, or give chats as messages",
+                ),
+            )
+            if count
+        ]
+
+    @property
+    def split_note(self) -> str:
+        """That chats became several samples, in words."""
+        return (
+            f"{self.split} samples more than rows, since the chat template writes earlier turns "
+            "otherwise once others follow"
+        )
+
+    def check(self, where: str, data: DataConfig) -> None:
+        """Says what was dropped.
+
+        Raises:
+            UserError: too many, or all.
+        """
+        if self.truncated:
+            logger.info("%s: %d samples cut to %d tokens", where, self.truncated, data.max_length)
+        for note in self.notes():
+            logger.warning("%s: %s", where, note)
+        if self.split:
+            logger.info("%s: %s", where, self.split_note)
+        if not self.dropped and self.met:
+            return
+        reasons = self.reasons(data)
         line = f"{where}: {self.dropped} of {self.met} samples dropped ({', '.join(reasons)})"
         fraction = self.dropped / max(1, self.met)
         if fraction <= data.max_dropped_fraction and self.dropped < self.met:

@@ -147,16 +147,6 @@ class SampleSet:
     def __iter__(self) -> Iterator[Sample]:
         return itertools.chain.from_iterable(self.held)
 
-    def example(self) -> Sample:
-        """The first sample, to be looked at."""
-        first = self.sources[0]
-        if isinstance(first, HeldSource):
-            return first[0]
-        block = first.block(0)
-        if not block:
-            raise UserError(f"{first.reader.label}: holds no sample any more")
-        return block[0]
-
     def fingerprint(self) -> str:
         """SHA-256 of everything that will be learned; equal on all ranks, or they differ."""
         sha = hashlib.sha256()
