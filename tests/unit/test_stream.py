@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datakit import CHAT, HEADER, TOKENIZER, config, jsonl, load
+from datakit import CHAT, TOKENIZER, config, jsonl, load
 from moored import data
 from moored.batch import Batch
 from moored.config import Source

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moored.data.formats import PLAIN, STRUCTURED, kind_of, read_file
+from moored.data.formats import PLAIN, STRUCTURED, read_file
+from moored.data.nested import as_written, kind_of
 from moored.errors import UserError
 
 if TYPE_CHECKING:
@@ -303,6 +304,9 @@ def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
     wanted = [name for name in names or () if name in reader.columns]
     if wanted:
         dataset = dataset.select_columns(wanted)
+    features = getattr(dataset, "features", None)  # of a stream they may not be known
+    schema = features.arrow_schema if features is not None else None
+    kinds = {name: schema.field(name).type for name in schema.names} if schema else {}
     number = skip
     rows = iter(dataset.skip(skip) if skip else dataset)
     where = f"{reader.hub}[{reader.split}]"
@@ -314,7 +318,8 @@ def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
         except Exception as error:  # the reader of some remote format
             raise UserError(f"{where}:{number + 1}: {_first_line(error)}: {_HUB_FIX}") from error
         number += 1
-        yield Row(key=f"{reader.name}:{number}", where=f"{where}:{number}", value=dict(value))
+        cells = {k: as_written(v, kinds.get(k), decode=False) for k, v in value.items()}
+        yield Row(key=f"{reader.name}:{number}", where=f"{where}:{number}", value=cells)
     if number == 0:
         problem = "the split is empty: choose another"
         yield Row(key=reader.name, where=f"{where}:1", problem=problem)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moored.data.nested import as_written, is_list, kind_of, may_hold_text
+
 STRUCTURED = (".jsonl", ".json", ".parquet")
 PLAIN = (".txt", ".md")
 MAX_LINE_BYTES = 64 * 2**20  # one sample; a longer line is a file of another format
@@ -42,18 +44,6 @@ def read_file(path: Path, columns: tuple[str, ...]) -> Numbered:
         path.suffix.lower(), _plain
     )
     return reader(path, columns)
-
-
-def kind_of(value: Any) -> str:
-    """A JSON value's type in words, for messages."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return f"the number {value!r:.40}"
-    words = {str: "text", list: "a list", dict: "an object", bytes: "bytes"}
-    return words.get(type(value), f"a {type(value).__name__}")
 
 
 def _binary(head: bytes) -> str | None:
@@ -194,11 +184,12 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
                 if problem := _column_problem(name, schema.field(name).type):
                     yield 1, problem
                     return
+            kinds = {name: schema.field(name).type for name in wanted}
             for batch in file.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.to_pylist():
+                for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+                    yield number, {name: as_written(row[name], kinds[name]) for name in row}
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = str(error).splitlines()[0][:120]
         yield number + 1, f"not a readable parquet file ({reason}): write it again"
 
@@ -206,11 +197,7 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
 def _column_problem(name: str, kind: Any) -> str | None:
     import pyarrow.types as types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    is_list = types.is_list(kind) or types.is_large_list(kind)
-    is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    if is_list or is_text or types.is_null(kind) or types.is_struct(kind):
+    if may_hold_text(kind) or is_list(kind) or types.is_null(kind) or types.is_struct(kind):
         return None  # judged row by row
     return f"column {name!r} holds {kind}, not text: convert the column"
 

@@ -25,8 +25,7 @@ from moored.data.files import (
     open_sources,
     text_problem,
 )
-from moored.data.formats import kind_of
-from moored.data.turns import read_turns
+from moored.data.turns import read_tools, read_turns
 from moored.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -117,17 +116,20 @@ def parse(row: Row, source: Source, label: str) -> Record | list[str]:
         return missing
     values = [row.value[column] for column in columns]
     if kind == "messages":
-        turns, tools = read_turns(values[0], columns[0]), row.value.get("tools")
+        turns, tools = (
+            read_turns(values[0], columns[0]),
+            read_tools(row.value.get("tools"), "tools"),
+        )
         if isinstance(turns, list):
             return turns
-        if problems := _tools_problems(tools):
-            return problems
+        if isinstance(tools, str):
+            return [tools]
         return Record(
             sample_id=row.key,
             where=row.where,
             kind=kind,
             messages=turns.messages,
-            tools=tools or None,
+            tools=tools,
             learned=turns.learned,
         )
     texts = [_text_problem(value, column) for value, column in zip(values, columns, strict=True)]
@@ -189,12 +191,6 @@ def _text_problem(value: Any, column: str) -> str | None:
             f"{column}: holds a list of turns, not text: put the whole chat into one messages list"
         )
     return text_problem(value, column)
-
-
-def _tools_problems(tools: Any) -> list[str]:
-    if tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        return []
-    return [f"tools: holds {kind_of(tools)}: write a list of JSON schemas, or remove the column"]
 
 
 def read_template(path: Path | None, problems: list[str]) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moored.data.files import missing_problem, text_problem
-from moored.data.formats import kind_of
+from moored.data.nested import NotJsonError, from_json, kind_of, not_json
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES: Mapping[str, str] = {
@@ -21,6 +21,8 @@ ROLE_ALIASES: Mapping[str, str] = {
     "bot": "assistant",
     "developer": "system",
 }
+# How the field names an answer's reasoning; templates read one of them, and which is their matter.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 # What the field calls "learn this turn, or do not": OpenAI (weight), axolotl (train, training),
 # LLaMA-Factory, ms-swift and slime (loss, loss_mask).
 FLAGS = ("loss", "loss_mask", "train", "training", "trainable", "weight")
@@ -59,6 +61,11 @@ def read_turns(messages: Any, name: str) -> Turns | list[str]:
         messages: what the column holds.
         name: of the column.
     """
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        try:
+            messages = from_json(messages, list)
+        except NotJsonError as error:
+            return [f"{name}: {error} of turns"]
     if not isinstance(messages, list):
         return [
             f'{name}: holds {kind_of(messages)}, not a list: write [{{"role": "user", '
@@ -66,58 +73,153 @@ def read_turns(messages: Any, name: str) -> Turns | list[str]:
         ]
     if not messages:
         return [f"{name}: is empty: write at least a user and an assistant turn"]
-    problems = [
-        f"{name}[{index}]{problem}"
-        for index, message in enumerate(messages)
-        if (problem := _turn_problem(message))
-    ]
-    if not problems and (problem := _order_problem([m["role"] for m in messages])):
+    turns: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for index, message in enumerate(messages):
+        try:
+            turns.append(_read_turn(message))
+        except _ProblemError as error:
+            problems.append(f"{name}[{index}]{error}")
+    if not problems and (problem := _order_problem([turn["role"] for turn in turns])):
         problems.append(f"{name}{problem}")
     if problems:
         return problems
-    turns = tuple(
-        {key: value for key, value in turn.items() if value is not None and key not in FLAGS}
-        for turn in messages
-    )
-    learned = tuple(turn["role"] == "assistant" and _flag(turn) is not False for turn in messages)
+    learned = tuple(turn["role"] == "assistant" and _flag(turn) is not False for turn in turns)
     everything = all(learned[i] for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return Turns(messages=turns, learned=None if everything else learned)
+    return Turns(
+        messages=tuple(
+            {key: value for key, value in turn.items() if value is not None and key not in FLAGS}
+            for turn in turns
+        ),
+        learned=None if everything else learned,
+    )
 
 
-def _turn_problem(message: Any) -> str | None:
+def read_tools(tools: Any, name: str) -> list[dict[str, Any]] | str | None:
+    """The schemas of a row's tools, None if it has none, or what is wrong with them, in words."""
+    if isinstance(tools, str) and tools.strip() in ("", "null"):
+        return None
+    try:
+        found = from_json(tools, list)
+    except NotJsonError as error:
+        return f"{name}: {error} of JSON schemas, or remove the column"
+    if found is not None and not isinstance(found, list):
+        return f"{name}: holds {kind_of(found)}: write a list of JSON schemas, or remove the column"
+    schemas: list[dict[str, Any]] = []
+    for number, tool in enumerate(found or ()):
+        try:
+            schema = _object(tool, "")
+            for key in ("function", "parameters"):
+                if isinstance(schema.get(key), str):
+                    schema[key] = _object(schema[key], f".{key}")
+            function = schema.get("function")
+            if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+                parameters = _object(function["parameters"], ".function.parameters")
+                schema["function"] = function | {"parameters": parameters}
+            _require_json(schema)
+        except _ProblemError as error:
+            return f"{name}[{number}]{error}"
+        schemas.append(schema)
+    return schemas or None
+
+
+class _ProblemError(Exception):
+    """What is wrong with a turn or a tool: the place in it, and words."""
+
+
+def _read_turn(message: Any) -> dict[str, Any]:
+    """A turn with its JSON text decoded, flags included."""
+    if _looks_like_object(message):
+        message = _object(message, "")
     if not isinstance(message, dict):
-        return f': holds {kind_of(message)}, not an object: write {{"role": ..., "content": ...}}'
+        raise _ProblemError(
+            f': holds {kind_of(message)}, not an object: write {{"role": ..., "content": ...}}'
+        )
     if "role" not in message or "content" not in message:
         if {"from", "value"} <= message.keys():
-            return ": has from and value (ShareGPT): rename them to role and content"
+            raise _ProblemError(": has from and value (ShareGPT): rename them to role and content")
         lacking = "role" if "role" not in message else "content"
         if lacking == "role" or not message.get("tool_calls"):
-            return ": " + missing_problem(lacking, message, f"the key {lacking!r} in each turn")
+            fix = f"the key {lacking!r} in each turn"
+            raise _ProblemError(": " + missing_problem(lacking, message, fix))
     role = message["role"]
     if role not in ROLES:
         near = difflib.get_close_matches(str(role), ROLES, 1)
         meant = ROLE_ALIASES.get(str(role).lower()) or (near[0] if near else None)
         hint = f"; did you mean {meant!r}?" if meant else f": use one of {', '.join(ROLES)}"
-        return f".role: {role!r} is unknown{hint}"
+        raise _ProblemError(f".role: {role!r} is unknown{hint}")
     if problem := _flag_problem(message):
-        return problem
-    if message.get("tool_calls") is not None:
-        if role != "assistant" or not isinstance(message["tool_calls"], list):
-            return ".tool_calls: must be a list, in an assistant turn: move or remove it"
-        for number, call in enumerate(message["tool_calls"]):
-            inner = (call.get("function") or call) if isinstance(call, dict) else None
-            if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-                return (
-                    f".tool_calls[{number}]: names no function: write "
-                    '{"function": {"name": ..., "arguments": ...}}'
-                )
-        if message["tool_calls"] and not message.get("content"):
-            return _deep_problem(message)  # a call needs no words
-    if isinstance(message["content"], list):
-        return ".content: holds a list (of parts), not text: join the parts to one string"
-    if problem := text_problem(message["content"], "content"):
-        return f".{problem}"
-    return _deep_problem(message)
+        raise _ProblemError(problem)
+    turn = dict(message)
+    if turn.get("tool_calls") is not None:
+        turn["tool_calls"] = _read_calls(turn["tool_calls"], role)
+    words = turn.get("content")
+    if words or not turn.get("tool_calls"):  # a call needs no words
+        if isinstance(words, list):
+            raise _ProblemError(
+                ".content: holds a list (of parts), not text: join the parts to one string"
+            )
+        if problem := text_problem(words, "content"):
+            raise _ProblemError(f".{problem}")
+    _require_json({key: value for key, value in turn.items() if key != "content"})
+    return turn
+
+
+def _read_calls(given: Any, role: str) -> list[dict[str, Any]] | None:
+    """The calls of a turn, with their arguments as objects."""
+    if isinstance(given, str) and given.strip() in ("", "null"):
+        return None
+    try:
+        given = from_json(given, list)
+    except NotJsonError as error:
+        raise _ProblemError(f".tool_calls: {error} of calls") from error
+    if role != "assistant" or not isinstance(given, list):
+        raise _ProblemError(".tool_calls: must be a list, in an assistant turn: move or remove it")
+    return [_read_call(call, f".tool_calls[{number}]") for number, call in enumerate(given)]
+
+
+def _read_call(given: Any, place: str) -> dict[str, Any]:
+    call = _object(given, place) if _looks_like_object(given) else given
+    function: Any = None
+    if isinstance(call, dict):
+        function = call.get("function") or call
+        if _looks_like_object(function):
+            function = _object(function, f"{place}.function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise _ProblemError(
+            f'{place}: names no function: write {{"function": {{"name": ..., "arguments": ...}}}}'
+        )
+    if "arguments" in function:
+        arguments = function["arguments"]
+        # OpenAI's API has empty text where a function takes nothing.
+        none = isinstance(arguments, str) and not arguments.strip()
+        arguments = {} if none else _object(arguments, f"{place}.arguments")
+        function = function | {"arguments": arguments}
+    return call | {"function": function} if call.get("function") else function
+
+
+def _looks_like_object(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("{")
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """An object, if need be out of JSON text."""
+    try:
+        found = from_json(value, dict)
+    except NotJsonError as error:
+        raise _ProblemError(f"{place}: {error}") from error
+    if not isinstance(found, dict):
+        raise _ProblemError(f"{place}: holds {kind_of(found)}: write an object")
+    return dict(found)
+
+
+def _require_json(value: dict[str, Any]) -> None:
+    """All that a template is given is JSON, and text that can be encoded."""
+    if problem := not_json(value):
+        place, _, words = problem.partition(": ")
+        raise _ProblemError(f"{place if len(place) < 100 else f'{place[:90]}...'}: {words}")
+    if problem := text_problem(json.dumps(value, ensure_ascii=False), "keys"):
+        raise _ProblemError(f".{problem}")
 
 
 def _flag(turn: Mapping[str, Any]) -> bool | None:
@@ -154,16 +256,6 @@ def _flag_problem(turn: Mapping[str, Any]) -> str | None:
             "are learned: write false, or remove it"
         )
     return None
-
-
-def _deep_problem(message: dict[str, Any]) -> str | None:
-    """Other keys reach the chat template too."""
-    rest = {key: value for key, value in message.items() if key != "content"}
-    try:
-        problem = text_problem(json.dumps(rest, ensure_ascii=False), "keys")
-    except (TypeError, ValueError):
-        return ": holds values that are not JSON: remove them"
-    return f".{problem}" if problem else None
 
 
 def _order_problem(roles: list[str]) -> str | None:
