@@ -119,6 +119,17 @@ def test_an_empty_block_of_reasoning_is_not_learned_without_a_word(tmp_path, cap
     assert "data.train: 1 of 1 samples learn a block of reasoning without a word" in caplog.text
 
 
+def test_an_answer_that_ends_with_nothing_is_not_learned_without_a_word(tmp_path, caplog):
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT * 2}, {"messages": CHAT}])
+    with caplog.at_level(logging.WARNING):
+        load(path, chats.tokenizer(chats.PLAIN))
+    assert "1 of 2 samples have an answer that the chat template ends with no token" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load(path, chats.tokenizer(chats.LLAMA3))
+    assert not caplog.text
+
+
 def test_chats_that_become_several_samples_are_named_and_counted(tmp_path, caplog):
     messages = [turn("system", "s"), turn("user", "a"), turn("assistant", "b"), *CHAT]
     path = jsonl(tmp_path / "a.jsonl", [{"messages": messages}])

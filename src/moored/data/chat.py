@@ -25,12 +25,12 @@ class Tokens:
     """Token ids (int32) and which of them are targets (bool).
 
     Attributes:
-        has_empty_reasoning: a block of reasoning without a word is among the targets.
+        notes: of its layout.
     """
 
     input_ids: np.ndarray
     label_mask: np.ndarray
-    has_empty_reasoning: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class ChatEncoder:
@@ -245,9 +245,7 @@ class ChatEncoder:
         input_ids = np.array(ids, dtype=np.int32)
         if self._bos is not None and self._bos != self.eos:
             mask &= input_ids != self._bos  # who writes is given it, and never has to write it
-        return Tokens(
-            input_ids=input_ids, label_mask=mask, has_empty_reasoning=layout.has_empty_reasoning
-        )
+        return Tokens(input_ids=input_ids, label_mask=mask, notes=layout.notes)
 
     def _with_start(self, ids: list[int], mask: np.ndarray) -> tuple[list[int], np.ndarray]:
         """One start token, where the tokenizer puts one or the text has one; it is not learned."""

@@ -155,6 +155,7 @@ class Drops:
     Attributes:
         split: samples besides the first of a conversation that had to become several.
         empty_reasoning: samples in which a block of reasoning without a word is learned.
+        open_turns: samples in which an answer before the last ends with no token to stop at.
         turn_tokens: samples whose words hold the chat template's own marks of turns.
         lengths: in tokens, of every sample that was met, before it was cut.
     """
@@ -166,6 +167,7 @@ class Drops:
     unreadable: int = 0
     split: int = 0
     empty_reasoning: int = 0
+    open_turns: int = 0
     turn_tokens: int = 0
     lengths: array[int] = dataclasses.field(default_factory=lambda: array("i"))
 
@@ -206,6 +208,11 @@ class Drops:
                     "learn a block of reasoning without a word, as the chat template writes it: "
                     "the model learns not to think; give reasoning_content, or a template "
                     "without it",
+                ),
+                (
+                    self.open_turns,
+                    "have an answer that the chat template ends with no token to stop at, before "
+                    "the last: there the model learns no end",
                 ),
                 (
                     self.turn_tokens,
@@ -378,7 +385,8 @@ def build(
                 continue
             drops.met += 1
             drops.split += record.kind == "messages" and sample_id != record.sample_id
-            drops.empty_reasoning += tokens.has_empty_reasoning
+            drops.empty_reasoning += "empty_reasoning" in tokens.notes
+            drops.open_turns += "open_turns" in tokens.notes
             drops.turn_tokens += encoder.holds_turn_tokens(record)
             length = len(tokens.input_ids)
             drops.lengths.append(length)

@@ -36,14 +36,15 @@ class Layout:
         spans: the characters [start, stop) of it that are learned, ends of turns included.
         is_closed: the last span ends with a token to stop at; otherwise one is to be put there.
         turn: which of the messages is the last that is laid out.
-        has_empty_reasoning: a block of reasoning without a word is learned.
+        notes: what should be looked at: `empty_reasoning` (a block of reasoning without a word is
+            learned), `open_turns` (an answer before the last has no token to stop at).
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     is_closed: bool = False
     turn: int = 0
-    has_empty_reasoning: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def plain_layout(text: str, start: int, stops: Stops) -> Layout:
@@ -127,12 +128,16 @@ class _Answer:
 def _layout(text: str, answers: Sequence[_Answer], last: int) -> Layout:
     text = answers[-1].text or text
     spans = tuple(span for answer in answers for span in answer.spans)
+    noted = {
+        "empty_reasoning": any(answer.has_empty_reasoning for answer in answers),
+        "open_turns": not all(answer.is_closed for answer in answers[:-1]),
+    }
     return Layout(
         text=text[: spans[-1][1]],
         spans=spans,
         is_closed=answers[-1].is_closed,
         turn=last,
-        has_empty_reasoning=any(answer.has_empty_reasoning for answer in answers),
+        notes=tuple(name for name, is_so in noted.items() if is_so),
     )
 
 
