@@ -17,6 +17,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moored import meeting
 from moored.errors import UserError
 from moored.launched import Launched, launched
+from moored.plain import decoded, encoded
 
 MEETING_SECONDS = 600.0  # until every process must have come: some are slow to start
 
@@ -97,21 +99,53 @@ class Axis:
         return float(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (small, picklable), in rank order, on every rank."""
+        """Every rank's `value` (small, see `plain.py`), in rank order, on every rank.
+
+        Raises:
+            TypeError: on every rank alike: some rank's value is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value)
         if self.size == 1:
+            if fault is not None:
+                raise fault
             return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        lengths = self.concatenate(self._length(data), 0, [1] * self.size)
+        sizes = list(map(int, lengths.tolist()))
+        for rank, size in enumerate(sizes):
+            _require_sent(size, rank, fault if rank == self.rank else None)
+        every = _raw(self.concatenate(_tensor(data, self._carrier()), 0, sizes))
+        ends = list(accumulate(sizes))
+        return [
+            decoded(every[end - size : end], f"rank {rank}")
+            for rank, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` (small, picklable), on every rank."""
+        """Rank 0's `value` (small, see `plain.py`), on every rank; the others' is not looked at.
+
+        Raises:
+            TypeError: on every rank alike: it is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value) if self.rank == 0 else (b"", None)
         if self.size == 1:
+            if fault is not None:
+                raise fault
             return value
-        box = [value]
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        dist.broadcast_object_list(box, src=source, group=self.group, device=_device())
-        return box[0]
+        length = self._length(data)
+        dist.broadcast(length, src=source, group=self.group)
+        size = int(length.item())
+        _require_sent(size, 0, fault)
+        sent = _tensor(data, self._carrier()) if self.rank == 0 else length.new_empty(size).byte()
+        dist.broadcast(sent, src=source, group=self.group)
+        return value if self.rank == 0 else decoded(_raw(sent), "rank 0")
+
+    def _length(self, data: bytes | None) -> torch.Tensor:
+        return torch.tensor([_NOTHING if data is None else len(data)], device=self._carrier())
+
+    def _carrier(self) -> torch.device:
+        """Where a tensor must be for the collectives of this axis."""
+        return _device() if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
     def barrier(self) -> None:
         """Wait until every rank of the axis is here."""
@@ -181,6 +215,36 @@ def alone(device: str = "cpu") -> Mesh:
     """The mesh of a process that meets no other."""
     world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
     return Mesh(world=world, dp=dp, tp=tp, device=torch.device(device))
+
+
+_NOTHING = -1  # in place of the length of a value that cannot be sent
+_MOST_BYTES = 1 << 30  # of one value: who says more is none of ours
+
+
+def _bytes_of(value: Any) -> tuple[bytes | None, TypeError | None]:
+    """A value to send, or why it cannot be: the others must learn of it before all raise."""
+    try:
+        return encoded(value), None
+    except TypeError as error:
+        return None, error
+
+
+def _require_sent(size: int, rank: int, fault: TypeError | None) -> None:
+    if size == _NOTHING:
+        raise fault or TypeError(f"rank {rank} was to send a value that is no JSON")
+    if not 0 < size <= _MOST_BYTES:
+        raise UserError(
+            f"rank {rank} announced a value of {size} bytes: another program takes part in this "
+            "run: start it again, where nobody else can connect to its processes (SECURITY.md)"
+        )
+
+
+def _tensor(data: bytes | None, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data or b""), dtype=torch.uint8).to(device)
+
+
+def _raw(part: torch.Tensor) -> bytes:
+    return part.cpu().numpy().tobytes()
 
 
 def _device() -> torch.device:
