@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import secrets
 import shlex
 import signal
 import socket
@@ -272,6 +273,7 @@ class Start:
             "MASTER_ADDR": first.rpartition("@")[2] if first else "127.0.0.1",
             "MASTER_PORT": str(FIRST_PORT + zlib.crc32(self.id.encode()) % NUM_PORTS),
             "MOORED_MEETING": self.id,
+            "MOORED_MEETING_SECRET": secrets.token_hex(32),  # sent on stdin, never in a command
             "MOORED_LAUNCH": self.id,
         }
         where = ", ".join(f"{n} on {link}" for n, link in zip(slots, self.links, strict=True))

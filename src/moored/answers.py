@@ -120,8 +120,9 @@ def follow(
 
 def _of_all_ranks(found: Mapping[str, tuple[int, int]], mesh: Mesh) -> list[tuple[int, int]]:
     """(asked, right) of every rank's prompts, by their names: in the same order for all models."""
-    every = {name: row for part in mesh.dp.gather(found) for name, row in part.items()}
-    return [every[name] for name in sorted(every)]
+    mine = {name: list(row) for name, row in found.items()}
+    every = {name: row for part in mesh.dp.gather(mine) for name, row in part.items()}
+    return [(asked, right) for _, (asked, right) in sorted(every.items())]
 
 
 def _answers(

@@ -94,8 +94,9 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         tracker.event("replayed_sources", sources=replay.samples.describe())
 
     policy = load_policy(located.source.path, config, mesh)
-    newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
-    newest = mesh.world.broadcast(newest)
+    found = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
+    name = mesh.world.broadcast(None if found is None else str(found))
+    newest = None if name is None else Path(name)
     if newest is not None:
         checkpoint.load_adapter(newest, policy)
     engine = Engine(policy, config, mesh)

@@ -40,7 +40,11 @@ def run(config: Config, *, restart: bool = False) -> Path:
         MooredError: an arm's; the arms before it are kept.
     """
     os.umask(0o077)
-    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    mesh = start_mesh(
+        config.parallel.tensor_parallel_degree,
+        wait_seconds=config.parallel.rendezvous_seconds,
+        folder=config.output.dir,
+    )
     path = (config.output.dir / config.name).absolute()
     with contextlib.ExitStack() as stack:
         stack.callback(leave)

@@ -45,7 +45,14 @@ def run(config: Config | None) -> None:
         UserError: the first thing that would stop a run.
     """
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    mesh = start_mesh(1 if config is None else degree_for(config.parallel.tensor_parallel_degree))
+    if config is None:
+        mesh = start_mesh()
+    else:
+        mesh = start_mesh(
+            degree_for(config.parallel.tensor_parallel_degree),
+            wait_seconds=config.parallel.rendezvous_seconds,
+            folder=config.output.dir,
+        )
     try:
         if mesh.is_main:
             _machine(console, config)

@@ -239,8 +239,9 @@ class HarnessModel(TemplateLM):
         for options, members in groups.items():
             given = json.loads(options)
             prompts = {index: self.tok_encode(requests[index].args[0]) for index in members}
-            for part in self._mesh.dp.gather(self._continue(prompts, given)):
-                answers |= part
+            mine = [[index, text] for index, text in self._continue(prompts, given).items()]
+            for part in self._mesh.dp.gather(mine):
+                answers |= {index: text for index, text in part}
         return [answers[index] for index in range(len(requests))]
 
     def _continue(self, prompts: dict[int, list[int]], given: dict[str, Any]) -> dict[int, str]:

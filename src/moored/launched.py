@@ -1,16 +1,19 @@
 """Which process of how many this is, as torchrun, deepspeed or srun say by the environment.
 
 The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, and of which job this is.
-With MOORED_MEETING, as `launch/` sets it, MASTER_PORT is the first of several ports to try.
+With MOORED_MEETING, as `launch/` sets it, MASTER_PORT is the first of several ports to try; so it
+is where the processes can prove each other that they belong together, whoever started them.
 Needs no torch and starts nothing: groups are `mesh.py`'s.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
 
+from moored import secret
 from moored.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 10000, 20000  # below the range that kernels give out by themselves
@@ -20,6 +23,7 @@ _SLURM = {
     "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
     "LOCAL_RANK": "SLURM_LOCALID",
 }
+RENDEZVOUS_VARIABLE = "MOORED_RENDEZVOUS_SECONDS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,11 @@ class Launched:
         address: host at which they meet; None for a process alone.
         ports: at that host: the one that the launcher keeps for them, or several of which rank 0
             takes the first that is free.
-        meeting: what tells them from other jobs that meet there; empty where the port is theirs.
+        meeting: the name of this start, with which they prove each other that they belong to it;
+            empty where the port is the launcher's and they cannot: nobody has given them a secret,
+            and they may share no folder to leave one in.
+        one_machine: whether all of them are on the same one, as far as the launcher says.
+        by_slurm: whether a step of srun is what started them.
     """
 
     rank: int = 0
@@ -42,6 +50,8 @@ class Launched:
     address: str | None = None
     ports: tuple[int, ...] = ()
     meeting: str = ""
+    one_machine: bool = False
+    by_slurm: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +100,14 @@ def launched() -> Launched:
     address = os.environ.get("MASTER_ADDR") or (_first_host() if by_slurm else None)
     port, meeting = _integer("MASTER_PORT", 0), os.environ.get("MOORED_MEETING", "")
     ports = (port,) if port else ()
-    if by_slurm and not port:
-        ports, meeting = _slurm_ports()
+    one_machine = _one_host() if by_slurm else _local_size() == world_size
+    if by_slurm:
+        ports, meeting = _slurm_ports(port)
     elif port and meeting:
         ports = _ports_from(port - FIRST_PORT)
+    elif port and (one_machine or secret.is_given()):
+        ports = _ports_from(port - FIRST_PORT + 1)  # the port itself is left to the launcher
+        meeting = _attempt(f"{address}:{port}")
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", ports)):
         if not value:
             raise UserError(
@@ -107,7 +121,28 @@ def launched() -> Launched:
         address=address,
         ports=ports,
         meeting=meeting,
+        one_machine=one_machine,
+        by_slurm=by_slurm,
     )
+
+
+def rendezvous_seconds(wanted: float) -> float:
+    """How long to wait for the other processes: the environment's word, else `wanted`.
+
+    Raises:
+        UserError: it is no number of seconds.
+    """
+    value = os.environ.get(RENDEZVOUS_VARIABLE, "")
+    try:
+        seconds = float(value) if value else wanted
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UserError(
+            f"{RENDEZVOUS_VARIABLE}={value!r} is no number of seconds above 0: set it to one, such "
+            "as 1800, or unset it"
+        )
+    return seconds
 
 
 def own_rank() -> int:
@@ -136,10 +171,27 @@ def _first_host() -> str | None:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else None
 
 
-def _slurm_ports() -> tuple[tuple[int, ...], str]:
-    """Ports of the step's own, the same on all its nodes, and the step's name."""
+def _one_host() -> bool:
+    return not re.search(r"[\[,]", os.environ.get("SLURM_STEP_NODELIST", ","))
+
+
+def _local_size() -> int:
+    """Processes on this machine, as torchrun and `launch/` or DeepSpeed say; 0: not said."""
+    return _integer("LOCAL_WORLD_SIZE", 0) or _integer("LOCAL_SIZE", 0)
+
+
+def _attempt(place: str) -> str:
+    """The name of a start under another's launcher, which may start it again by itself."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return " ".join([place, *(os.environ.get(name, "") for name in names)])
+
+
+def _slurm_ports(port: int) -> tuple[tuple[int, ...], str]:
+    """Ports of the step's own, the same on all its nodes (or the one given); the step's name."""
     job, step = _integer("SLURM_JOB_ID", 0), _integer("SLURM_STEP_ID", 0)
-    return _ports_from(job * 31 + step), f"{job}.{_integer('SLURM_RESTART_COUNT', 0)}.{step}"
+    ports = (port,) if port else _ports_from(job * 31 + step)
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    return ports, f"{cluster} {job}.{_integer('SLURM_RESTART_COUNT', 0)}.{step}".strip()
 
 
 def _ports_from(first: int) -> tuple[int, ...]:

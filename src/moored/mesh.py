@@ -1,7 +1,7 @@
 """Which processes work together, along which axis, and on which device.
 
-The only caller of `init_process_group`; what the launcher said is read by `launched.py`. Nothing
-here knows a model or a recipe.
+What the launcher said is read by `launched.py`, the group of all processes is made by `joining.py`.
+Nothing here knows a model or a recipe.
 """
 
 # torch.distributed is typed in part only.
@@ -10,24 +10,23 @@ here knows a model or a recipe.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import resource
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from moored import meeting
 from moored.errors import UserError
-from moored.launched import Launched, launched
+from moored.joining import joined, prove
+from moored.launched import launched, rendezvous_seconds
+from moored.plain import decoded, encoded
 
-MEETING_SECONDS = 600.0  # until every process must have come: some are slow to start
+RENDEZVOUS_SECONDS = 600.0  # until every process must have come: some are slow to start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,21 +96,59 @@ class Axis:
         return float(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (small, picklable), in rank order, on every rank."""
+        """Every rank's `value` (small, see `plain.py`), in rank order, on every rank.
+
+        Raises:
+            TypeError: on every rank alike: some rank's value is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value)
         if self.size == 1:
+            if fault is not None:
+                raise fault
             return [value]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        sizes = [int(length.item()) for length in self._all(self._length(data))]
+        for rank, size in enumerate(sizes):
+            _require_sent(size, rank, fault if rank == self.rank else None)
+        padded = (data or b"").ljust(max(sizes))
+        return [
+            decoded(_raw(part)[:size], f"rank {rank}")
+            for rank, (part, size) in enumerate(
+                zip(self._all(_tensor(padded, self._carrier())), sizes, strict=True)
+            )
+        ]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` (small, picklable), on every rank."""
+        """Rank 0's `value` (small, see `plain.py`), on every rank; the others' is not looked at.
+
+        Raises:
+            TypeError: on every rank alike: it is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value) if self.rank == 0 else (b"", None)
         if self.size == 1:
+            if fault is not None:
+                raise fault
             return value
-        box = [value]
         source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
-        dist.broadcast_object_list(box, src=source, group=self.group, device=_device())
-        return box[0]
+        length = self._length(data)
+        dist.broadcast(length, src=source, group=self.group)
+        size = int(length.item())
+        _require_sent(size, 0, fault)
+        sent = _tensor(data, self._carrier()) if self.rank == 0 else length.new_empty(size).byte()
+        dist.broadcast(sent, src=source, group=self.group)
+        return value if self.rank == 0 else decoded(_raw(sent), "rank 0")
+
+    def _all(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor; their shapes are equal."""
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return parts
+
+    def _length(self, data: bytes | None) -> torch.Tensor:
+        return torch.tensor([_NOTHING if data is None else len(data)], device=self._carrier())
+
+    def _carrier(self) -> torch.device:
+        """Where a tensor must be for the collectives of this axis."""
+        return _device() if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
     def barrier(self) -> None:
         """Wait until every rank of the axis is here."""
@@ -183,23 +220,63 @@ def alone(device: str = "cpu") -> Mesh:
     return Mesh(world=world, dp=dp, tp=tp, device=torch.device(device))
 
 
+_NOTHING = -1  # in place of the length of a value that cannot be sent
+_MOST_BYTES = 1 << 30  # of one value: who says more is none of ours
+
+
+def _bytes_of(value: Any) -> tuple[bytes | None, TypeError | None]:
+    """A value to send, or why it cannot be: the others must learn of it before all raise."""
+    try:
+        return encoded(value), None
+    except TypeError as error:
+        return None, error
+
+
+def _require_sent(size: int, rank: int, fault: TypeError | None) -> None:
+    if size == _NOTHING:
+        raise fault or TypeError(f"rank {rank} was to send a value that is no JSON")
+    if not 0 < size <= _MOST_BYTES:
+        raise UserError(
+            f"rank {rank} announced a value of {size} bytes: another program takes part in this "
+            "run: start it again, where nobody else can connect to its processes (SECURITY.md)"
+        )
+
+
+def _tensor(data: bytes | None, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data or b""), dtype=torch.uint8).to(device)
+
+
+def _raw(part: torch.Tensor) -> bytes:
+    return part.cpu().numpy().tobytes()
+
+
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0) -> Mesh:
+def start_mesh(
+    tensor_parallel_degree: int = 1,
+    timeout_seconds: float = 1800.0,
+    *,
+    wait_seconds: float = RENDEZVOUS_SECONDS,
+    folder: Path | None = None,
+) -> Mesh:
     """Join the processes that the launcher started and arrange them.
 
     Args:
         tensor_parallel_degree: processes that share one copy of the model. Neighbours by rank.
         timeout_seconds: how long a collective may wait for a rank before the run ends.
+        wait_seconds: how long to wait for the other processes, unless the environment says it.
+        folder: which all processes share, for the secret by which they know each other where the
+            launcher gave them none; None: Moored's cache.
 
     Raises:
-        UserError: the environment is incomplete, or the world does not divide.
+        UserError: the environment is incomplete, the world does not divide, not all processes came,
+            or a stranger is among them.
     """
-    place = launched()
+    place, wait_seconds = launched(), rendezvous_seconds(wait_seconds)
     if place.world_size % tensor_parallel_degree:
         raise UserError(
             f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
@@ -210,12 +287,32 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
         # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        _join(place, device, timeout_seconds)
+    first = place.local_rank < tensor_parallel_degree
+    if dist.is_initialized():
+        return _arranged(tensor_parallel_degree, device, first)
+    try:
+        with joined(
+            place,
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout_seconds=timeout_seconds,
+            rendezvous_seconds=wait_seconds,
+            folder=folder,
+        ) as key:
+            mesh = _arranged(tensor_parallel_degree, device, first)
+            if key is not None:
+                for axis in (mesh.world, mesh.dp, mesh.tp):
+                    prove(axis, key)
+    except UserError:
+        leave_mesh()
+        raise
+    return mesh
+
+
+def _arranged(tensor_parallel_degree: int, device: torch.device, first: bool) -> Mesh:
+    """The mesh of the group that is there."""
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
     if tensor_parallel_degree == 1:
         dp = Axis(name="dp", rank=world.rank, size=world.size)
-        first = place.local_rank == 0
         return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first)
     shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
@@ -223,66 +320,12 @@ def start_mesh(tensor_parallel_degree: int = 1, timeout_seconds: float = 1800.0)
         Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
         for name, size in zip(("dp", "tp"), shape, strict=True)
     )
-    first = place.local_rank < tensor_parallel_degree
     return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first)
 
 
 def degree_for(wanted: int) -> int:
     """The degree to measure with: 1 in a process alone, which then holds the whole model."""
     return wanted if launched().world_size > 1 else 1
-
-
-def _join(place: Launched, device: torch.device, timeout_seconds: float) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    # DeepSpeed reads these again; srun, and one process started by hand, set none of them.
-    os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
-        LOCAL_RANK=str(place.local_rank),
-        MASTER_ADDR=place.address or "127.0.0.1",
-        MASTER_PORT=str(place.ports[0] if place.ports else 29500),
-    )
-    if place.address is None:
-        # An in-memory store: a single process needs no port, so none can be taken.
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        return
-    try:
-        if place.meeting:
-            store = _store_of(place, min(timeout_seconds, MEETING_SECONDS))
-            store.set_timeout(timeout)
-            dist.init_process_group(
-                backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
-            )
-        else:
-            dist.init_process_group(backend, timeout=timeout)
-    except (RuntimeError, ValueError, OSError, dist.DistError) as error:
-        raise UserError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at "
-            f"{place.address}:{','.join(map(str, place.ports))}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _store_of(place: Launched, seconds: float) -> Any:
-    """The store of this job's ranks, at a port that rank 0 found free."""
-    assert place.address is not None
-    at = partial(
-        dist.TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-        place.address,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-    )
-    if place.rank:
-        port = meeting.find(place, seconds)
-        os.environ["MASTER_PORT"] = str(port)
-        return at(port, is_master=False)
-    asked_at, listening = meeting.host(place)
-    port = listening.getsockname()[1]
-    os.environ["MASTER_PORT"] = str(port)
-    store = at(port, is_master=True, master_listen_fd=listening.detach())
-    meeting.answer(asked_at, place, port)
-    return store
 
 
 _LOST_PEER = re.compile(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class _Found:
     target: int
     base: float
     adapted: float
-    choices: dict[int, tuple[float, float]]
+    choices: list[list[Any]]  # token, the base's probability, the policy's
 
 
 class Collector:
@@ -84,7 +84,7 @@ class Collector:
                 spots.log_p_policy[i].exp().tolist(),
                 strict=True,
             )
-            found = dict(zip(spots.tokens[i].tolist(), pairs, strict=True))
+            choices = dict(zip(spots.tokens[i].tolist(), pairs, strict=True))  # each token once
             self._spots.append(
                 _Found(
                     drift=float(rows.kl[row]),
@@ -93,19 +93,30 @@ class Collector:
                     target=int(batch.targets[row]),
                     base=math.exp(-float(rows.ce_reference[row])),
                     adapted=math.exp(-float(rows.ce_policy[row])),
-                    choices=found,
+                    choices=[[token, *pair] for token, pair in choices.items()],
                 )
             )
         self._spots = _worst(self._spots, self.num_spots)
 
+    def _plain(self) -> dict[str, Any]:
+        """All of it for the other ranks, as JSON; keys that are numbers go in pairs."""
+        pairs = {
+            "stretches": self._stretches,
+            "stretch_drift": self._stretch_drift,
+            "tokens": self._tokens,
+            "token_drift": self._token_drift,
+        }
+        found = {name: [[k, v] for k, v in each.items()] for name, each in pairs.items()}
+        return found | {"spots": [asdict(spot) for spot in self._spots]}
+
     def where(self, mesh: Mesh, tokenizer: Any) -> Where:
         """All ranks' together. Collective over the data-parallel axis."""
-        parts: list[Collector] = mesh.dp.gather(self)
+        parts = mesh.dp.gather(self._plain())
         stretches, stretch_drift, tokens, token_drift = (
-            _added([getattr(part, name) for part in parts])
-            for name in ("_stretches", "_stretch_drift", "_tokens", "_token_drift")
+            _added([part[name] for part in parts])
+            for name in ("stretches", "stretch_drift", "tokens", "token_drift")
         )
-        spots = _worst([spot for part in parts for spot in part._spots], self.num_spots)
+        spots = _worst([_Found(**spot) for part in parts for spot in part["spots"]], self.num_spots)
         total = max(sum(token_drift.values()), 1e-30)
         bounds = [0, *EDGES]
         top = sorted(tokens, key=lambda token: (-token_drift[token], token))[:MOST_TOKENS]
@@ -132,11 +143,11 @@ class Collector:
         )
 
 
-def _added(counters: Sequence[Counter[int]]) -> Counter[int]:
-    """Their sum, in which a figure that is not finite stays so (that of `Counter` drops NaN)."""
+def _added(counts: Sequence[list[Any]]) -> Counter[int]:
+    """The sum of ranks' (key, value) pairs, in which a figure that is not finite stays so."""
     found: Counter[int] = Counter()
-    for counter in counters:
-        for key, value in counter.items():
+    for pairs in counts:
+        for key, value in pairs:
             found[key] += value
     return found
 
@@ -153,7 +164,7 @@ def _worst(spots: list[_Found], most: int) -> list[_Found]:
 
 
 def _spot(found: _Found, tokenizer: Any) -> Spot:
-    ordered = sorted(found.choices.items(), key=lambda item: (-item[1][0], item[0]))
+    ordered = sorted(found.choices, key=lambda choice: (-choice[1], choice[0]))
     return Spot(
         sample=found.sample,
         context=tokenizer.decode(found.context),
@@ -163,6 +174,6 @@ def _spot(found: _Found, tokenizer: Any) -> Spot:
         adapted=found.adapted,
         choices=[
             Choice(token=tokenizer.decode([token]), base=base, adapted=adapted)
-            for token, (base, adapted) in ordered
+            for token, base, adapted in ordered
         ],
     )

@@ -27,7 +27,7 @@ from moored.mesh import Mesh, leave_mesh, start_mesh
 from moored.rundir import RunDirectory
 from moored.sources import stage
 
-MEETING_SECONDS = 120.0  # for the other nodes to come
+MEETING_SECONDS = 120.0  # for the other nodes to come, and to answer
 PROBE_BYTES = 16 << 20  # of the all-reduce whose bandwidth is measured
 MAX_GPU_USED = 0.1  # share of a GPU's memory that somebody else may hold
 GIB = 2**30
@@ -84,7 +84,9 @@ def _check(run_dir: Path, expected: dict[str, Any], facts: list[str]) -> None:
     except _Unfit as unfit:
         own = unfit
     try:
-        mesh = start_mesh(timeout_seconds=MEETING_SECONDS)
+        mesh = start_mesh(
+            timeout_seconds=MEETING_SECONDS, wait_seconds=MEETING_SECONDS, folder=run_dir
+        )
     except MooredError as error:
         raise own or _Unfit("waited", str(error)) from error
     try:

@@ -82,7 +82,11 @@ def run_command(
         )
     kept = "scales" if scales else "report"
     opened = _open(targets, recipe, overrides, out, kept)
-    mesh = start_mesh(_degree(opened))
+    mesh = start_mesh(
+        _degree(opened),
+        wait_seconds=max(target.config.parallel.rendezvous_seconds for target in opened),
+        folder=opened[0].config.output.dir,
+    )
     try:
         tasks = _harness().open_tasks(lm_eval, lm_eval_include, mesh) if lm_eval else None
         for target in opened:

@@ -78,7 +78,11 @@ def run(
         MooredError: see its subclasses; `exit_code` says which kind.
     """
     os.umask(0o077)
-    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    mesh = start_mesh(
+        config.parallel.tensor_parallel_degree,
+        wait_seconds=config.parallel.rendezvous_seconds,
+        folder=config.output.dir,
+    )
     path = (path or path_of(config)).absolute()
     with contextlib.ExitStack() as stack:
         if parent is None:

@@ -229,9 +229,11 @@ def test_two_machines_equal_one(place: Path, whole: Path) -> None:
     for rank in both:
         assert rank.environ()["HF_TOKEN"] == SECRET
         assert "LEFT_HERE" not in rank.environ()
+    (key,) = {rank.environ()["MOORED_MEETING_SECRET"] for rank in both}
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             assert SECRET.encode() not in line.read_bytes()
+            assert key.encode() not in line.read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
     output = finish(process, 0)
@@ -239,6 +241,8 @@ def test_two_machines_equal_one(place: Path, whole: Path) -> None:
     assert_identical(run_dir(place, "two"), whole)
     for path in [*run_dir(place, "two").rglob("*"), place / "rsh"]:
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        assert not path.is_file() or key.encode() not in path.read_bytes(), path
+    assert key not in output
 
 
 def test_no_rank_outlives_its_launcher(place: Path) -> None:

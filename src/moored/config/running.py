@@ -45,6 +45,10 @@ class ParallelConfig(Section):
         Positive, about("steps between checks that what the ranks share is equal bit for bit")
     ] = 50
     offload: Annotated[Literal["none", "optimizer"], about("what is kept in CPU memory")] = "none"
+    rendezvous_seconds: Annotated[
+        float,
+        Field(gt=0, lt=1e6, description="how long a process waits for the others to start"),
+    ] = 600.0
 
     def problems(self) -> Iterator[Problem]:
         """Offload belongs to ZeRO."""

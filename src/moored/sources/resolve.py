@@ -23,6 +23,7 @@ from typing import Any
 from moored import sealed
 from moored.config import ModelConfig
 from moored.errors import UserError
+from moored.folders import cache_folder
 from moored.sources import wheels
 
 log = logging.getLogger(__name__)
@@ -72,13 +73,6 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
             f"{Path.cwd()}), and not a hub name such as Qwen/Qwen2.5-0.5B"
         )
     return _remote(model)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: MOORED_CACHE, else ~/.cache/moored."""
-    given = os.environ.get("MOORED_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(given) if given else Path(base) / "moored").expanduser()
 
 
 # ---------------------------------------------------------------- local

@@ -31,6 +31,7 @@ WRAPPER_WITH_SCRATCH = (
 )
 # What a site's cache holds, by the variables that say where.
 CACHES = {"MOORED_CACHE": "moored", "HF_HOME": "huggingface", "TORCH_EXTENSIONS_DIR": "extensions"}
+MADE_IN_JOBS = ("MOORED_LAUNCH", "MOORED_MEETING_SECRET")  # by the script itself
 KEPT = ("HOME", "LANG", "PATH", "USER")  # of who submits, beside what the site passes on
 
 
@@ -118,7 +119,7 @@ def render(job: Job, site: Site, site_name: str) -> str:
     for path in (job.folder, *job.arms, *job.binds):
         _require_plain(path)
     plain, expanded = _variables(job, site)
-    names = [*plain, *expanded, "MOORED_LAUNCH", *site.environment.pass_through]
+    names = [*plain, *expanded, *MADE_IN_JOBS, *site.environment.pass_through]
     text = environment.get_template(
         "train.sbatch.j2" if job.kind == "train" else "task.sbatch.j2"
     ).render(
