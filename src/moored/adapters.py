@@ -1,7 +1,7 @@
-"""PEFT's adapters on the frozen base: fresh ones by the recipe, and saved ones.
+"""PEFT's adapters on the frozen base: fresh ones by the recipe, and their scale.
 
-What they may not touch, the head and the embedding, is refused here; what spreads them over ranks
-is `tensor_parallel`'s. SineLoRA, which PEFT lacks, is `sinelora.py`'s.
+What they may not touch, the head and the embedding, is refused here; saved ones are `saved.py`'s.
+What spreads them over ranks is `tensor_parallel`'s. SineLoRA, which PEFT lacks, is `sinelora.py`'s.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import contextlib
 import difflib
 import json
 import math
-import re
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,12 @@ from peft import (
     RandLoraConfig,
     RandLoraModel,
     get_peft_model,
-    get_peft_model_state_dict,
     load_peft_weights,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.randlora import RandLoraLayer
-from safetensors import SafetensorError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from moored.config import AdapterConfig
@@ -81,7 +78,7 @@ def add_adapters(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora" not in name:
             raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
-    return _for_training(model)
+    return for_training(model)
 
 
 def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
@@ -106,42 +103,6 @@ def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
     if config.method == "sinelora":
         return SineLoraConfig(omega=config.omega, **shared)
     return LoraConfig(use_dora=config.family == "dora", **shared)
-
-
-def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None) -> PeftModel:
-    """Put a saved PEFT adapter on the base, in fp32.
-
-    Raises:
-        UserError: PEFT cannot read it, or it does not fit this base.
-    """
-    try:
-        tensors = load_peft_weights(str(folder), device="cpu")
-        written = set(tensors)
-        if sharding is None:
-            with warnings.catch_warnings():  # what is missing is looked for below
-                warnings.filterwarnings("ignore", "Found missing adapter keys")
-                model = PeftModel.from_pretrained(
-                    causal_lm, str(folder), is_trainable=True, autocast_adapter_dtype=True
-                )
-        else:
-            model = _open_parts(causal_lm, folder, sharding, tensors)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{folder}: not an adapter for this base: {' '.join(lines[:2])}") from error
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    written, expected = _without_references(written), _without_references(expected)
-    if own := sorted(name for name in written - expected if "lora" not in name):
-        raise UserError(
-            f"{folder}: carries weights of the base itself ({own[0]}), which the reference shares: "
-            "save it again without them (save_embedding_layers=False)"
-        )
-    if odd := sorted(written ^ expected):
-        where = "it lacks" if odd[0] in expected else "the base has no place for"
-        raise UserError(
-            f"{folder}: not an adapter for this base: {where} {odd[0]} ({len(odd)} such tensors): "
-            "name the base that it was trained on"
-        )
-    return _for_training(model)
 
 
 def frozen_buffers(model: PeftModel) -> dict[str, Tensor]:
@@ -190,12 +151,7 @@ def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
             yield from ((module, p) for p in module.parameters() if p.requires_grad)
 
 
-def _without_references(names: Iterable[str]) -> set[str]:
-    """The names in a RandLoRA adapter without those by which each layer refers to the bases."""
-    return {name for name in names if not re.search(r"\.model\..*\.randlora_[AB]$", name)}
-
-
-def _for_training(model: PeftModel) -> PeftModel:
+def for_training(model: PeftModel) -> PeftModel:
     """With adapters in fp32, activations in their own dtype, and no pass that is not needed."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -206,13 +162,15 @@ def _for_training(model: PeftModel) -> PeftModel:
 
 
 def _keep_dtype(model: PeftModel) -> None:
-    """On a CPU, PEFT's RandLoRA on 4-bit layers returns fp32 for an input in bf16."""
+    """Adapters in fp32 other than LoRA's may return fp32 for an input in bf16."""
 
-    def as_input(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.to(args[0].dtype)
+    def as_input(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        like = args[0].dtype if args and isinstance(args[0], Tensor) else None
+        is_other = isinstance(output, Tensor) and like is not None and like.is_floating_point
+        return output.to(like) if is_other else output
 
     for module in model.modules():
-        if isinstance(module, RandLoraLayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
             assert isinstance(module, nn.Module)
             module.register_forward_hook(as_input)
 
@@ -233,7 +191,12 @@ def scaled(model: PeftModel, factor: float) -> Iterator[None]:
         UserError: the adapters' effect is not linear in such a factor.
     """
     layers = [m for m in model.modules() if isinstance(m, (LoraLayer, RandLoraLayer))]
-    if any(isinstance(layer, LoraLayer) and any(layer.use_dora.values()) for layer in layers):
+    causal_lm: Any = model.get_base_model()
+    kinds = (AuxiliaryTrainingWrapper, BaseTunerLayer)
+    num = sum(isinstance(m, kinds) for m in model.modules())
+    variants = any(isinstance(layer, LoraLayer) and layer.lora_variant for layer in layers)
+    head = isinstance(causal_lm.get_output_embeddings(), LoraLayer)
+    if num > len(layers) or variants or head or getattr(model, "replaced", ()):
         raise UserError(_NO_SCALE)
     before = [dict(layer.scaling) for layer in layers]
     try:
@@ -253,7 +216,7 @@ def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
     alpha = _ALPHA.get(config.get("peft_type"))
-    if alpha is None or config.get("use_dora"):
+    if alpha is None or any(config.get(k) not in (None, False, "none", [], {}) for k in _FIXED):
         raise UserError(_NO_SCALE)
     config[alpha] *= factor
     if "alpha_pattern" in config:
@@ -266,25 +229,12 @@ def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
 
 
 _ALPHA = {"LORA": "lora_alpha", "SINELORA": "lora_alpha", "RANDLORA": "randlora_alpha"}
+# What an adapter may have that no alpha scales.
+_FIXED = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "layer_replication")
 _NO_SCALE = (
-    "--scale: LoRA, RandLoRA and SineLoRA are linear in a scale of the adapter, this one is not: "
-    "leave it out"
+    "--scale: LoRA, RandLoRA and SineLoRA alone are linear in a scale of the adapter, this one is "
+    "not: leave it out"
 )
-
-
-def _open_parts(
-    causal_lm: Any, folder: Path, sharding: Sharding, tensors: dict[str, Tensor]
-) -> PeftModel:
-    """As `PeftModel.from_pretrained`, of a base whose layers have this rank's sizes."""
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    model = get_peft_model(causal_lm, config, autocast_adapter_dtype=True)
-    assert isinstance(model, PeftModel)
-    sharding.adopt(causal_lm)
-    own = {name for name in tensors if "lora" in name}
-    parts = {name: sharding.local(name, tensors[name]) for name in own}
-    set_peft_model_state_dict(model, parts)
-    return model
 
 
 def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, Tensor]) -> None:

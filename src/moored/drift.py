@@ -57,17 +57,19 @@ def drift(
     chunk_tokens: int | None = None,
     num_spots: int = 0,
     groups: Tensor | None = None,
+    reference_logits: Logits | None = None,
 ) -> DriftSums:
     """Compare policy and reference at every row.
 
     Args:
-        logits: the head.
+        logits: the head, of the policy.
         hidden: the policy's hidden states, [N, D].
         reference_hidden: the reference's.
         targets: global ids, [N].
         chunk_tokens: rows at a time; None: a default.
         num_spots: look at as many rows that drift most.
         groups: [N], of which each has `MOST_PER_GROUP` of these rows at most.
+        reference_logits: the reference's head; None: the policy's.
     """
     goal = Objective()
     plain = Objective(mask_target=False)
@@ -79,8 +81,8 @@ def drift(
     with torch.autocast(hidden.device.type, enabled=False):
         for i in range(0, num_rows, size):
             rows: Rows = slice(i, i + size)
-            s_Cv, e_Cv, _ = logits.project(hidden[rows], reference_hidden[rows], dtype, buffer)
-            assert e_Cv is not None
+            both = hidden[rows], reference_hidden[rows]
+            s_Cv, e_Cv = _project(logits, reference_logits, *both, dtype, buffer)
             top_4C = torch.cat([_top1(s_Cv, shard), _top1(s_Cv + e_Cv, shard)])
             stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], goal, shard)
             num_stats = len(stats_KC)
@@ -113,7 +115,8 @@ def drift(
     if not num_spots or not columns:
         return found
     most = _most(found.kl, groups)[:num_spots]
-    spots = _choices(logits, hidden[most], reference_hidden[most], most, dtype)
+    heads = logits, reference_logits
+    spots = _choices(*heads, hidden[most], reference_hidden[most], most, dtype)
     return replace(found, spots=spots)
 
 
@@ -128,15 +131,39 @@ def _most(drift_N: Tensor, groups_N: Tensor | None) -> Tensor:
     return order_N[place_N <= MOST_PER_GROUP]
 
 
+def _project(
+    logits: Logits,
+    reference_logits: Logits | None,
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    dtype: torch.dtype,
+    buffer: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The policy's logits, and the reference's minus the policy's, both [C, v]."""
+    if reference_logits is None:
+        s_Cv, e_Cv, _ = logits.project(hidden, reference_hidden, dtype, buffer)
+        assert e_Cv is not None
+        return s_Cv, e_Cv
+    num_rows = len(hidden)
+    s_Cv, _, _ = logits.project(hidden, None, dtype, buffer[:num_rows])
+    e_Cv, _, _ = reference_logits.project(reference_hidden, None, dtype, buffer[num_rows:])
+    return s_Cv, e_Cv.sub_(s_Cv)
+
+
 def _choices(
-    logits: Logits, hidden: Tensor, reference_hidden: Tensor, rows: Tensor, dtype: torch.dtype
+    logits: Logits,
+    reference_logits: Logits | None,
+    hidden: Tensor,
+    reference_hidden: Tensor,
+    rows: Tensor,
+    dtype: torch.dtype,
 ) -> Spots:
     """What policy and reference predict at S rows: both models' first choices, of all shards."""
     shard = logits.shard
     with torch.autocast(hidden.device.type, enabled=False):
         buffer = logits.new_buffer(2 * len(rows), dtype)
-        s_Sv, e_Sv, _ = logits.project(hidden, reference_hidden, dtype, buffer)
-        assert e_Sv is not None
+        both = hidden, reference_hidden
+        s_Sv, e_Sv = _project(logits, reference_logits, *both, dtype, buffer)
         both_2Sv = torch.stack([s_Sv, s_Sv + e_Sv]).double()
     width = both_2Sv.shape[-1]
     here = min(NUM_CHOICES, width)

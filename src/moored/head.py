@@ -138,6 +138,8 @@ class Head(nn.Module):
         logit_softcap: soft cap of the logits of the loss (not of the plain call).
         shard: this rank's rows of the head.
         chunk_tokens: rows at a time, the same on every rank.
+        reference: the base's head, where this one is the policy's alone; such a pair is compared
+            (`drift`), not trained.
     """
 
     weight: nn.Parameter
@@ -152,6 +154,7 @@ class Head(nn.Module):
         logit_softcap: float | None = None,
         shard: VocabShard | None = None,
         chunk_tokens: int | None = None,
+        reference: Head | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -161,7 +164,22 @@ class Head(nn.Module):
         self.logit_softcap = logit_softcap
         self.shard = shard
         self.chunk_tokens = chunk_tokens
+        self.reference = reference
         self._widths: list[int] | None = None  # columns of every rank
+
+    def beside(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """A policy's head of its own, [V, D] and [V], with this one as its reference."""
+        parts = (None if t is None else nn.Parameter(t.detach(), False) for t in (weight, bias))
+        own_weight, own_bias = parts
+        assert own_weight is not None
+        return Head(
+            own_weight,
+            own_bias,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            chunk_tokens=self.chunk_tokens,
+            reference=self,
+        )
 
     def forward(
         self,
@@ -215,6 +233,8 @@ class Head(nn.Module):
             if reference_hidden is None:
                 raise ValueError("drift needs reference_hidden")
             return self.drift(hidden, reference_hidden, targets, num_spots, spot_groups)
+        if self.reference is not None:
+            raise ValueError("a head of the policy's own can be compared, not trained")
         hidden = hidden.detach()
         num_rows = len(targets)
         groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []
@@ -251,7 +271,14 @@ class Head(nn.Module):
     ) -> DriftSums:
         """How far the policy is from the reference, row by row; call it through `forward`."""
         return drift(
-            self._logits(), hidden, reference_hidden, targets, self.chunk_tokens, num_spots, groups
+            self._logits(),
+            hidden,
+            reference_hidden,
+            targets,
+            self.chunk_tokens,
+            num_spots,
+            groups,
+            None if self.reference is None else self.reference._logits(),
         )
 
     def _all_columns(self, logits_v: Tensor) -> Tensor:

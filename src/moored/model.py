@@ -19,12 +19,13 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moored.adapters import add_adapters, open_adapter, product_norm
+from moored.adapters import add_adapters, product_norm
 from moored.attention import attend_by_sample
 from moored.base import resolve_dtype
 from moored.batch import Batch, answer_offsets
 from moored.config import Config
 from moored.divergence import Direction
+from moored.elsewhere import require_language_model, require_measurable
 from moored.errors import UserError
 from moored.forward import final_hidden, probe_batch
 from moored.head import Head, attach_gradient
@@ -32,6 +33,7 @@ from moored.loading import load_base
 from moored.mesh import Mesh
 from moored.partition import Partition
 from moored.reference import dropout_off, of_base, require_identity
+from moored.saved import open_adapter
 from moored.tensor_parallel import Sharding
 from moored.weighting import CEWeighting, KLWeighting
 
@@ -75,6 +77,8 @@ class PolicyModel(nn.Module):
         compute_dtype: the dtype of the base's activations; adapters are kept in fp32.
         sharding: how the model is spread over ranks; None on one.
         partition: of the base's layers under ZeRO-3; None where every rank has them whole.
+        head: from hidden states to losses, the module in lm_head's place; or, where a saved adapter
+            brings an lm_head of its own, one for the policy with the base's beside it.
     """
 
     def __init__(
@@ -83,15 +87,19 @@ class PolicyModel(nn.Module):
         compute_dtype: torch.dtype,
         sharding: Sharding | None = None,
         partition: Partition | None = None,
+        head: Head | None = None,
     ):
         super().__init__()
         self.causal_lm = causal_lm
         self.compute_dtype = compute_dtype
         self.sharding, self.partition = sharding, partition
+        self.own_head = head
 
     @property
     def head(self) -> Head:
-        """The module in lm_head's place."""
+        """The module in lm_head's place, or the policy's own."""
+        if self.own_head is not None:
+            return self.own_head
         base: Any = self.causal_lm.get_base_model()
         head = base.get_output_embeddings()
         assert isinstance(head, Head)
@@ -181,7 +189,14 @@ def _kl_weights(batch: Batch, loss: LossArguments) -> torch.Tensor | None:
     return torch.where(is_first, loss.first_tokens_factor, 1.0)
 
 
-def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = None) -> PolicyModel:
+def load_policy(
+    path: Path,
+    config: Config,
+    mesh: Mesh,
+    adapter: Path | None = None,
+    *,
+    to_measure: bool = True,
+) -> PolicyModel:
     """Base, head and adapters, with the reference proved to be the base.
 
     Args:
@@ -189,11 +204,14 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
         config: the recipe.
         mesh: the processes; the model is spread over its tensor-parallel axis. Collective.
         adapter: a PEFT folder whose adapter is loaded; None makes a fresh one by the recipe.
+        to_measure: whether `forward` is called; else PEFT's own forward alone, which knows more.
 
     Raises:
         UserError: see `load_base`, `add_adapters`; the adapters change the base; packing would
             let samples see each other.
     """
+    if adapter is not None:
+        (require_measurable if to_measure else require_language_model)(adapter)
     partition = _partition(config, mesh, adapter)
     causal_lm, sharding = load_base(path, config.model, mesh, config.parallel, partition)
     dtype = resolve_dtype(config.model, mesh.device)
@@ -206,12 +224,19 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
     if config.data.packing:
         again = partial(_pristine_hidden, causal_lm, batch, dtype)
         attend_by_sample(causal_lm, pristine, again)
+    head = None
     if adapter is None:
         label = f"{config.adapter.family} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
     else:
         label = str(adapter)
-        model = open_adapter(causal_lm, adapter, sharding)
+        opened = open_adapter(causal_lm, adapter, sharding)
+        model, head = opened.model, opened.head
+        if partition is not None and (head is not None or getattr(model, "replaced", ())):
+            raise UserError(
+                f"parallel.zero_stage: {adapter} has weights in place of the base's own, which "
+                "ZeRO-3 cannot cut: measure it with parallel.zero_stage=2"
+            )
         made_for = model.peft_config["default"].base_model_name_or_path
         if made_for and made_for != config.model.name_or_path:
             log.warning(
@@ -220,7 +245,7 @@ def load_policy(path: Path, config: Config, mesh: Mesh, adapter: Path | None = N
                 made_for,
                 config.model.name_or_path,
             )
-    policy = PolicyModel(model, dtype, sharding, partition)
+    policy = PolicyModel(model, dtype, sharding, partition, head)
     policy.train()
     off = of_base(policy, batch)
     require_identity(pristine, off, adapter=label, where="before training")

@@ -6,11 +6,13 @@ Also the checks that it really is the base. No loss is computed here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from moored.batch import Batch
 from moored.errors import UserError
@@ -33,6 +35,43 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replaced:
+    """A parameter of the base that an adapter has other values for.
+
+    Attributes:
+        parameter: which of the base, with the adapter's values.
+        base: its own.
+    """
+
+    parameter: nn.Parameter
+    base: Tensor
+
+    def own(self) -> Tensor:
+        """The adapter's values, in the base's dtype."""
+        return self.parameter.detach().to(self.base.dtype)
+
+
+def on_with_adapters(model: PeftModel, replaced: Sequence[Replaced]) -> None:
+    """Have `adapters_off` give the base its own values back; PEFT leaves the adapter's there."""
+    for one in replaced:
+        one.parameter.requires_grad_(False)
+    vars(model)["replaced"] = tuple(replaced)
+
+
+@contextlib.contextmanager
+def _base_values(model: PeftModel) -> Iterator[None]:
+    replaced: tuple[Replaced, ...] = getattr(model, "replaced", ())
+    adapted = [one.parameter.data for one in replaced]
+    try:
+        for one in replaced:
+            one.parameter.data = one.base
+        yield
+    finally:
+        for one, values in zip(replaced, adapted, strict=True):
+            one.parameter.data = values
+
+
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Run the body as the base: adapters off, dropout off, no gradient, random state untouched.
@@ -45,7 +84,10 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(dropout_off(model))
         for peft_model in peft_models:
-            stack.enter_context(peft_model.disable_adapter())
+            with warnings.catch_warnings():  # the biases that it leaves there are off, too
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers")
+                stack.enter_context(peft_model.disable_adapter())
+            stack.enter_context(_base_values(peft_model))
         yield
 
 

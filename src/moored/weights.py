@@ -63,6 +63,16 @@ class Files:
         except FileNotFoundError as error:
             raise OSError(f"{self._of[name].name} is missing, which should hold {name}") from error
 
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, which is not read."""
+        with self.open(name) as stored:
+            return list(stored.get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor, by safetensors' name for it; it is not read."""
+        with self.open(name) as stored:
+            return stored.get_dtype()
+
     def whole(self, name: str) -> Tensor:
         """A tensor of its own, all of it."""
         with self.open(name) as stored:

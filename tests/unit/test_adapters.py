@@ -365,7 +365,7 @@ def test_every_merged_matrix_is_the_formula(tmp_path, kind, architecture):
     held = ModelConfig(name_or_path=str(source), dtype="float32")
     (tmp_path / "out").mkdir()
     cpu = torch.device("cpu")
-    merge.write(merge.plan(source, held, "w16", cpu), adapter, tmp_path / "out", cpu)
+    merge.write(merge.plan(source, held, adapter, "w16", cpu), tmp_path / "out", cpu)
     before, after = (load_file(at / "model.safetensors") for at in (source, tmp_path / "out"))
     changed = 0
     for name, weight in before.items():

@@ -516,8 +516,8 @@ def test_deltas_of_a_merged_model_are_those_of_the_files(tmp_path, kind):
     config = ModelConfig(name_or_path=str(source), dtype="float32")
     out = tmp_path / "out"
     out.mkdir()
-    plan = merge.plan(source, config, "w16", CPU)
-    found = deltas.summary("merged", merge.write(plan, tmp_path / "adapter", out, CPU))
+    plan = merge.plan(source, config, tmp_path / "adapter", "w16", CPU)
+    found = deltas.summary("merged", merge.write(plan, out, CPU))
     before, after = load_file(source / merge.SINGLE), load_file(out / merge.SINGLE)
     names = [n for n in before if re.search(r"(q_proj|down_proj)\.weight", n)]
     moved = [after[n].double() - before[n].double() for n in names]

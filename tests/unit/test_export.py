@@ -8,13 +8,13 @@ import os
 import shutil
 from pathlib import Path
 
-import bitsandbytes.functional as bnb_functional
 import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from adapterkit import adapter_on, in_nf4
 from moored import checkpoint, sealed
 from moored.config import ModelConfig, load_config
 from moored.errors import UserError
@@ -30,21 +30,6 @@ CPU = torch.device("cpu")
 # ---------------------------------------------------------------- merging, against plain fp64
 
 
-def adapter_on(model_folder: Path, folder: Path, **settings) -> dict[str, torch.Tensor]:
-    """A random adapter, made and saved by stock PEFT."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(model, config)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # DoRA's magnitudes stay positive, near where they were
-            noise = torch.rand_like(parameter) - 0.5
-            parameter.data = parameter.data * (1 + noise) if "magnitude" in name else noise / 5
-    model.save_pretrained(folder)
-    return load_file(folder / "adapter_model.safetensors")
-
-
 def merged_plainly(weight, tensors, path, *, scale, transposed=False):
     """One matrix in fp64 by the papers' formulas; the adapter's matrices are [out, in]."""
     key = f"base_model.model.{path}"
@@ -56,15 +41,6 @@ def merged_plainly(weight, tensors, path, *, scale, transposed=False):
         weight = weight / weight.norm(dim=1, keepdim=True)
         weight = weight * tensors[f"{key}.lora_magnitude_vector"].double()[:, None]
     return weight.t() if transposed else weight
-
-
-def in_nf4(weight, *, transposed=False):
-    weight = weight.float().t() if transposed else weight.float()
-    packed, state = bnb_functional.quantize_4bit(
-        weight.contiguous(), compress_statistics=True, quant_type="nf4"
-    )
-    values = bnb_functional.dequantize_4bit(packed, state)
-    return values.t() if transposed else values
 
 
 def gpt2(folder: Path) -> Path:
@@ -97,8 +73,8 @@ def test_every_merged_matrix_is_the_formula(tmp_path, monkeypatch, kind, base):
     config = ModelConfig(name_or_path=str(model_folder), dtype="float32")
     out = tmp_path / "merged"
     out.mkdir()
-    plan = merge.plan(model_folder, config, base, CPU)
-    merge.write(plan, adapter, out, CPU)
+    plan = merge.plan(model_folder, config, adapter, base, CPU)
+    merge.write(plan, out, CPU)
 
     original = load_file(model_folder / "model.safetensors")
     assert len(list(out.glob("model-*.safetensors"))) > 2
@@ -142,11 +118,11 @@ def test_a_base_that_is_in_4_bits_already_is_merged_as_it_is(tmp_path):
     tensors = adapter_on(whole, tmp_path / "adapter", target_modules="all-linear")
     config = ModelConfig(name_or_path=str(tmp_path / "packed"), dtype="float32")
     with pytest.raises(UserError, match="holds 4-bit weights only: add --base nf4"):
-        merge.plan(tmp_path / "packed", config, "w16", CPU)
+        merge.plan(tmp_path / "packed", config, tmp_path / "adapter", "w16", CPU)
     out = tmp_path / "merged"
     out.mkdir()
-    plan = merge.plan(tmp_path / "packed", config, "nf4", CPU)
-    merge.write(plan, tmp_path / "adapter", out, CPU)
+    plan = merge.plan(tmp_path / "packed", config, tmp_path / "adapter", "nf4", CPU)
+    merge.write(plan, out, CPU)
     original, written = load_file(whole / "model.safetensors"), load_file(out / merge.SINGLE)
     assert written.keys() == original.keys()
     name = "model.layers.1.mlp.down_proj"
@@ -154,38 +130,6 @@ def test_a_base_that_is_in_4_bits_already_is_merged_as_it_is(tmp_path):
     bound = 16 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (written[f"{name}.weight"].double() - expected).abs().max() <= bound
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
-
-
-def test_files_with_other_names_than_the_model_are_converted_first(tmp_path):
-    """Mixtral's files hold experts one by one, its model in one tensor per layer."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
-    mixtral = transformers.MixtralConfig(vocab_size=300, **sizes, **heads)
-    torch.manual_seed(0)
-    source = tmp_path / "model"
-    transformers.MixtralForCausalLM(mixtral).save_pretrained(source)
-    tensors = adapter_on(source, tmp_path / "adapter", target_modules=["q_proj"])
-    config = ModelConfig(name_or_path=str(source), dtype="float32")
-    with pytest.raises(merge.OtherNamesError):
-        merge.plan(source, config, "w16", CPU)
-    merge.renamed(source, config, tmp_path / "renamed")
-    out = tmp_path / "merged"
-    out.mkdir()
-    plan = merge.plan(tmp_path / "renamed", config, "w16", CPU)
-    merge.write(plan, tmp_path / "adapter", out, CPU)
-    original = load_file(source / "model.safetensors")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    name = "model.layers.0.self_attn.q_proj"
-    expected = merged_plainly(original[f"{name}.weight"], tensors, name, scale=2)
-    got = model.get_submodule(name).weight.double()
-    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
-    ids = torch.arange(9)[None]
-    whole = transformers.AutoModelForCausalLM.from_pretrained(source)
-    whole = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        difference = (model.eval()(ids).logits - whole(ids).logits).abs().max()
-        assert difference <= 1e-5 * whole(ids).logits.abs().max()
 
 
 # ---------------------------------------------------------------- comparing

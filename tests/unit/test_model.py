@@ -400,12 +400,13 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, caplog):
     assert "was trained on" in caplog.text  # its names fit the first two layers: not told apart
 
 
-def test_an_adapter_that_carries_the_head_is_refused_with_the_reason(tmp_path):
+def test_an_adapter_may_carry_what_the_base_has_anyway(tmp_path):
     config = config_of(tmp_path, tie_word_embeddings=False)
     policy = policy_of(config)
     policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    with pytest.raises(UserError, match="carries weights of the base itself"):
-        load_policy(Path(config.model.name_or_path), config, ALONE, adapter=tmp_path / "adapter")
+    path = Path(config.model.name_or_path)
+    again = load_policy(path, config, ALONE, adapter=tmp_path / "adapter")
+    assert again.head is again.causal_lm.get_base_model().get_output_embeddings()
 
 
 def test_a_base_that_does_not_fit_is_not_called_broken(tmp_path, monkeypatch):

@@ -141,15 +141,15 @@ def _make(
     warn_of_another_base(given.run, config, located)
     source = located.source.path
     plan = None
-    if base is None:
-        require_disk(folder.parent.parent, sum((adapter / n).stat().st_size for n in ADAPTER))
-    else:
-        plan = _plan(source, config, mesh, work, base)
-        require_disk(folder.parent.parent, plan.num_bytes)
-        merge.require_memory(plan, merge.device_for(plan, mesh.device))
     if scale is not None:
         adapter = work / "scaled"
         write_scaled(given.adapter, adapter, scale)
+    if base is None:
+        require_disk(folder.parent.parent, sum((adapter / n).stat().st_size for n in ADAPTER))
+    else:
+        plan = _plan(source, config, adapter, mesh, work, base)
+        require_disk(folder.parent.parent, plan.num_bytes)
+        merge.require_memory(plan, merge.device_for(plan, mesh.device))
     probe = make_probe(config, located)
     log.info("the trained policy computes %d tokens of %s", probe.num_tokens, probe.origin)
     trained = trained_outputs(config, located, mesh, adapter, probe)
@@ -175,14 +175,16 @@ def _make(
     write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
 
 
-def _plan(source: Path, config: Config, mesh: Mesh, work: Path, base: str) -> merge.Plan:
+def _plan(
+    source: Path, config: Config, adapter: Path, mesh: Mesh, work: Path, base: str
+) -> merge.Plan:
     with contextlib.suppress(merge.OtherNamesError):
-        return merge.plan(source, config.model, base, mesh.device)
+        return merge.plan(source, config.model, adapter, base, mesh.device)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     require_disk(work.parent.parent, 2 * size)
     merge.renamed(source, config.model, work / "renamed")
     try:
-        return merge.plan(work / "renamed", config.model, base, mesh.device)
+        return merge.plan(work / "renamed", config.model, adapter, base, mesh.device)
     except merge.OtherNamesError as error:
         raise UserError(
             f"--merge: {config.model.name_or_path} has no {error} of its own even once "
@@ -235,7 +237,7 @@ def _merge(
 ) -> tuple[dict[str, Any], Sequence[deltas.Moved]]:
     source, config = export.located.source.path, export.config
     log.info("merging into the %s weights: %.2f GB", plan.base, plan.num_bytes / 1e9)
-    moved = merge.write(plan, export.adapter, folder, export.mesh.device)
+    moved = merge.write(plan, folder, export.mesh.device)
     device = merge.device_for(plan, export.mesh.device)
     log.info("stock transformers and PEFT load it, and what it must equal, in fresh processes")
     merged = stock_outputs(

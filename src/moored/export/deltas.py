@@ -43,8 +43,14 @@ class Moved:
 
 def squares(tensor: Tensor) -> float:
     """The squared Frobenius norm, summed row by row in fp64 without an fp64 copy."""
-    rows = torch.linalg.vector_norm(tensor.float().flatten(1), dim=1)
+    rows = torch.linalg.vector_norm(tensor.float().reshape(len(tensor), -1), dim=1)
     return rows.double().square().sum().item()
+
+
+def squared_distance(a: Tensor, b: Tensor) -> float:
+    """`squares` of a - b, which is made in pieces."""
+    pieces = zip(a.split(256), b.split(256), strict=True) if a.dim() < 3 else zip(a, b, strict=True)
+    return sum(squares(x - y) for x, y in pieces)
 
 
 def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:

@@ -105,7 +105,7 @@ def trained_outputs(
 
     The policy is gone from memory when this returns.
     """
-    policy = load_policy(located.source.path, config, mesh, adapter=adapter)
+    policy = load_policy(located.source.path, config, mesh, adapter=adapter, to_measure=False)
     bf16 = torch.autocast(
         mesh.device.type, torch.bfloat16, enabled=policy.compute_dtype == torch.bfloat16
     )
@@ -129,7 +129,8 @@ def needed_import(adapter: Path) -> str | None:
 
 def _logits(causal_lm: Any, probe: Probe, device: torch.device) -> torch.Tensor:
     rows = (torch.tensor([row], device=device) for row in probe.rows)
-    outs = (causal_lm(input_ids=row, use_cache=False).logits[0] for row in rows)
+    # As in `stock.py`: a prompt that was learned comes before the row.
+    outs = (causal_lm(input_ids=r, use_cache=False).logits[0, -r.shape[1] :] for r in rows)
     return torch.cat([out.float().cpu() for out in outs])
 
 

@@ -1,7 +1,7 @@
 """The base with the adapter merged into it, from safetensors to safetensors, a shard at a time.
 
-PEFT's layers merge themselves (LoRA, rsLoRA, DoRA, RandLoRA, and `sinelora.py`'s), so that nothing
-of their arithmetic is repeated; what the result is worth is measured elsewhere.
+What the adapter does to a tensor is `changes.py`'s, how files name it `naming.py`'s; what the
+result is worth is measured elsewhere.
 """
 
 # transformers, accelerate, PEFT and bitsandbytes are typed in part only.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,33 +24,26 @@ import psutil
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.randlora import RandLoraLayer
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
 
 from moored import nf4
-from moored.adapters import frozen_buffers
 from moored.base import resolve_dtype
 from moored.config import ModelConfig
 from moored.errors import UserError
-from moored.export.deltas import Moved, squares
+from moored.export.changes import Changes, changes_of
+from moored.export.deltas import Moved, squared_distance, squares
+from moored.export.naming import OtherNamesError, Part, parts_of
 from moored.weights import INDEX, SINGLE, Files
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9  # held in memory while a file is written
 BESIDE = ("*.py", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-Adapted = LoraLayer | RandLoraLayer
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-class OtherNamesError(Exception):
-    """The files of a base name its tensors otherwise than the model does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +54,10 @@ class Plan:
         source: folder of the base, its tensors under the names of the model.
         config: how the run holds its base.
         base: `w16` for the base's own weights, `nf4` for its 4-bit weights, dequantised.
-        tensors: on `meta`, by name: shapes, and the dtypes they are written in.
+        changes: what the adapter does to tensors, by their names in the model.
+        parts: how the files make up the model.
+        tensors: on `meta`, by name in the files: shapes, and the dtypes they are written in.
+        untied: names of tied tensors that are tied no more, by what they were tied to.
         packed: paths of the layers that are 4-bit in the run; empty for `w16`.
         transposed: those among all weights that bitsandbytes turns over before it packs them.
         layers: of the model.
@@ -71,7 +67,10 @@ class Plan:
     source: Path
     config: ModelConfig
     base: str
+    changes: Changes
+    parts: Sequence[Part]
     tensors: Mapping[str, Tensor]
+    untied: Mapping[str, str]
     packed: frozenset[str]
     transposed: frozenset[str]
     layers: int
@@ -99,18 +98,21 @@ def is_quantised(folder: Path) -> bool:
     return "quantization_config" in json.loads((folder / "config.json").read_text())
 
 
-def plan(source: Path, config: ModelConfig, base: str, device: torch.device) -> Plan:
+def plan(source: Path, config: ModelConfig, adapter: Path, base: str, device: torch.device) -> Plan:
     """What merging would write.
 
     Args:
-        source: folder of the base, with safetensors under the model's own names.
+        source: folder of the base, with safetensors.
         config: how the run holds its base.
+        adapter: a PEFT folder.
         base: `w16` or `nf4`.
         device: where the run's base would be, which decides its dtype.
 
     Raises:
-        UserError: there are no unquantised weights to merge into.
-        OtherNamesError: the files name tensors otherwise than the model; see `renamed`.
+        UserError: there are no unquantised weights to merge into, or the adapter is none that can
+            be merged into them.
+        OtherNamesError: the files hold tensors otherwise than the model does, and no conversion
+            of transformers leads there and back; see `renamed`.
     """
     if base == "w16" and is_quantised(source):
         raise UserError(
@@ -118,32 +120,49 @@ def plan(source: Path, config: ModelConfig, base: str, device: torch.device) -> 
         )
     model, files = _on_meta(source, config), Files(source)
     tied = model.all_tied_weights_keys
-    known = {n for n, _ in model.named_parameters()} | {n for n, _ in model.named_buffers()}
-    missing = {n for n, _ in model.named_parameters()} - files.names
+    whole = dict(model.named_parameters()) | dict(model.named_buffers())
+    parts = parts_of(model, {name: files.shape(name) for name in files.names})
+    there = {name for part in parts for name in part.names}
+    missing = {name for name, _ in model.named_parameters()} - there
     if missing - tied.keys() - set(tied.values()):
         raise OtherNamesError(sorted(missing - tied.keys())[0])
-    names = [n for n in files.names & known if not (n in tied and tied[n] in files.names)]
-    tensors: dict[str, Tensor] = {}
+    parts = [p for p in parts if not (p.names[0] in tied and tied[p.names[0]] in there)]
     default = getattr(model.config, "dtype", None) or resolve_dtype(config, device)
-    whole = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors: dict[str, Tensor] = {}
     order = {name: place for place, name in enumerate(whole)}
-    for name in sorted(names, key=order.__getitem__):
-        with files.open(name) as stored:
+    parts.sort(key=lambda part: order.get(part.names[0], 0))
+    for part in parts:
+        for name in part.stored:
             # Packed codes are written as what they stand for; counters and the like stay.
-            packed_in = default if whole[name].is_floating_point() else whole[name].dtype
-            dtype = _DTYPES.get(stored.get_dtype(), packed_in)
-        tensors[name] = torch.empty(whole[name].shape, dtype=dtype, device="meta")
+            like = whole[part.names[0]] if part.there is None else None
+            packed_in = default if like is None or like.is_floating_point() else like.dtype
+            dtype = _DTYPES.get(files.dtype(name), packed_in)
+            shape = files.shape(name) if like is None else like.shape
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
     packed = frozenset(_packed(source, config, device) if base == "nf4" else ())
+    transposed = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
     text = model.config.get_text_config()
+    of = {part.names[0]: part.stored[0] for part in parts if part.there is None}
+    changes = changes_of(model, adapter, lambda name: files.whole(of[tied.get(name, name)]))
+    if odd := sorted(changes.of.keys() - there - tied.keys()):
+        raise UserError(f"{adapter}: adapts {odd[0]}, which is not in the files of the base")
+    untied = {
+        name: other
+        for name, other in tied.items()
+        if changes.of.keys() & {name, other} and not changes.tied & {name, other}
+    }
+    parts += [Part(stored=(name,), names=(name,)) for name in untied]
+    tensors |= {name: tensors[of[other]] for name, other in untied.items()}
     return Plan(
         source=source,
         config=config,
         base=base,
+        changes=changes,
+        parts=parts,
         tensors=tensors,
+        untied=untied,
         packed=packed,
-        transposed=frozenset(
-            f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)
-        ),
+        transposed=frozenset(transposed),
         layers=text.num_hidden_layers,
         width=max(text.hidden_size, getattr(text, "intermediate_size", None) or 0),
     )
@@ -163,38 +182,43 @@ def renamed(source: Path, config: ModelConfig, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> list[Moved]:
+def write(plan: Plan, folder: Path, device: torch.device) -> list[Moved]:
     """Write the merged model's weights and configuration into an existing folder.
 
     Args:
         plan: what to write.
-        adapter: a PEFT folder.
         folder: gets config.json, safetensors in files of 5 GB and what lay beside the base.
         device: where 4-bit weights are made.
 
     Returns:
-        How far each adapted matrix was moved, as written.
+        How far each adapted tensor was moved, as written.
 
     Raises:
-        UserError: an adapter's layer is not in the files, or the result is not finite.
+        UserError: PEFT cannot merge what the adapter does, or the result is not finite.
     """
-    files, adapted = Files(plan.source), _adapted(plan, adapter)
-    if lost := sorted(n for n in adapted if n not in plan.tensors):
-        raise UserError(f"{adapter}: adapts {lost[0]}, which is not in the files of the base")
+    files, moved = Files(plan.source), list[Moved]()
     shards = split_torch_state_dict_into_shards(
         dict(plan.tensors),
         filename_pattern=SINGLE.replace(".safetensors", "{suffix}.safetensors"),
         max_shard_size=SHARD_BYTES,
     )
-    moved: list[Moved] = []
+    part_of = {name: part for part in plan.parts for name in part.stored}
+    ready: dict[str, Tensor] = {}  # of a part that two files share
     for file, names in shards.filename_to_tensors.items():
-        tensors = {name: _merged(plan, files, name, adapted, device, moved) for name in names}
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            if name not in ready:
+                ready |= _merged(plan, files, part_of[name], device, moved)
+            tensors[name] = ready.pop(name)
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     values = json.loads((plan.source / "config.json").read_text())
     values.pop("quantization_config", None)
+    if plan.untied:
+        for part in (values, *(values[k] for k in ("text_config",) if k in values)):
+            part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     for path in _beside(plan.source):
         shutil.copyfile(path, folder / path.name)
@@ -207,61 +231,89 @@ def _beside(source: Path) -> Iterator[Path]:
 
 
 def _merged(
-    plan: Plan,
-    files: Files,
-    name: str,
-    adapted: Mapping[str, Adapted],
-    device: torch.device,
-    moved: list[Moved],
-) -> Tensor:
-    """One tensor of the merged model; the sum is in fp32 and is rounded once.
+    plan: Plan, files: Files, part: Part, device: torch.device, moved: list[Moved]
+) -> dict[str, Tensor]:
+    """A part of the merged model as the files have it; sums are in fp32 and are rounded once.
 
-    An adapted one is added to `moved`.
+    Adapted tensors are added to `moved`.
     """
-    dtype, path = plan.tensors[name].dtype, name.rpartition(".")[0]
-    is_packed = path in plan.packed and name.endswith(".weight")
-    if not is_packed and name not in adapted:
-        return files.whole(name).to(dtype)
-    weight = _dequantised(plan, files, name, device) if is_packed else files.whole(name)
-    weight = before = weight.float()
-    if name in adapted:
-        before = weight.clone()  # PEFT adds in place
-        layer: Any = adapted[name]
-        base_layer = layer.get_base_layer()
-        base_layer.weight = nn.Parameter(weight, requires_grad=False)
-        layer.merge(safe_merge=False)
-        weight = base_layer.weight.data
-        layer.merged_adapters.clear()
-        base_layer.weight = nn.Parameter(plan.tensors[name], requires_grad=False)
-    exact, weight = weight, weight.to(dtype)
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"{name} is not finite in {dtype} once the adapter is merged into it")
-    if name in adapted:
+    packed = [name for name in part.names if _is_packed(plan, name)]
+    changed = [name for name in part.names if name in plan.changes.of]
+    if not packed and not changed:
+        origin = {name: plan.untied.get(name, name) for name in part.stored}
+        return {
+            name: files.whole(_stored_as(plan, origin[name])).to(plan.tensors[name].dtype)
+            for name in part.stored
+        }
+    values = _values(plan, files, part, device)
+    before = {name: values[name].clone() for name in changed}  # PEFT adds in place
+    for name in changed:
+        for change in plan.changes.of[name]:
+            values[name] = change(values[name])
+    exact = part.to_files(values)
+    written = {name: t.to(plan.tensors[name].dtype).contiguous() for name, t in exact.items()}
+    for name, tensor in written.items():
+        if tensor.shape != plan.tensors[name].shape:
+            raise UserError(
+                f"{name} has shape {list(plan.tensors[name].shape)} in the base and "
+                f"{list(tensor.shape)} in the adapter: name the base that it was trained on"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"{name} is not finite in {tensor.dtype} once the adapter is merged into it"
+            )
+    rounded = part.to_model({name: tensor.float() for name, tensor in written.items()})
+    for name in changed:
         moved.append(
             Moved(
-                name=path,
-                delta=squares(weight.float() - before),
-                weight=squares(before),
-                rounding=squares(weight.float() - exact),
+                name=name.removesuffix(".weight"),
+                delta=squared_distance(rounded[name], before[name]),
+                weight=squares(before[name]),
+                rounding=squared_distance(rounded[name], values[name]),
             )
         )
-    return weight.contiguous()
+    return written
 
 
-def _dequantised(plan: Plan, files: Files, name: str, device: torch.device) -> Tensor:
-    """The values of a 4-bit layer [as stored], by the arithmetic of the loader."""
-    dtype, shape = resolve_dtype(plan.config, device), plan.tensors[name].shape
-    parts = {
-        key.removeprefix(name.removesuffix("weight")): files.whole(key)
-        for key in files.names
-        if key.startswith(f"{name}.")
+def _is_packed(plan: Plan, name: str) -> bool:
+    path, _, kind = name.rpartition(".")
+    return kind == "weight" and path in plan.packed
+
+
+def _stored_as(plan: Plan, name: str) -> str:
+    """The name in the files of a tensor that is there as the model has it."""
+    return next((p.stored[0] for p in plan.parts if p.names == (name,) and not p.there), name)
+
+
+def _values(plan: Plan, files: Files, part: Part, device: torch.device) -> dict[str, Tensor]:
+    """A part's tensors as the model has them, in fp32: as the run's base has them with `nf4`."""
+    if part.names[0] in plan.untied:
+        stored = _stored_as(plan, plan.untied[part.names[0]])
+        return {part.names[0]: files.whole(stored).float()}
+    if part.there is None and _is_packed(plan, part.names[0]):
+        name = part.stored[0]
+        pieces = {
+            key.removeprefix(name.removesuffix("weight")): files.whole(key)
+            for key in files.names
+            if key.startswith(f"{name}.")
+        }
+        if pieces:  # in 4 bits already
+            state: Any = bnb_functional.QuantState.from_dict(pieces, device=device)
+            codes = files.whole(name).to(device)
+            values = bnb_functional.dequantize_4bit(codes, state).cpu()
+            return {part.names[0]: values.view(plan.tensors[name].shape).float()}
+    # As they are stored: what is quantised is cut from these values, not from fp32 ones.
+    values = part.to_model({name: files.whole(name) for name in part.stored})
+    return {
+        name: (_dequantised(plan, name, t, device) if _is_packed(plan, name) else t).float()
+        for name, t in values.items()
     }
-    if parts:
-        state: Any = bnb_functional.QuantState.from_dict(parts, device=device)
-        packed = files.whole(name).to(device)
-        return bnb_functional.dequantize_4bit(packed, state).cpu().view(shape)
-    is_transposed = name in plan.transposed
-    weight = files.whole(name).t() if is_transposed else files.whole(name)
+
+
+def _dequantised(plan: Plan, name: str, stored: Tensor, device: torch.device) -> Tensor:
+    """The values of a layer in 4 bits [as stored], by the arithmetic of the loader."""
+    dtype, is_transposed = resolve_dtype(plan.config, device), name in plan.transposed
+    weight = stored.t() if is_transposed else stored
     rows, columns = weight.shape
     codes = nf4.quantize(iter([weight]), (rows, columns), dtype, device)
     state = nf4.state_of(codes, dtype, double=plan.config.double_quantization)
@@ -291,27 +343,6 @@ def _packed(source: Path, config: ModelConfig, device: torch.device) -> Iterator
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
             yield path
-
-
-def _adapted(plan: Plan, adapter: Path) -> dict[str, Adapted]:
-    """The adapter's layers by the name of the weight they change; their bases are on `meta`."""
-    model = _on_meta(plan.source, plan.config)
-    peft = PeftModel.from_pretrained(
-        model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu"
-    )
-    # PEFT moves what it loads to where the base is, which is nowhere: once more, to stay.
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    names = {n: n.replace(".default", "") for n, _ in peft.named_parameters() if "lora_" in n}
-    names |= {f"{key}.default": key for key in frozen_buffers(peft)}
-    names = {n: k if k in tensors else k.removesuffix(".weight") for n, k in names.items()}
-    if absent := sorted(key for key in names.values() if key not in tensors):
-        raise UserError(f"{adapter}: lacks {absent[0]} ({len(absent)} such tensors)")
-    peft.load_state_dict({n: tensors[k] for n, k in names.items()}, strict=False, assign=True)
-    return {
-        path.removeprefix("base_model.model.") + ".weight": module
-        for path, module in peft.named_modules()
-        if isinstance(module, (LoraLayer, RandLoraLayer))
-    }
 
 
 def device_for(plan: Plan, device: torch.device) -> torch.device:

@@ -92,6 +92,8 @@ def require_exact(model: Any, adapter: str) -> None:
     """
     stored = load_file(f"{adapter}/adapter_model.safetensors")
     own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Of the base itself, which some adapters bring: biases, an embedding.
+    own |= {name: p for name, p in model.state_dict().items() if name in stored.keys() - own.keys()}
     shared = {own[name].data_ptr() for name in stored.keys() & own.keys()}
     missing = {n for n in own.keys() - stored.keys() if own[n].data_ptr() not in shared}
     if odd := sorted(missing | (stored.keys() - own.keys())):
@@ -118,8 +120,9 @@ def _autocast(
 @torch.no_grad()
 def _logits(model: Any, task: dict[str, Any]) -> torch.Tensor:
     rows = (torch.tensor([row], device=task["device"]) for row in task["rows"])
+    # A prompt that was learned has logits, too, before the row's own.
     return torch.cat(
-        [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
+        [model(input_ids=r, use_cache=False).logits[0, -r.shape[1] :].float().cpu() for r in rows]
     )
 
 
