@@ -79,7 +79,10 @@ class Source(Section):
     path: Annotated[Text | None, about(".jsonl, .json, .parquet, .txt, .md or a folder")] = None
     hub: Annotated[Text | None, about("data set name on the hub")] = None
     subset: Annotated[Text | None, about("configuration of the hub data set")] = None
-    split: Annotated[Text, about("split of the hub data set")] = "train"
+    split: Annotated[
+        Text | None,
+        about("split of the hub data set or of a folder (all: every file); null: train"),
+    ] = None
     revision: Annotated[Text | None, about("hub commit, tag or branch")] = None
     format: Annotated[
         Literal["auto", "messages", "prompt_completion", "text"], about("how a row is read")
@@ -94,16 +97,28 @@ class Source(Section):
         default_factory=dict, description="our field name -> column of the file"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_hub(cls, data: Any) -> Any:
+        """A data set of the hub has splits, and one is meant; a path may have none."""
+        if not isinstance(data, dict):
+            return data
+        given = cast("dict[str, Any]", data)
+        is_hub = given.get("hub") is not None and given.get("path") is None
+        return given | {"split": given.get("split") or "train"} if is_hub else given
+
     @property
     def place(self) -> tuple[str | None, ...]:
         """Where the text is, as `Corpus.place` says it."""
         return (self.hub, self.subset, self.split) if self.hub else (self.path,)
 
     def ignored(self) -> Iterator[Ignored]:
-        """Hub coordinates mean nothing for a local file."""
+        """Hub coordinates mean nothing for local files, and one file has no splits."""
         if self.path is not None:
-            for name in ("subset", "split", "revision"):
+            for name in ("subset", "revision"):
                 yield Ignored(name, ("path",), "path is a local file, not a hub data set")
+            if Path(self.path).suffix.lower() in (".jsonl", ".json", ".parquet", ".txt", ".md"):
+                yield Ignored("split", ("path",), "path is one file, without splits")
         if self.format == "messages":
             yield Ignored("rendered", ("format",), "chats are laid out by the template")
 

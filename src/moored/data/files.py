@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moored.data.formats import PLAIN, STRUCTURED, read_file
+from moored.data.formats import PLAIN, read_file
 from moored.data.nested import as_written, kind_of
+from moored.data.places import display, find_files, of_split
 from moored.errors import UserError
 
 if TYPE_CHECKING:
     from moored.config import Source
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +111,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
             columns,
             names,
             problems,
+            by_split=True,
             streaming=source.streaming,
             limit=source.limit,
         )
@@ -174,23 +172,18 @@ def missing_problem(column: str, row: dict[str, Any], fix: str) -> str:
     )
 
 
-def display(path: Path) -> str:
-    """The path as short as it stays clear: relative below the working directory."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
-
-
 def open_one(
     label: str,
     path: str | None,
     hub: str | None,
     subset: str | None,
-    split: str,
+    split: str | None,
     revision: str | None,
     columns: tuple[str, ...],
     names: set[str],
     problems: list[str],
     *,
+    by_split: bool = False,
     streaming: bool = False,
     limit: int | None = None,
 ) -> Reader | None:
@@ -201,11 +194,12 @@ def open_one(
         path: its file or folder.
         hub: or its name on the hub.
         subset: of the hub data set.
-        split: of the hub data set.
+        split: of the hub data set, or of the folder.
         revision: of the hub data set.
         columns: that are read.
         names: of the sources opened before, so that this one gets another.
         problems: one line each is appended.
+        by_split: of a folder that has splits, one is read.
         streaming: read as it goes.
         limit: rows, from the start.
     """
@@ -213,6 +207,7 @@ def open_one(
         if hub is None:
             problems.append(f"{label}: neither path nor hub is given: set one of them")
             return None
+        split = split or "train"
         base = "/".join(part for part in (hub.strip("/").split("/")[-1], subset, split) if part)
         return Reader(
             label=label,
@@ -225,7 +220,9 @@ def open_one(
             limit=limit,
             columns=columns,
         )
-    found = _find(Path(path), label, problems)
+    found = find_files(Path(path), label, problems)
+    if found is not None and by_split:
+        found = of_split(Path(path), found, split, label, problems)
     if found is None:
         return None
     name = _unique(Path(path).name, names)
@@ -243,59 +240,6 @@ def _unique(base: str, names: set[str]) -> str:
         name = f"{base}#{count}"
     names.add(name)
     return name
-
-
-def _find(path: Path, label: str, problems: list[str]) -> list[tuple[Path, str]] | None:
-    known = ", ".join((*STRUCTURED, *PLAIN))
-    try:
-        if path.is_dir():
-            everything = sorted(
-                (entry.relative_to(path).as_posix(), entry)
-                for entry in path.rglob("*")
-                if entry.is_file()
-                and not any(part.startswith(".") for part in entry.relative_to(path).parts)
-            )
-            # A README.md beside data files describes them; it is not one of them.
-            files = [item for item in everything if item[1].suffix.lower() in STRUCTURED] or [
-                item
-                for item in everything
-                if item[1].suffix.lower() in PLAIN and item[1].stem.lower() != "readme"
-            ]
-            read = {name for name, _ in files}
-            others = [name for name, _ in everything if name not in read]
-            if not files:
-                found = f", but {', '.join(others[:3])}" if others else ""
-                problems.append(
-                    f"{label}.path={display(path)}: no {known} file in this directory{found}"
-                )
-                return None
-            if others:
-                logger.warning(
-                    "%s: %d files beside the data are not read (%s)",
-                    display(path),
-                    len(others),
-                    ", ".join(others[:3]),
-                )
-            return [(file, name) for name, file in files]
-        if not path.exists():
-            near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            close = difflib.get_close_matches(path.name, near, 1, cutoff=0.6)
-            hint = f"did you mean {close[0]}?" if close else "check the path"
-            problems.append(f"{label}.path={display(path)}: no such file or directory; {hint}")
-            return None
-        if not path.is_file():
-            problems.append(f"{label}.path={display(path)}: not a regular file: copy it to one")
-            return None
-    except OSError as error:
-        problems.append(f"{label}.path={display(path)}: cannot be read: {error.strerror}")
-        return None
-    if path.suffix.lower() not in STRUCTURED + PLAIN:
-        problems.append(
-            f"{label}.path={display(path)}: unknown kind of file {path.suffix!r}: "
-            f"convert it to one of {known}"
-        )
-        return None
-    return [(path, path.name)]
 
 
 def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
