@@ -3,8 +3,8 @@
     python benchmarks/same_losses.py RECIPE --save before.json            # with the code as it was
     python benchmarks/same_losses.py RECIPE --against before.json         # with the code as it is
 
-Trains RECIPE (the quickstart's by default) for a few steps in one process, and over two with ZeRO 2,
-ZeRO 3 and tensor parallelism. Prints a hash over each run's metrics of training and one over its
+Trains RECIPE (the quickstart's by default) for a few steps in one process, and over two with
+ZeRO 2, ZeRO 3 and tensor parallelism. Prints a hash over each run's metrics and one over its
 adapter's tensors; with --against, exits with 1 if any differs. The code is that which
 `import moored` finds, so PYTHONPATH may name another checkout. Both runs on one machine.
 """
@@ -52,7 +52,9 @@ def run(recipe: str, processes: int, options: list[str], folder: Path) -> dict[s
             kept = {k: v for k, v in named.items() if not any(word in k for word in TIMED)}
             metrics.append(json.dumps({**values, "metrics": kept, "values": kept}, sort_keys=True))
     sha = hashlib.sha256()
-    for name, tensor in sorted(load_file(folder / "same/adapter/adapter_model.safetensors").items()):
+    for name, tensor in sorted(
+        load_file(folder / "same/adapter/adapter_model.safetensors").items()
+    ):
         sha.update(name.encode() + tensor.tobytes())
     losses = hashlib.sha256("\n".join(metrics).encode()).hexdigest()
     return {"losses": losses[:16], "adapter": sha.hexdigest()[:16]}
@@ -71,7 +73,8 @@ def main() -> None:
     for mesh, (processes, options) in MESHES.items():
         with tempfile.TemporaryDirectory() as folder:
             found[mesh] = run(given.recipe, processes, [*common, *options], Path(folder))
-        print(f"{mesh:24} losses {found[mesh]['losses']}  adapter {found[mesh]['adapter']}", flush=True)
+        shown = "  ".join(f"{name} {value}" for name, value in found[mesh].items())
+        print(f"{mesh:24} {shown}", flush=True)
     if given.save:
         given.save.write_text(json.dumps(found, indent=1) + "\n")
     if given.against:
