@@ -39,6 +39,7 @@ from moored.base import resolve_dtype
 from moored.config import ModelConfig
 from moored.errors import UserError
 from moored.export.deltas import Moved, squares
+from moored.progress import Phase
 from moored.weights import INDEX, SINGLE, Files
 
 log = logging.getLogger(__name__)
@@ -187,9 +188,13 @@ def write(plan: Plan, adapter: Path, folder: Path, device: torch.device) -> list
         max_shard_size=SHARD_BYTES,
     )
     moved: list[Moved] = []
-    for file, names in shards.filename_to_tensors.items():
-        tensors = {name: _merged(plan, files, name, adapted, device, moved) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    with Phase(f"merging into the {plan.base} weights", plan.num_bytes / 1e9, "GB") as phase:
+        for file, names in shards.filename_to_tensors.items():
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors[name] = _merged(plan, files, name, adapted, device, moved)
+                phase.advance(tensors[name].nbytes / 1e9)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
