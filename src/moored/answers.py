@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from moored.batch import left_padded
 from moored.config import EvaluationConfig
@@ -19,6 +19,7 @@ from moored.data import Prompt, pad_token_id
 from moored.engine import Engine
 from moored.instructions import TASKS, Task
 from moored.mesh import Mesh
+from moored.progress import Phase
 from moored.report import BaseResult, Tally
 
 
@@ -71,6 +72,7 @@ def answer_all(
     config: EvaluationConfig,
     base: bool,
     poll: Callable[[], None],
+    arm: str = "adapted",
 ) -> Answered:
     """Have all prompts answered, and judge the answers. Collective.
 
@@ -83,16 +85,17 @@ def answer_all(
         config: lengths and batch sizes.
         base: answer with adapters off.
         poll: called before every batch, on all ranks; may raise to stop.
+        arm: who answers, where it is said how far this is.
     """
-    ask = partial(
-        _answers, engine, mesh, tokenizer=tokenizer, size=config.micro_batch_size, base=base
-    )
+    size = config.micro_batch_size
+    ask = partial(_answers, engine, mesh, tokenizer=tokenizer, size=size, base=base, poll=poll)
     exact = followed = None
     if prompts:
-        exact = exact_match(ask(prompts, max_new_tokens=config.max_new_tokens, poll=poll), mesh)
+        what, limit = f"answering data.eval ({arm})", config.max_new_tokens
+        exact = exact_match(ask(prompts, max_new_tokens=limit, what=what), mesh)
     if instructions:
-        limit = config.instruction_tokens
-        followed = follow(ask(instructions, max_new_tokens=limit, poll=poll), mesh)
+        what, limit = f"answering the instructions ({arm})", config.instruction_tokens
+        followed = follow(ask(instructions, max_new_tokens=limit, what=what), mesh)
     return Answered(exact_match=exact, followed=followed)
 
 
@@ -135,17 +138,19 @@ def _answers(
     max_new_tokens: int,
     base: bool,
     poll: Callable[[], None],
+    what: str,
 ) -> Iterator[tuple[Prompt, str]]:
     """This rank's questions with their greedy answers; every rank must exhaust it. Collective."""
     # Prompts of like length share a batch; each rank gets as many batches as the others.
     ordered = sorted(questions, key=lambda q: (len(q.input_ids), q.sample_id))
-    per_batch = size * mesh.dp.size
-    for start in range(0, len(ordered), per_batch):
-        poll()
-        mine = ordered[start : start + per_batch][mesh.dp.rank :: mesh.dp.size]
-        asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
-        texts = _generated(engine, mesh, asked, tokenizer, max_new_tokens, base)
-        yield from zip(mine, texts, strict=False)
+    starts = range(0, len(ordered), size * mesh.dp.size)
+    with Phase(what, len(starts), "batches") as phase:
+        for start in phase.over(starts):
+            poll()
+            mine = ordered[start : start + starts.step][mesh.dp.rank :: mesh.dp.size]
+            asked = mine or ordered[start : start + 1]  # a rank without a prompt walks along
+            texts = _generated(engine, mesh, asked, tokenizer, max_new_tokens, base, phase)
+            yield from zip(mine, texts, strict=False)
 
 
 def _generated(
@@ -155,6 +160,7 @@ def _generated(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     base: bool,
+    phase: Phase,
 ) -> list[str]:
     new = continuations(
         engine,
@@ -164,6 +170,7 @@ def _generated(
         stop_token_ids={i for q in questions for i in q.stop_token_ids},
         max_new_tokens=max_new_tokens,
         base=base,
+        phase=phase,
     )
     return tokenizer.batch_decode(new, skip_special_tokens=True)
 
@@ -177,6 +184,7 @@ def continuations(
     stop_token_ids: Collection[int],
     max_new_tokens: int,
     base: bool,
+    phase: Phase,
     **options: Any,
 ) -> torch.Tensor:
     """What follows each row of tokens, [rows, most new tokens] on the CPU. Collective.
@@ -189,6 +197,7 @@ def continuations(
         stop_token_ids: that end a row.
         max_new_tokens: per row.
         base: generate with adapters off.
+        phase: is told of every token that it goes on.
         **options: of Hugging Face's `generate`; by default greedy.
     """
     ids, mask = left_padded(rows, pad)
@@ -202,6 +211,21 @@ def continuations(
         use_cache=True,
         pad_token_id=pad,
         eos_token_id=sorted(stop_token_ids),
+        stopping_criteria=each_token(phase),
         **(greedy | options),
     )
     return tokens[:, ids.shape[1] :].cpu()
+
+
+def each_token(phase: Phase) -> StoppingCriteriaList:
+    """For Hugging Face's `generate`: tells a phase of every token, and never stops anything."""
+    return StoppingCriteriaList([_EachToken(phase)])
+
+
+class _EachToken(StoppingCriteria):
+    def __init__(self, phase: Phase):
+        self._phase = phase
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self._phase.tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

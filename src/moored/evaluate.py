@@ -7,7 +7,7 @@ generated for it is `answers.py`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,6 +33,7 @@ from moored.drift import DriftSums
 from moored.engine import Engine
 from moored.mesh import Mesh
 from moored.pinpoint import Collector
+from moored.progress import Phase
 from moored.report import (
     Blocks,
     Tally,
@@ -191,6 +192,7 @@ def evaluate(
     base: bool = False,
     pinpoint: bool = False,
     poll: Callable[[], None] = _go_on,
+    arm: str = "adapted",
 ) -> Evaluation:
     """Measure the engine's policy against its base on every text. Collective.
 
@@ -203,14 +205,19 @@ def evaluate(
         base: generate the answers with adapters off.
         pinpoint: also find out where the policy drifts, for a report.
         poll: called before every batch, on all ranks; may raise to stop.
+        arm: what the policy is called where it is said how far this is.
     """
     of = partial(measure, engine, mesh=mesh, poll=poll)
-    adaptation = None if suite.adaptation is None else of(suite.adaptation)
+    both, asked = f"{arm} and base", "base" if base else arm
+    adaptation = None
+    if suite.adaptation is not None:
+        adaptation = of(suite.adaptation, what=f"measuring data.eval ({both})")
     retention: dict[str, TextFigures] = {}
     where: dict[str, Where] = {}
     for name, text in suite.retention.items():
         collector = Collector(config.num_examples) if pinpoint else None
-        retention[name] = of(text, collector=collector)
+        what = f"measuring retention.{name} ({both})"
+        retention[name] = of(text, collector=collector, what=what)
         if collector is not None:
             where[name] = collector.where(mesh, tokenizer)
     answered = answer_all(
@@ -222,6 +229,7 @@ def evaluate(
         config=config,
         base=base,
         poll=poll,
+        arm=asked,
     )
     return Evaluation(adaptation=adaptation, retention=retention, where=where, answered=answered)
 
@@ -233,6 +241,7 @@ def measure(
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
     collector: Collector | None = None,
+    what: str = "measuring the budget's probe",
 ) -> TextFigures:
     """Policy and base on one text, of which each rank has its batches. Collective.
 
@@ -244,8 +253,11 @@ def measure(
         references: for a text that is measured again and again: a list, empty at first, that keeps
             the base's hidden states ([N, D] per batch), which never change.
         collector: learns where the policy drifts.
+        what: is done, in words.
     """
-    found = sample_sums(engine, text.batches, mesh, poll, references, collector)
+    with Phase(what, len(text.batches), "batches") as phase:
+        batches = phase.over(text.batches)
+        found = sample_sums(engine, batches, mesh, poll, references, collector)
     ordered = [found[name] for name in text.sample_ids]
     sums = {name: [row[i] for row in ordered] for i, name in enumerate(SUMS)}
     total = {name: math.fsum(values) for name, values in sums.items()}
@@ -266,7 +278,7 @@ def measure(
 
 def sample_sums(
     engine: Engine,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,

@@ -30,6 +30,7 @@ from moored.engine import Engine
 from moored.errors import UserError
 from moored.evaluate import SUMS, sample_sums
 from moored.mesh import Mesh
+from moored.progress import Phase
 
 log = logging.getLogger(__name__)
 FEWSHOT_SEED = 1234  # the harness's own default
@@ -90,13 +91,16 @@ def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
     return TaskManager(include_path=None if include is None else str(include))
 
 
-def run_tasks(model: HarnessModel, tasks: Any, *, base: bool) -> dict[str, Figures]:
+def run_tasks(
+    model: HarnessModel, tasks: Any, *, base: bool, arm: str = "adapted"
+) -> dict[str, Figures]:
     """Task (or group) -> metric -> value of policy or base. Collective.
 
     Args:
         model: ours.
         tasks: as `open_tasks` gave them.
         base: measure with adapters off.
+        arm: what the policy is called where it is said how far this is.
 
     Returns:
         Equal on all ranks; `METRIC_stderr` is the harness's standard error of METRIC, None where it
@@ -104,7 +108,7 @@ def run_tasks(model: HarnessModel, tasks: Any, *, base: bool) -> dict[str, Figur
     """
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process
     torch.manual_seed(FEWSHOT_SEED)  # should a task sample: the same on every rank
-    model.base = base
+    model.base, model.arm = base, arm
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     try:
@@ -132,6 +136,7 @@ class HarnessModel(TemplateLM):
 
     Attributes:
         base: answer with adapters off.
+        arm: what the policy is called where it is said how far this is.
     """
 
     def __init__(self, engine: Engine, located: Located, mesh: Mesh, *, rows: int):
@@ -144,7 +149,7 @@ class HarnessModel(TemplateLM):
             rows: sequences per rank and forward.
         """
         super().__init__()
-        self.base = False
+        self.base, self.arm = False, "adapted"
         self.tokenizer: Any = located.tokenizer
         self._engine, self._mesh, self._rows = engine, mesh, rows
         self._max_length = located.max_positions or POSITIONS
@@ -202,22 +207,25 @@ class HarnessModel(TemplateLM):
         }
         # Rows of like length share a batch, the longest first: what does not fit fails at once.
         ordered = sorted(wanted.items(), key=lambda item: -len(item[1].input_ids))
-        for start in range(0, len(ordered), ROWS_AT_ONCE):
-            part = ordered[start : start + ROWS_AT_ONCE]
-            batches = eval_batches(
-                [sample for _, sample in part],
-                micro_batch_size=self._rows,
-                dp_rank=self._mesh.dp.rank,
-                dp_size=self._mesh.dp.size,
-                pad_token_id=pad_token_id(self.tokenizer),
-                vocab_size=self._vocab_size,
-            )
-            sums = sample_sums(self._engine, batches, self._mesh)
-            for key, sample in part:
-                found = dict(zip(SUMS, sums[sample.sample_id], strict=True))
-                policy = (-found["ce"], found["hits"] == found["num_tokens"])
-                self._known[key] = (-found["ce_base"], found["base_hits"] == found["num_tokens"])
-                answers[key] = self._known[key] if self.base else policy
+        at_once = self._rows * self._mesh.dp.size
+        with Phase(f"lm_eval ({self.arm} and base)", len(ordered), "requests") as phase:
+            for start in range(0, len(ordered), ROWS_AT_ONCE):
+                part = ordered[start : start + ROWS_AT_ONCE]
+                batches = eval_batches(
+                    [sample for _, sample in part],
+                    micro_batch_size=self._rows,
+                    dp_rank=self._mesh.dp.rank,
+                    dp_size=self._mesh.dp.size,
+                    pad_token_id=pad_token_id(self.tokenizer),
+                    vocab_size=self._vocab_size,
+                )
+                sums = sample_sums(self._engine, phase.over(batches, at_once), self._mesh)
+                for key, sample in part:
+                    found = dict(zip(SUMS, sums[sample.sample_id], strict=True))
+                    hit = found["base_hits"] == found["num_tokens"]
+                    self._known[key] = (-found["ce_base"], hit)
+                    policy = (-found["ce"], found["hits"] == found["num_tokens"])
+                    answers[key] = self._known[key] if self.base else policy
         return [answers[key] for key in keys]
 
     def _sample(self, index: int, context: Sequence[int], continuation: Sequence[int]) -> Sample:
@@ -255,25 +263,29 @@ class HarnessModel(TemplateLM):
         dp, room = self._mesh.dp, max(1, self._max_length - most)
         ordered = sorted(prompts, key=lambda index: (-len(prompts[index]), index))
         found: dict[int, str] = {}
-        for start in range(0, len(ordered), self._rows * dp.size):
-            block = ordered[start : start + self._rows * dp.size]
-            mine = block[dp.rank :: dp.size]
-            new = continuations(
-                self._engine,
-                self._mesh,
-                [prompts[index][-room:] for index in mine or block[:1]],
-                pad=pad_token_id(self.tokenizer),
-                stop_token_ids=[self.eot_token_id],
-                max_new_tokens=most,
-                base=self.base,
-                **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
-                **given,
-            )
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for index, text in zip(mine, texts, strict=False):
-                for stop in stops:
-                    text = text.split(stop)[0]
-                found[index] = text
+        starts = range(0, len(ordered), self._rows * dp.size)
+        who = "base" if self.base else self.arm
+        with Phase(f"lm_eval answers ({who})", len(starts), "batches") as phase:
+            for start in phase.over(starts):
+                block = ordered[start : start + starts.step]
+                mine = block[dp.rank :: dp.size]
+                new = continuations(
+                    self._engine,
+                    self._mesh,
+                    [prompts[index][-room:] for index in mine or block[:1]],
+                    pad=pad_token_id(self.tokenizer),
+                    stop_token_ids=[self.eot_token_id],
+                    max_new_tokens=most,
+                    base=self.base,
+                    phase=phase,
+                    **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+                    **given,
+                )
+                texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+                for index, text in zip(mine, texts, strict=False):
+                    for stop in stops:
+                        text = text.split(stop)[0]
+                    found[index] = text
         return found
 
 

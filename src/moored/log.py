@@ -5,6 +5,7 @@ Metrics and events are not logged here: they go to the journal (`track.py`).
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -12,8 +13,11 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 HIDDEN = "***"
 # Their warnings go to the file; the console gets their errors only.
@@ -201,15 +205,24 @@ def setup(rank: int = 0, run_dir: Path | None = None) -> None:
         logging.getLogger(__name__).warning("no log file in %s: %s", run_dir, failure)
 
 
+@functools.cache
+def terminal() -> Console:
+    """The console on stderr that log and progress bars share, so that lines stand above the bars.
+
+    Imported here: the commands that say nothing on a terminal need not wait for it.
+    """
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _console_handler(rank: int) -> logging.Handler:
     if rank == 0 and sys.stderr.isatty():
-        # Imported here: the commands that log nothing to a terminal need not wait for it.
-        from rich.console import Console
         from rich.highlighter import NullHighlighter
         from rich.logging import RichHandler
 
         handler: logging.Handler = RichHandler(
-            console=Console(stderr=True),
+            console=terminal(),
             show_path=False,
             omit_repeated_times=False,
             highlighter=NullHighlighter(),

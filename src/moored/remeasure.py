@@ -210,10 +210,11 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
             run_tasks = partial(_harness().run_tasks, asked, tasks)
         figures: dict[float | None, dict[str, Figures]] = {}
         for scale in scales:
+            arm = _at_scale(target.name, scale)
             with scaled(policy.causal_lm, scale) if scale else contextlib.nullcontext():
-                measured[scale] = ask(suite)
+                measured[scale] = ask(suite, arm=arm)
                 if run_tasks is not None:
-                    figures[scale] = run_tasks(base=False)
+                    figures[scale] = run_tasks(base=False, arm=arm)
         if run_tasks is not None:
             base_figures = run_tasks(base=True)
         base_answered = None
@@ -226,7 +227,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
         scale: to_report(
             config,
             located.source,
-            target.name if scale in (None, 1.0) else f"{target.name}-scale{scale:g}",
+            _at_scale(target.name, scale),
             after,
             Training(**training),
             base_answered=base_answered,
@@ -244,6 +245,11 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
         }
     found = list(reports.values())
     return merge(found) if len(found) > 1 else found[0]
+
+
+def _at_scale(name: str, scale: float | None) -> str:
+    """The name of an arm that is measured at a scale."""
+    return name if scale in (None, 1.0) else f"{name}-scale{scale:g}"
 
 
 def _write(target: Target, report: Report, *, at_scales: bool) -> None:

@@ -12,17 +12,20 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from moored.errors import UserError
+from moored.progress import WATCH_SECONDS, Phase
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+BLOCK_BYTES = 2**20  # read at a time
 LOCK_SECONDS = 3600.0  # a peer that downloads and converts may take long, but not for ever
 
 
@@ -100,9 +103,7 @@ def _held(lock: filelock.BaseFileLock, folder: Path, timeout: float):
         lock.acquire(timeout=0)
     except filelock.Timeout:
         log.info("another process makes %s: waiting for it", folder)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
+        if not _waited(lock, folder, timeout):
             raise UserError(
                 f"{lock.lock_file} has been held for {timeout:.0f} s: end the process that makes "
                 f"{folder.name}, or remove the lock if there is none"
@@ -113,14 +114,28 @@ def _held(lock: filelock.BaseFileLock, folder: Path, timeout: float):
         lock.release()
 
 
+def _waited(lock: filelock.BaseFileLock, folder: Path, timeout: float) -> bool:
+    """Whether the lock could be had in time."""
+    until = time.monotonic() + timeout
+    with Phase(f"waiting for another process that makes {folder.name}") as phase:
+        while (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=min(left, WATCH_SECONDS))
+                return True
+            phase.tick()
+    return False
+
+
 def seal(folder: Path, facts: dict[str, Any] | None = None) -> None:
     """Flush every file below `folder` and write the manifest over them, and over `facts`."""
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with hashing("hashing what was written", paths) as phase:
+        for path in paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path, phase)}
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         json.dump({**(facts or {}), "files": files}, file, indent=1)
         file.flush()
@@ -143,23 +158,35 @@ def fault_of(folder: Path) -> str | None:
         files = read_manifest(folder)["files"]
         if not files:
             return "its manifest names no files"
-        for name, expected in files.items():
-            path = folder / name
-            if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-                return f"{name} leads out of it"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if sha256(path) != expected["sha256"]:
-                return f"{name} has other content than was written"
+        size = sum(expected["bytes"] for expected in files.values())
+        with Phase(f"verifying {folder.name}", size / 1e9, "GB") as phase:
+            for name, expected in files.items():
+                path = folder / name
+                if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+                    return f"{name} leads out of it"
+                if path.stat().st_size != expected["bytes"]:
+                    return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+                if sha256(path, phase) != expected["sha256"]:
+                    return f"{name} has other content than was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hashing(what: str, paths: Iterable[Path], times: int = 1) -> Phase:
+    """What `sha256` tells of how far the files are read, in GB; each is read so many `times`."""
+    return Phase(what, times * sum(path.stat().st_size for path in paths) / 1e9, "GB")
+
+
+def sha256(path: Path, phase: Phase | None = None) -> str:
+    """Of a file's content, in hex; the phase is told how many GB of it are read."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            if phase is not None:
+                phase.advance(size / 1e9)
+    return digest.hexdigest()
 
 
 def fsync_directory(path: Path) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from moored import nf4
 from moored.mesh import Axis
+from moored.progress import Phase
 from moored.tensor_parallel import Layout, Split
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -123,10 +124,13 @@ class Loader:
             OSError, SafetensorError: a file cannot be read.
         """
         absent: set[str] = set()
-        for path, module in model.named_modules():
-            absent |= self._load_module(module, path)
-            if after is not None:
-                after(path, module)
+        sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
+        with Phase("loading the base", sum(sizes), "weights") as phase:
+            for (path, module), size in zip(model.named_modules(), sizes, strict=True):
+                absent |= self._load_module(module, path)
+                if after is not None:
+                    after(path, module)
+                phase.advance(size)
         return absent
 
     def _load_module(self, module: nn.Module, path: str) -> set[str]:

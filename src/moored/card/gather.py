@@ -289,16 +289,17 @@ def _files(folder: Path, *, hash_all: bool) -> dict[str, File]:
     ]
     weights = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
     found: dict[str, File] = {}
-    for path in paths:
-        size, blob = path.stat().st_size, path.resolve()
-        if (known := sealed_files.get(path.name, {})).get("bytes") == size:
-            found[path.name] = File(bytes=size, sha256=known["sha256"], by="moored")
-        elif blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-            found[path.name] = File(bytes=size, sha256=blob.name, by="hub")
-        elif hash_all or size <= SMALL_BYTES or weights <= HASHED_BYTES:
-            found[path.name] = File(bytes=size, sha256=sealed.sha256(path), by="export")
-        else:
-            found[path.name] = File(bytes=size)
+    with sealed.hashing("hashing the base", paths) as phase:
+        for path in paths:
+            size, blob = path.stat().st_size, path.resolve()
+            if (known := sealed_files.get(path.name, {})).get("bytes") == size:
+                found[path.name] = File(bytes=size, sha256=known["sha256"], by="moored")
+            elif blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+                found[path.name] = File(bytes=size, sha256=blob.name, by="hub")
+            elif hash_all or size <= SMALL_BYTES or weights <= HASHED_BYTES:
+                found[path.name] = File(bytes=size, sha256=sealed.sha256(path, phase), by="export")
+            else:
+                found[path.name] = File(bytes=size)
     return found
 
 

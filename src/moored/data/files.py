@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moored.data.formats import PLAIN, read_file
+from moored.data.formats import PLAIN, count_rows, read_file
 from moored.data.nested import as_written, kind_of
 from moored.data.places import display, find_files, of_split
 from moored.errors import UserError
@@ -67,6 +67,18 @@ class Reader:
         else:
             rows = itertools.chain.from_iterable(self._file(*entry) for entry in self.files)
             yield from itertools.islice(rows, skip, stop)
+
+    def count(self) -> int | None:
+        """How many rows there are, where that is soon known; only to say how far a reading is."""
+        try:
+            if self.hub is not None:
+                number = None if self.streaming else len(hub_dataset(self))
+            else:
+                found = [count_rows(path) for path, _ in self.files]
+                number = None if None in found else sum(n for n in found if n is not None)
+        except (OSError, ValueError, UserError):  # who reads it will say so
+            return None
+        return number if number is None or self.limit is None else min(number, self.limit)
 
     def _file(self, path: Path, name: str) -> Iterator[Row]:
         shown = display(path)

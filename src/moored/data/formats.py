@@ -46,6 +46,23 @@ def read_file(path: Path, columns: tuple[str, ...]) -> Numbered:
     return reader(path, columns)
 
 
+def count_rows(path: Path) -> int | None:
+    """How many rows a file has, without decoding them; None where only decoding tells.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    if suffix != ".jsonl":
+        return 1 if suffix in PLAIN else None
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
 def _binary(head: bytes) -> str | None:
     for magic, problem in _MAGIC.items():
         if head.startswith(magic):

@@ -31,6 +31,7 @@ from moored.data.encode import Drops, Encoder, Flat, HeldSource, build
 from moored.data.files import Reader, hub_dataset
 from moored.data.records import read_records
 from moored.errors import UserError
+from moored.progress import Phase
 from moored.sources import cache_folder
 
 if TYPE_CHECKING:
@@ -92,8 +93,9 @@ def source_tokens(
     """
 
     def make() -> HeldSource:
-        records = read_records(reader, source, problems)
-        return build(reader.name, records, encoder, problems, Drops())
+        with Phase(f"tokenising {reader.name}", reader.count, "rows") as phase:
+            records = phase.over(read_records(reader, source, problems))
+            return build(reader.name, records, encoder, problems, Drops())
 
     def key() -> _Key | None:
         tokenizer, found = _tokenizer(encoder.chat), content(reader)
@@ -181,7 +183,8 @@ def content_of_texts(texts: Sequence[str]) -> Content:
 
 
 def _content_of_files(files: Sequence[Path]) -> Content:
-    hashes = [sealed.sha256(path) for path in files]
+    with sealed.hashing("hashing the data", files) as phase:
+        hashes = [sealed.sha256(path, phase) for path in files]
     return Content(
         num_bytes=sum(path.stat().st_size for path in files),
         digest=hashes[0] if len(hashes) == 1 else _digest(hashes),

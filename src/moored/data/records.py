@@ -27,6 +27,7 @@ from moored.data.files import (
 )
 from moored.data.turns import read_tools, read_turns
 from moored.errors import UserError, UserErrors
+from moored.progress import Phase
 
 if TYPE_CHECKING:
     from moored.config import Config, Source
@@ -255,9 +256,10 @@ def check_data(config: Config) -> dict[str, int]:
             if reader.hub is not None and reader.streaming:
                 records = itertools.islice(records, STREAM_CHECKED)
             text_only, count = False, 0
-            for record in records:
-                count += 1
-                text_only = text_only or record.kind == "text"
+            with Phase(f"checking {reader.name}", reader.count, "rows") as phase:
+                for record in phase.over(records):
+                    count += 1
+                    text_only = text_only or record.kind == "text"
             counts[reader.label] = count
             if text_only and section == "data.eval" and config.evaluation.exact_match:
                 problems.append(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moored.adapters import product_squares
 from moored.card import Delta, Deltas
+from moored.progress import Phase
 from moored.weights import Files
 
 PREFIX = "base_model.model."
@@ -68,21 +69,21 @@ def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
         return Deltas(of="adapter", missing=other)
     files = Files(source) if read_base else None
     moved: list[Moved] = []
-    for key in sorted(tensors):
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        a, b = tensors[key], tensors[f"{module}.lora_B.weight"]
-        name = module.removeprefix(PREFIX)
-        weight = None
-        if files is not None and f"{name}.weight" in files.names:
-            stored = files.whole(f"{name}.weight")
-            # Packed codes have another shape, and say nothing of the weights' size.
-            if stored.numel() == a.shape[1] * b.shape[0] and stored.is_floating_point():
-                weight = squares(stored)
-        scale = _scale(config, name)
-        delta = scale**2 * max(0.0, product_squares(a.double(), b.double()).item())
-        moved.append(Moved(name=name, delta=delta, weight=weight))
+    keys = [key for key in sorted(tensors) if key.endswith(".lora_A.weight")]
+    with Phase("measuring how far the weights moved", len(keys), "matrices") as phase:
+        for key in phase.over(keys):
+            module = key.removesuffix(".lora_A.weight")
+            a, b = tensors[key], tensors[f"{module}.lora_B.weight"]
+            name = module.removeprefix(PREFIX)
+            weight = None
+            if files is not None and f"{name}.weight" in files.names:
+                stored = files.whole(f"{name}.weight")
+                # Packed codes have another shape, and say nothing of the weights' size.
+                if stored.numel() == a.shape[1] * b.shape[0] and stored.is_floating_point():
+                    weight = squares(stored)
+            scale = _scale(config, name)
+            delta = scale**2 * max(0.0, product_squares(a.double(), b.double()).item())
+            moved.append(Moved(name=name, delta=delta, weight=weight))
     return summary("adapter", moved)
 
 

@@ -58,19 +58,21 @@ def require_disk(folder: Path, num_bytes: int) -> None:
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write `export.json`: facts, time, versions, and size and SHA-256 of each file in `folder`."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    with sealed.hashing("hashing what is exported", paths) as phase:
+        files = {
+            p.relative_to(folder).as_posix(): {
+                "bytes": p.stat().st_size,
+                "sha256": sealed.sha256(p, phase),
+            }
+            for p in paths
+        }
     whole = {
         "format": 1,
         **facts,
         "versions": versions_of(EXPORT_VERSIONS),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "files": {
-            p.relative_to(folder).as_posix(): {
-                "bytes": p.stat().st_size,
-                "sha256": sealed.sha256(p),
-            }
-            for p in sorted(folder.rglob("*"))
-            if p.is_file()
-        },
+        "files": files,
     }
     (folder / FACTS).write_text(json.dumps(whole, indent=1) + "\n")
 

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from moored.data import BaseIdentity, eval_samples, load_samples, retention_samp
 from moored.errors import UserError
 from moored.mesh import Mesh
 from moored.model import load_policy
+from moored.progress import watch
 from moored.reference import adapters_off, dropout_off
 
 log = logging.getLogger(__name__)
@@ -180,13 +180,12 @@ def stock_outputs(
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in launcher}
     # -P: the script's folder is no place to import from.
-    done = subprocess.run(
+    what = "the merged model" if adapter is None else "the adapter on its base"
+    done = watch(
         [sys.executable, "-P", str(Path(__file__).with_name("stock.py"))],
-        input=json.dumps(task),
+        f"a fresh process loads {what} and computes its logits",
+        given=json.dumps(task),
         env=environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     if done.returncode != 0:
         log.debug("stock.py: %s", done.stderr)

@@ -37,6 +37,7 @@ from moored.errors import UserError
 from moored.export.changes import Changes, changes_of
 from moored.export.deltas import Moved, squared_distance, squares
 from moored.export.naming import OtherNamesError, Part, parts_of
+from moored.progress import Phase
 from moored.weights import INDEX, SINGLE, Files
 
 log = logging.getLogger(__name__)
@@ -204,13 +205,15 @@ def write(plan: Plan, folder: Path, device: torch.device) -> list[Moved]:
     )
     part_of = {name: part for part in plan.parts for name in part.stored}
     ready: dict[str, Tensor] = {}  # of a part that two files share
-    for file, names in shards.filename_to_tensors.items():
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            if name not in ready:
-                ready |= _merged(plan, files, part_of[name], device, moved)
-            tensors[name] = ready.pop(name)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    with Phase(f"merging into the {plan.base} weights", plan.num_bytes / 1e9, "GB") as phase:
+        for file, names in shards.filename_to_tensors.items():
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                if name not in ready:
+                    ready |= _merged(plan, files, part_of[name], device, moved)
+                tensors[name] = ready.pop(name)
+                phase.advance(tensors[name].nbytes / 1e9)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

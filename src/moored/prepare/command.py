@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from moored.prepare.drawing import draw
 from moored.prepare.items import Item, require_model, size_of
 from moored.prepare.references import fill, require_fillable
 from moored.prepare.weights import verify
+from moored.progress import watch
 from moored.reference_cache import FACTS, references_folder
 
 log = logging.getLogger(__name__)
@@ -84,12 +84,10 @@ def prove(config: Config) -> list[Item]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(config.dump_yaml(), encoding="utf-8")
-        done = subprocess.run(
+        done = watch(
             [sys.executable, "-P", "-m", "moored.prepare.offline", str(recipe)],
+            "a process without a network looks for all of it",
             env=os.environ | OFFLINE,
-            capture_output=True,
-            text=True,
-            check=False,
         )
     try:
         said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from moored import sealed
+from moored.answers import each_token
 from moored.base import Located, resolve_dtype
 from moored.batch import left_padded
 from moored.config import Config, Corpus
@@ -24,6 +25,7 @@ from moored.data.drawn import SEED, BaseIdentity, drawn_folder, write_drawn
 from moored.data.questions import QUESTIONS
 from moored.loading import load_base
 from moored.mesh import alone
+from moored.progress import Phase
 from moored.reference import dropout_off
 
 log = logging.getLogger(__name__)
@@ -97,14 +99,17 @@ def _rows(
         dropout_off(model),
         torch.random.fork_rng(devices),
         torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
+        Phase("drawing texts from the base", corpus.max_tokens, "tokens") as phase,
     ):
         torch.manual_seed(SEED)
         while left > 0:
             asked = list(islice(prompts, ROWS))
-            for prompt, text in zip(asked, _texts(model, asked, chat, corpus), strict=True):
+            texts = _texts(model, asked, chat, corpus, phase)
+            for prompt, text in zip(asked, texts, strict=True):
                 if text[:left]:
                     yield prompt, text[:left]
                 left = max(0, left - len(text))
+                phase.advance(len(text))
 
 
 def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
@@ -117,7 +122,7 @@ def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
 
 
 def _texts(
-    model: Any, prompts: list[list[int]], chat: ChatEncoder, corpus: Corpus
+    model: Any, prompts: list[list[int]], chat: ChatEncoder, corpus: Corpus, phase: Phase
 ) -> list[list[int]]:
     pad = pad_token_id(chat.tokenizer)
     ids, mask = left_padded(prompts, pad)
@@ -128,6 +133,7 @@ def _texts(
         eos_token_id=chat.eos,
         pad_token_id=pad,
         use_cache=True,
+        stopping_criteria=each_token(phase),
     )[:, ids.shape[1] :].tolist()
     texts: list[list[int]] = []
     for prompt, row in zip(prompts, tokens, strict=True):

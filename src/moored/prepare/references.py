@@ -6,8 +6,6 @@ import contextlib
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from moored.base import Located
 from moored.config import Config
@@ -16,6 +14,7 @@ from moored.errors import UserError
 from moored.forward import probe_batch
 from moored.mesh import alone
 from moored.model import load_policy
+from moored.progress import Phase
 from moored.reference import of_base
 from moored.reference_cache import ReferenceCache, open_cache
 
@@ -59,7 +58,8 @@ def fill(config: Config, located: Located, *, num_ranks: int) -> ReferenceCache:
     with contextlib.ExitStack() as stack:
         stack.callback(cache.flush)  # also when it is broken off
         steps = range(ranks[0].total_steps())
-        for _ in track(steps, "steps of the base", console=Console(stderr=True)):
+        phase = stack.enter_context(Phase("hidden states of the base", len(steps), "steps"))
+        for _ in phase.over(steps):
             for rank, stream in enumerate(ranks):
                 for batch in stream.next_step(dp_rank=rank, dp_size=num_ranks):
                     if not cache.has(batch):

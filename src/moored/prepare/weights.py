@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from moored import sealed
 from moored.errors import UserErrors
+from moored.progress import Phase
 from moored.weights import INDEX
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ def verify(folder: Path) -> Verified:
                 f"{path}: lacks {len(absent)} tensors of {INDEX} (first: {absent[0]}): copy or "
                 "download the folder again"
             )
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        right = _as_named(path)
-        if right is False:
-            problems.append(f"{path}: has other content than the hub's: {_fix(path)}")
-        num_hashed += bool(right) and path in weights
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    with sealed.hashing(f"verifying {folder.name}", files) as phase:
+        for path in files:
+            right = _as_named(path, phase)
+            if right is False:
+                problems.append(f"{path}: has other content than the hub's: {_fix(path)}")
+            num_hashed += bool(right) and path in weights
     if problems:
         raise UserErrors(problems)
     return Verified(num_files=len(weights), num_hashed=num_hashed)
@@ -82,7 +85,7 @@ def _promised(folder: Path) -> Mapping[str, set[str]]:
     return found
 
 
-def _as_named(path: Path) -> bool | None:
+def _as_named(path: Path, phase: Phase) -> bool | None:
     """Whether a file of the hub's cache has the content that its blob is named after.
 
     The name is the SHA-256 of a large file, git's SHA-1 of a small one; None for other files.
@@ -92,7 +95,7 @@ def _as_named(path: Path) -> bool | None:
         return None
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):
         log.info("verifying %s", path)
-        return sealed.sha256(blob) == blob.name
+        return sealed.sha256(blob, phase) == blob.name
     if re.fullmatch(r"[0-9a-f]{40}", blob.name):
         content = blob.read_bytes()
         head = f"blob {len(content)}\0".encode()

@@ -178,9 +178,14 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
         )
     return {
         "gguf": source.name,
-        "gguf_sha256": sealed.sha256(source),
+        "gguf_sha256": _hash(source),
         "transformers": metadata.version("transformers"),
     }
+
+
+def _hash(source: Path) -> str:
+    with sealed.hashing(f"hashing {source.name}", [source]) as phase:
+        return sealed.sha256(source, phase)
 
 
 # ---------------------------------------------------------------- hub

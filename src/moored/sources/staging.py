@@ -89,12 +89,15 @@ def _require_space(folder: Path, source: Path) -> None:
 
 def _copy(source: ResolvedModel, folder: Path) -> dict[str, Any]:
     log.info("staging %s in %s", source.path, folder.parent)
-    for path in _files(source.path):
-        target = folder / path.relative_to(source.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)  # what a link points to, as the hub's cache has them
-        if sealed.sha256(path) != sealed.sha256(target):
-            raise UserError(
-                f"{target} is not what was copied: this node's disk is not to be trusted"
-            )
+    files = _files(source.path)
+    with sealed.hashing("copying the model and comparing it", files, times=3) as phase:
+        for path in files:
+            target = folder / path.relative_to(source.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # what a link points to, as the hub's cache has them
+            phase.advance(path.stat().st_size / 1e9)
+            if sealed.sha256(path, phase) != sealed.sha256(target, phase):
+                raise UserError(
+                    f"{target} is not what was copied: this node's disk is not to be trusted"
+                )
     return {"source": str(source.path), "revision": source.revision}
