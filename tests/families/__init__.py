@@ -15,11 +15,12 @@ hand and without Jinja, how a conversation is written and which of it is learned
     family.samples(messages, tools)           # the same with the turns each sample is of
 
 Learned is all that the model generates after its prompt, up to the token at which inference stops
-(of Phi 3 the text's last token too). A template that rewrites earlier turns makes several samples
-of a conversation: first the whole, then its parts `messages[:n]`, from long to short. Each
-assistant turn is learned once, in the longest in which it is as it was generated, after what was
-asked. A marked text ends at its last »; what the template writes after that is not in it. Where
-tokens swallow blanks (`family.strips`), `family.decoded(marked)` is what its tokens decode to.
+(of Phi 3 the text's last token too, unless `tail=False`, as its marks of generation have it). A
+template that rewrites earlier turns makes several samples of a conversation: first the whole, then
+its parts `messages[:n]`, from long to short. Each assistant turn is learned once, in the longest in
+which it is as it was generated, after what was asked. A marked text ends at its last »; what the
+template writes after that is not in it. Where tokens swallow blanks (`family.strips`),
+`family.decoded(marked)` is what its tokens decode to.
 """
 
 from __future__ import annotations

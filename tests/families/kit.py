@@ -185,11 +185,15 @@ class Family:
                 marked = re.sub(rf"[\s«»]+(?={name})", _marks_alone, marked)
         return marked
 
-    def samples(self, messages: Sequence[Message], tools: Any = None) -> list[Sample]:
+    def samples(
+        self, messages: Sequence[Message], tools: Any = None, *, tail: bool = True
+    ) -> list[Sample]:
         """What the conversation becomes, from the whole of it to the shortest part.
 
         Each assistant turn is learned once: in the whole conversation where that has it as it was
         generated, after what its prompt was; otherwise in the longest part that does.
+        `tail`: what follows the very last end is learned too (see `Said.tail`), which marks of
+        generation leave out.
         """
         asked = {
             index: self.text(messages[:index], tools, prompt=True)
@@ -216,7 +220,7 @@ class Family:
             samples.append(
                 Sample(
                     num_messages=end + 1,
-                    marked=_marked(parts, here),
+                    marked=_marked(parts, here, tail),
                     learned=tuple(sorted(here)),
                     as_asked=as_asked,
                 )
@@ -224,9 +228,11 @@ class Family:
             left -= here
         return samples
 
-    def mark(self, messages: Sequence[Message], tools: Any = None) -> list[str]:
+    def mark(
+        self, messages: Sequence[Message], tools: Any = None, *, tail: bool = True
+    ) -> list[str]:
         """The texts of `samples`: « » around what is learned, nothing after the last »."""
-        return [sample.marked for sample in self.samples(messages, tools)]
+        return [sample.marked for sample in self.samples(messages, tools, tail=tail)]
 
 
 def variant(template: str, *, marked: bool) -> str:
@@ -257,13 +263,14 @@ def _written(parts: Sequence[Part]) -> str:
     return "".join(part.written if isinstance(part, Said) else part for part in parts)
 
 
-def _marked(parts: Sequence[Part], turns: set[int]) -> str:
+def _marked(parts: Sequence[Part], turns: set[int], tail: bool) -> str:
     pieces = []
     for part in parts:
         if not isinstance(part, Said):
             pieces.append(part)
         elif part.turn in turns:
-            pieces.append(_OPEN + part.learned + _CLOSE)
+            learned = part.learned if tail else part.words + part.end
+            pieces.append(_OPEN + learned + _CLOSE)
         else:
             pieces.append(part.written)
     text = "".join(pieces)

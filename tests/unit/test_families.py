@@ -221,6 +221,12 @@ def test_marks_are_where_they_were_spelt_out(name, talk):
     assert family.mark(*family.talk(talk)) == SPELT[name, talk]
 
 
+def test_a_tail_may_be_left_out():
+    family = FAMILIES["phi-3"]
+    (marked,) = family.mark(*family.talk("one"), tail=False)
+    assert marked == "<|user|>\n2+2?<|end|>\n<|assistant|>\n«4<|end|>»"
+
+
 ENDINGS = {
     ("qwen2.5", "parallel"): [
         '«<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
