@@ -85,7 +85,7 @@ def run_command(
     mesh = start_mesh(
         _degree(opened),
         wait_seconds=max(target.config.parallel.rendezvous_seconds for target in opened),
-        folder=opened[0].config.output.dir,
+        folder=opened[0].folder.parent,  # where the report goes, too
     )
     try:
         tasks = _harness().open_tasks(lm_eval, lm_eval_include, mesh) if lm_eval else None

@@ -5,22 +5,57 @@ What a job does is written by `submit/`; which job this process is in, `launched
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from moored.errors import UserError
 
 SECONDS = 60.0  # for a controller that is busy
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+# What of a shell's environment SLURM's commands take for options, before the lines of a script.
+_OPTIONS = ("SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SINFO_", "SCANCEL_", "SCONTROL_")
+# What of SLURM_* says which cluster answers, and as whom one asks; the rest is an enclosing job's,
+# or an option of srun's. sbatch hands all of it on to the new job, where it would count again.
+_KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_SOCKET")
+_SHOWN = ("_FORMAT", "_BITSTR_LEN", "_TOPO_LEN", "_DEBUG_FLAGS", "_CONF_OUT")
 ALIVE = (*WAITING, "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
 
 
 def is_here() -> bool:
     """Whether this machine has SLURM's commands."""
     return shutil.which("scontrol") is not None and shutil.which("sbatch") is not None
+
+
+def left_out() -> list[str]:
+    """Variables by which this shell would have changed a job behind its script's back.
+
+    Those that an enclosing job has set are not named, since nobody chose them, nor what says only
+    how something is shown.
+    """
+    within = "SLURM_JOB_ID" in os.environ
+    return sorted(
+        name
+        for name in os.environ
+        if name.startswith("SBATCH_")
+        or (_of_slurm(name) and not within and not name.endswith(_SHOWN))
+    )
+
+
+def _of_slurm(name: str) -> bool:
+    return name.startswith("SLURM_") and name not in _KEPT
+
+
+def _environment() -> dict[str, str]:
+    """For SLURM's commands: what they are told stands in their arguments and in the script."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not (name.startswith(_OPTIONS) or _of_slurm(name))
+    }
 
 
 def jobs_facts(job: str) -> list[dict[str, str]]:
@@ -113,14 +148,12 @@ def cancel(jobs: Sequence[str]) -> None:
         raise UserError(f"scancel {' '.join(jobs)}: {_in_a_line(done.stderr)}")
 
 
-def _run(
-    command: Sequence[str], text: str | None = None, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
             command,
             input=text,
-            env=environment,
+            env=_environment(),
             capture_output=True,
             text=True,
             timeout=SECONDS,

@@ -6,6 +6,7 @@ The text of a job is `script.py`'s; a sweep's array is put together in `sweep.py
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -25,6 +26,8 @@ from moored.rundir import RunDirectory, locked, open_run, require_kind, write_at
 from moored.submit.script import CACHES, Job, render
 from moored.submit.site import Site
 from moored.submit.snapshot import keep_code, keep_expectations, keep_recipe
+
+log = logging.getLogger(__name__)
 
 STAGES = ("prepare", "train", "evaluate", "report", "export")
 _CACHES = (*CACHES, "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
@@ -151,6 +154,7 @@ def submit_run(
             "it, or leave export out of --stages"
         )
     require_kind(RunDirectory(run), "run")
+    say_what_is_left_out()
     check_data(config)
     require_free(run)
     for script in scripts.values():
@@ -202,6 +206,17 @@ def submit_chain(jobs: Sequence[tuple[str, Job]], condition: str = "afterok") ->
             scheduler.cancel([job.id for job in submitted])
         raise
     return submitted
+
+
+def say_what_is_left_out() -> None:
+    """Name the options of the shell that do not get into a job: its script has them all."""
+    if names := scheduler.left_out():
+        log.warning(
+            "%s of this shell %s left out: a job asks for what its site profile says; --set "
+            "slurm.KEY=VALUE changes that",
+            ", ".join(names),
+            "are" if names[1:] else "is",
+        )
 
 
 def require_free(folder: Path) -> None:

@@ -185,6 +185,7 @@ def submit_sweep(
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
     for data in {arm.config.data.model_dump_json(): arm.config for arm in arms}.values():
         check_data(data)
+    room.say_what_is_left_out()
     room.require_free(sweep)
     for script in scripts.values():
         scheduler.check(script)
