@@ -108,6 +108,7 @@ def source_tokens(
             "too_long": encoder.data.too_long,
             "format": source.format,
             "fields": source.fields,
+            "ignore": source.ignore,
             "limit": source.limit,
             "names": [reader.name, *(name for _, name in reader.files)],
             "content": found.digest,
