@@ -2,8 +2,8 @@
 
 `formats`, `files` and `corpora` read, `records` validates (they and all below without torch),
 `chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `ahead` keeps one step in store,
-`heldout` evaluates. What this front door names is imported when it is asked for, so that validation on a
-login node loads no torch.
+`heldout` evaluates. What this front door names is imported when it is asked for, so that validation
+on a login node loads no torch.
 """
 
 from __future__ import annotations
