@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import chats
 from moored.data.chat import ChatEncoder
-from moored.data.layout import Layout
+from moored.data.chat_layout import Layout
 from moored.data.template import TemplateError
 from moored.errors import UserError
 

@@ -182,7 +182,7 @@ BAD_RECIPES = {
     ),
     "a split of a file": (
         GOOD.replace("train.jsonl", "train.jsonl\n      split: train"),
-        ["recipe.yaml:5: data.train.0.split: would be ignored", "path is a local file"],
+        ["recipe.yaml:5: data.train.0.split: would be ignored", "path is one file, without splits"],
     ),
     "a field of another format": (
         GOOD.replace("train.jsonl", "a.jsonl\n      format: text\n      fields: {prompt: q}"),

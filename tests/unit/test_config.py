@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moored.config import Config, Regularizer, arm_names, load_config
+from moored.config import Config, Regularizer, arm_names, load_config, wording
 from moored.config import recipe as recipes
 from moored.config.document import dump
 from moored.config.reference import reference
@@ -195,6 +195,66 @@ def test_a_key_of_another_section_is_found_there(tmp_path, line, words):
     (found,) = problems(write(tmp_path, MINIMAL + line + "\n"))
     assert found.startswith("recipe.yaml:6: ")
     assert words in found
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("global_batch_size: 1", "did you mean train.global_batch_sequences?"),
+        ("total_batch_size: 1", "did you mean train.global_batch_sequences?"),
+        ("per_device_train_batch_size: 1", "did you mean train.micro_batch_size?"),
+        ("per-device-train-batch-size: 1", "did you mean train.micro_batch_size?"),
+        ("per_device_eval_batch_size: 1", "did you mean evaluation.micro_batch_size?"),
+        ("gradient_accumulation_steps: 1", "train.global_batch_sequences over micro_batch_size"),
+        ("lr: 1", "did you mean optim.learning_rate?"),
+        ("lr_scheduler_type: x", "did you mean optim.schedule?"),
+        ("warmup_steps: 1", "did you mean optim.warmup_steps?"),
+        ("warmup_ratio: 0.1", "set optim.warmup_steps, in steps"),
+        ("num_train_epochs: 1", "did you mean train.epochs?"),
+        ("max_steps: 1", "did you mean train.steps?"),
+        ("max_seq_length: 1", "did you mean data.max_length?"),
+        ("cutoff_len: 1", "did you mean data.max_length?"),
+        ("lora_r: 1", "did you mean adapter.r?"),
+        ("lora_rank: 1", "did you mean adapter.r?"),
+        ("lora_alpha: 1", "did you mean adapter.alpha?"),
+        ("lora_dropout: 1", "did you mean adapter.dropout?"),
+        ("target_modules: 1", "did you mean adapter.target_modules?"),
+        ("lora_target_modules: 1", "did you mean adapter.target_modules?"),
+        ("model_name_or_path: x", "did you mean model.name_or_path?"),
+        ("dataset: x", "did you mean data.train?"),
+        ("bf16: true", "did you mean model.dtype?"),
+        ("load_in_4bit: true", "did you mean model.quantization?"),
+        ("eval_steps: 1", "did you mean evaluation.every?"),
+        ("deepspeed: x", "did you mean parallel.zero_stage?"),
+        ("output_dir: x", "did you mean output.dir?"),
+    ],
+)
+def test_what_other_trainers_call_an_option_finds_ours(tmp_path, line, words):
+    (found,) = problems(write(tmp_path, MINIMAL + line + "\n"))
+    assert found.startswith("recipe.yaml:6: ")
+    assert f"unknown key; {words}" in found
+
+
+def test_every_name_of_other_trainers_leads_to_an_option():
+    paths = dict(wording._leaves(Config, ()))
+    assert {path for path in wording._PEERS.values() if path not in paths} == set()
+    assert not set(wording._PEERS) & set(wording._INSTEAD)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("train", "did you mean global_batch_sequences?"),
+        ("optim", "did you mean train.global_batch_sequences?"),
+    ],
+)
+def test_the_option_of_the_same_section_is_named_alone(tmp_path, section, words):
+    data = recipes.read(write(tmp_path, MINIMAL)).data
+    data.setdefault(section, {})["global_batch_size"] = 8
+    data["train"].pop("global_batch_sequences", None)
+    found = problems(write(tmp_path, dump(data)))
+    assert any(f"{section}.global_batch_size: unknown key; {words}" in line for line in found)
+    assert len(found) == (1 if section == "train" else 2), found
 
 
 # --- everything at once, each with its line

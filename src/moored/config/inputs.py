@@ -24,10 +24,10 @@ from moored.config.section import (
 )
 
 CANONICAL_FIELDS: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages", "system", "tools"),
+    "prompt_completion": ("prompt", "completion", "system", "tools"),
     "text": ("text",),
-    "auto": ("messages", "prompt", "completion", "text"),
+    "auto": ("messages", "prompt", "completion", "text", "system", "tools"),
 }
 
 
@@ -96,6 +96,9 @@ class Source(Section):
     fields: dict[str, Text] = Field(
         default_factory=dict, description="our field name -> column of the file"
     )
+    ignore: Annotated[list[Text], about("columns that are not to be read")] = Field(
+        default_factory=list[str]
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +137,12 @@ class Source(Section):
                     f"not a field of format {self.format}: the keys are {wanted}, "
                     "the values are your columns",
                     ("format",),
+                )
+            elif self.fields[name] in self.ignore:
+                yield Problem(
+                    "ignore",
+                    f"{self.fields[name]} is read as {name} (fields): take it out of one of them",
+                    (f"fields.{name}",),
                 )
 
 

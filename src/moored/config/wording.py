@@ -26,22 +26,90 @@ _COMPARISONS: Mapping[str, tuple[str, str]] = {
     "less_than_equal": ("at most", "le"),
 }
 
-# What other trainers call them.
+# What other trainers call them: transformers, TRL, axolotl, LLaMA-Factory, Megatron.
 _PEERS: Mapping[str, str] = {
-    "lr": "learning_rate",
-    "rank": "r",
-    "lora_r": "r",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "max_steps": "steps",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size",
-    "save_steps": "save_every",
-    "logging_steps": "log_every",
-    "eval_steps": "every",
-    "max_seq_length": "max_length",
-    "lr_scheduler_type": "schedule",
+    "base_model": "model.name_or_path",
+    "model_id": "model.name_or_path",
+    "model_name": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path",
+    "attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "flash_attn": "model.attention",
+    "torch_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "load_in_4bit": "model.quantization",
+    "quantization_bit": "model.quantization",
+    "bnb_4bit_quant_type": "model.quantization",
+    "bnb_4bit_use_double_quant": "model.double_quantization",
+    "bnb_4bit_compute_dtype": "model.dtype",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_target": "adapter.target_modules",
+    "lora_target_modules": "adapter.target_modules",
+    "lora_target_linear": "adapter.target_modules",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "dataset_path": "data.train",
+    "train_file": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
+    "test_datasets": "data.eval",
+    "validation_file": "data.eval",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "seq_len": "data.max_length",
+    "seq_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "template": "data.chat_template",
+    "lr": "optim.learning_rate",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "schedule": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps",
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "gradient_clipping": "optim.max_grad_norm",
+    "max_steps": "train.steps",
+    "train_iters": "train.steps",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "global_batch_size": "train.global_batch_sequences",
+    "total_batch_size": "train.global_batch_sequences",
+    "train_batch_size": "train.global_batch_sequences",
+    "effective_batch_size": "train.global_batch_sequences",
+    "batch_size": "train.micro_batch_size",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "per_device_batch_size": "train.micro_batch_size",
+    "per_device_eval_batch_size": "evaluation.micro_batch_size",
+    "eval_batch_size": "evaluation.micro_batch_size",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "logging_steps": "train.log_every",
+    "eval_steps": "evaluation.every",
+    "tensor_parallel_size": "parallel.tensor_parallel_degree",
+    "tensor_model_parallel_size": "parallel.tensor_parallel_degree",
+    "deepspeed": "parallel.zero_stage",
+    "report_to": "track.mlflow",
+    "run_name": "name",
+    "output_dir": "output.dir",
+    "kl_coef": "regularizer.weight",
+}
+# Of others that have no option of ours, what takes their place.
+_INSTEAD: Mapping[str, str] = {
+    "gradient_accumulation_steps": (
+        "train.global_batch_sequences over micro_batch_size and ranks gives it: set those"
+    ),
+    "warmup_ratio": "set optim.warmup_steps, in steps",
+    "resume_from_checkpoint": "a run that was begun goes on by itself from its newest checkpoint",
 }
 
 
@@ -128,13 +196,22 @@ def _missing(root: type[Section], key: Key) -> str:
 
 def unknown_key(root: type[Section], key: Key) -> UnknownKey:
     """Words an unknown key: the nearest of its section, else the section that knows it."""
-    name = _PEERS.get(str(key[-1]), str(key[-1]))
-    section = section_at(root, key[:-1])
+    name, section = str(key[-1]), section_at(root, key[:-1])
     siblings = list(section.model_fields) if section else []
+    leaves = list(_leaves(root, ()))
+    plain = name.lower().replace("-", "_")
+    peer = _PEERS.get(plain, "")
+    if peer in {path for path, _ in leaves}:
+        leaf = peer.rpartition(".")[2]
+        if leaf in siblings and section_at(root, (*key[:-1], leaf)) is None:
+            return UnknownKey(f"unknown key; did you mean {leaf}?", leaf)
+        return UnknownKey(f"unknown key; did you mean {peer}?", None)
+    if plain in _INSTEAD and "optim.warmup_steps" in dict(leaves):  # a recipe, no other file
+        return UnknownKey(f"unknown key; {_INSTEAD[plain]}", None)
     near = suggest(name, siblings)
     if near:
         return UnknownKey(f"unknown key{near}", near.removeprefix("; did you mean ").rstrip("?"))
-    elsewhere = {leaf: path for path, leaf in reversed(list(_leaves(root, ())))}
+    elsewhere = {leaf: path for path, leaf in reversed(leaves)}
     near = suggest(name, elsewhere)
     if near:
         leaf = near.removeprefix("; did you mean ").rstrip("?")

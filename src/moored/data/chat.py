@@ -1,8 +1,8 @@
 """Conversations and texts as tokens, with what is learned of them.
 
-Where the answers are in the text is `layout.py`'s matter. Here spans of characters become masks of
-tokens, and are checked there: the tokens before an answer must be what the model will be given when
-it has to answer. No file is read and no sample dropped here.
+Where the answers are in the text is `chat_layout.py`'s matter. Here spans of characters become
+masks of tokens, and are checked there: the tokens before an answer must be what the model will be
+given when it has to answer. No file is read and no sample dropped here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moored.data.layout import Layout, chat_layouts, plain_layout
+from moored.data.chat_layout import Layout, chat_layouts, plain_layout
 from moored.data.stops import Stops
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.errors import UserError
@@ -117,7 +117,7 @@ class ChatEncoder:
         learned: Sequence[bool] | None = None,
         split: bool = False,
     ) -> list[Layout]:
-        """The conversation as one or several samples, as `layout.chat_layouts` says.
+        """The conversation as one or several samples, as `chat_layout.chat_layouts` says.
 
         Raises:
             TemplateError: an answer cannot be located, or the template leaves something out.

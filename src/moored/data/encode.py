@@ -20,7 +20,7 @@ import numpy as np
 
 from moored.batch import Sample
 from moored.data.chat import ChatEncoder, Tokens
-from moored.data.layout import Layout
+from moored.data.chat_layout import Layout
 from moored.data.records import Record, read_template
 from moored.data.template import TemplateError
 from moored.errors import UserError, UserErrors

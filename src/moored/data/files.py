@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moored.data.formats import PLAIN, count_rows, read_file
+from moored.data.columns import wanted
+from moored.data.formats import PLAIN, count_rows, read_file, unread
 from moored.data.nested import as_written, kind_of
 from moored.data.places import display, find_files, of_split
 from moored.errors import UserError
@@ -58,6 +59,7 @@ class Reader:
     streaming: bool = False
     limit: int | None = None
     columns: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
         """All rows after the first `skip`, up to `limit`; reads on demand, holds one block."""
@@ -85,7 +87,7 @@ class Reader:
         suffix = path.suffix.lower()
         empty = True
         try:
-            for number, value in read_file(path, self.columns):
+            for number, value in read_file(path, self.columns, self.beside):
                 empty = False
                 key, where = f"{name}:{number}", f"{shown}:{number}"
                 if isinstance(value, str):
@@ -112,7 +114,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
     names: set[str] = set()
     for index, source in enumerate(sources):
         label = f"{section}.{index}"
-        columns = tuple(source.fields.get(name, name) for name in CANONICAL)
+        columns, beside = wanted(source)
         reader = open_one(
             label,
             source.path,
@@ -123,6 +125,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
             columns,
             names,
             problems,
+            beside=beside,
             by_split=True,
             streaming=source.streaming,
             limit=source.limit,
@@ -149,9 +152,6 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
             ]
         readers.append(reader)
     return readers
-
-
-CANONICAL = ("messages", "prompt", "completion", "text", "tools")
 
 
 def text_problem(text: Any, name: str, *, blank_is_fine: bool = False) -> str | None:
@@ -195,6 +195,7 @@ def open_one(
     names: set[str],
     problems: list[str],
     *,
+    beside: tuple[str, ...] = (),
     by_split: bool = False,
     streaming: bool = False,
     limit: int | None = None,
@@ -211,6 +212,7 @@ def open_one(
         columns: that are read.
         names: of the sources opened before, so that this one gets another.
         problems: one line each is appended.
+        beside: likewise, whatever they hold.
         by_split: of a folder that has splits, one is read.
         streaming: read as it goes.
         limit: rows, from the start.
@@ -231,6 +233,7 @@ def open_one(
             streaming=streaming,
             limit=limit,
             columns=columns,
+            beside=beside,
         )
     found = find_files(Path(path), label, problems)
     if found is not None and by_split:
@@ -240,7 +243,13 @@ def open_one(
     name = _unique(Path(path).name, names)
     files = tuple((file, name if file == Path(path) else f"{name}/{rest}") for file, rest in found)
     return Reader(
-        label=label, name=name, files=files, streaming=streaming, limit=limit, columns=columns
+        label=label,
+        name=name,
+        files=files,
+        streaming=streaming,
+        limit=limit,
+        columns=columns,
+        beside=beside,
     )
 
 
@@ -256,13 +265,15 @@ def _unique(base: str, names: set[str]) -> str:
 
 def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
     dataset = hub_dataset(reader)
-    names = getattr(dataset, "column_names", None)
-    wanted = [name for name in names or () if name in reader.columns]
-    if wanted:
-        dataset = dataset.select_columns(wanted)
     features = getattr(dataset, "features", None)  # of a stream they may not be known
     schema = features.arrow_schema if features is not None else None
     kinds = {name: schema.field(name).type for name in schema.names} if schema else {}
+    names = getattr(dataset, "column_names", None) or ()
+    chosen = [name for name in names if name in (*reader.columns, *reader.beside)]
+    others: dict[str, Any] = {}
+    if any(name in reader.columns for name in chosen):
+        dataset = dataset.select_columns(chosen)
+        others = unread({name: kinds.get(name) for name in names if name not in chosen})
     number = skip
     rows = iter(dataset.skip(skip) if skip else dataset)
     where = f"{reader.hub}[{reader.split}]"
@@ -275,7 +286,7 @@ def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
             raise UserError(f"{where}:{number + 1}: {_first_line(error)}: {_HUB_FIX}") from error
         number += 1
         cells = {k: as_written(v, kinds.get(k), decode=False) for k, v in value.items()}
-        yield Row(key=f"{reader.name}:{number}", where=f"{where}:{number}", value=cells)
+        yield Row(key=f"{reader.name}:{number}", where=f"{where}:{number}", value=cells | others)
     if number == 0:
         problem = "the split is empty: choose another"
         yield Row(key=reader.name, where=f"{where}:1", problem=problem)

@@ -6,11 +6,12 @@ Which files belong to a source is `files.py`'s matter, what the rows mean `recor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moored.data.nested import as_written, is_list, kind_of, may_hold_text
+from moored.data.columns import MEDIA
+from moored.data.nested import UNREAD, as_written, is_list, kind_of, may_hold_text
 
 STRUCTURED = (".jsonl", ".json", ".parquet")
 PLAIN = (".txt", ".md")
@@ -27,12 +28,14 @@ _MAGIC = {
 Numbered = Iterator[tuple[int, dict[str, Any] | str]]  # (line or row, value or problem)
 
 
-def read_file(path: Path, columns: tuple[str, ...]) -> Numbered:
+def read_file(path: Path, columns: tuple[str, ...], beside: tuple[str, ...] = ()) -> Numbered:
     """The rows of a file, read on demand (a .json file at once).
 
     Args:
         path: a regular file with a suffix of STRUCTURED or PLAIN.
-        columns: the only ones wanted; saves reading the others of a parquet file.
+        columns: the only ones wanted; saves reading the others of a parquet file, which are UNREAD
+            there where they may hold text, else None.
+        beside: read as well, whatever they hold.
 
     Yields:
         Line or row number from 1, and the row, or in its place what is wrong, in words.
@@ -40,10 +43,10 @@ def read_file(path: Path, columns: tuple[str, ...]) -> Numbered:
     Raises:
         OSError: the file cannot be read.
     """
-    reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}.get(
-        path.suffix.lower(), _plain
-    )
-    return reader(path, columns)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(path, columns, beside)
+    return {".jsonl": _jsonl, ".json": _json}.get(suffix, _plain)(path)
 
 
 def count_rows(path: Path) -> int | None:
@@ -70,7 +73,7 @@ def _binary(head: bytes) -> str | None:
     return "is not a text file (it holds NUL bytes)" if b"\0" in head else None
 
 
-def _jsonl(path: Path, columns: tuple[str, ...]) -> Numbered:
+def _jsonl(path: Path) -> Numbered:
     with path.open("rb") as file:
         head = file.read(8192)
         if problem := _binary(head):
@@ -111,7 +114,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
     return value
 
 
-def _json(path: Path, columns: tuple[str, ...]) -> Numbered:
+def _json(path: Path) -> Numbered:
     content = path.read_bytes()
     if problem := _binary(content[:8192]):
         yield 1, problem
@@ -133,7 +136,7 @@ def _json(path: Path, columns: tuple[str, ...]) -> Numbered:
             "holds one object, not a list: write [{...}, ...], or .jsonl with one object a line",
         )
     else:
-        yield from _jsonl(path, columns)  # one object a line under the name .json is common
+        yield from _jsonl(path)  # one object a line under the name .json is common
 
 
 def _is_one_object(text: str) -> bool:
@@ -180,7 +183,7 @@ def _json_list(text: str, position: int) -> Numbered:
         yield line, "broken JSON (the list does not end with ']' here): mend it here"
 
 
-def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
+def _parquet(path: Path, columns: tuple[str, ...], beside: tuple[str, ...]) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,17 +201,31 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Numbered:
                 if wanted.count(name) > 1:
                     yield 1, f"has two columns {name!r}: rename one"
                     return
-                if problem := _column_problem(name, schema.field(name).type):
+                problem = _column_problem(name, schema.field(name).type)
+                if problem and name not in beside:
                     yield 1, problem
                     return
+            wanted += [n for n in schema.names if n in beside and n not in wanted]
             kinds = {name: schema.field(name).type for name in wanted}
+            others = unread({n: schema.field(n).type for n in schema.names if n not in wanted})
             for batch in file.iter_batches(batch_size=256, columns=wanted):
                 for row in batch.to_pylist(maps_as_pydicts="strict"):
                     number += 1
-                    yield number, {name: as_written(row[name], kinds[name]) for name in row}
+                    yield number, {n: as_written(row[n], kinds[n]) for n in row} | others
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = str(error).splitlines()[0][:120]
         yield number + 1, f"not a readable parquet file ({reason}): write it again"
+
+
+def unread(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands for columns that are not read, by their Arrow types: UNREAD, or None.
+
+    Pictures and sounds are never read, and always a part of their sample.
+    """
+    return {
+        name: UNREAD if kind is None or name in MEDIA or may_hold_text(kind) else None
+        for name, kind in kinds.items()
+    }
 
 
 def _column_problem(name: str, kind: Any) -> str | None:
@@ -219,7 +236,7 @@ def _column_problem(name: str, kind: Any) -> str | None:
     return f"column {name!r} holds {kind}, not text: convert the column"
 
 
-def _plain(path: Path, columns: tuple[str, ...]) -> Numbered:
+def _plain(path: Path) -> Numbered:
     content = path.read_bytes()
     if problem := _binary(content[:8192]):
         yield 1, problem

@@ -111,6 +111,7 @@ def source_tokens(
             "format": source.format,
             "fields": source.fields,
             "rendered": source.rendered,
+            "ignore": source.ignore,
             "limit": source.limit,
             "names": [reader.name, *(name for _, name in reader.files)],
             "content": found.digest,

@@ -14,6 +14,16 @@ from typing import Any
 MAX_DEPTH = 100  # of a value that a template may have to write
 
 
+class _Unread:
+    """The value of a column that is not read, and may hold text."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
+UNREAD = _Unread()
+
+
 class NotJsonError(Exception):
     """Text that is no JSON of the kind that is wanted; what it is instead, in words."""
 

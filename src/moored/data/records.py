@@ -5,27 +5,30 @@ Nothing is tokenised here, and no torch is needed: `check_data` runs before anyt
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import itertools
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from moored.data.columns import Kind
 from moored.data.corpora import resolve_text
 from moored.data.files import (
     Reader,
     Row,
     display,
-    missing_problem,
     open_sources,
     text_problem,
 )
-from moored.data.turns import read_tools, read_turns
+from moored.data.foreign import alpaca_history, alpaca_prompt
+from moored.data.layouts import Cells, cells_of
+from moored.data.overlap import Overlap
+from moored.data.turns import Turns, read_tools, read_turns
 from moored.errors import UserError, UserErrors
 from moored.progress import Phase
 
@@ -34,12 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["messages", "prompt_completion", "text"]
-COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 MAX_PROBLEMS = 10_000  # per source; more of them say nothing new
 STREAM_CHECKED = 1000  # rows of a streamed hub dataset that are checked at the start
@@ -59,6 +56,7 @@ class Record:
         document: the text is a whole txt or md file, to be cut into windows.
         learned: whether each message is learned; None if all turns of the assistant are.
         rendered: the words are in the model's chat format already, no template is to be used.
+        unread: columns of the row that hold text and are not read.
     """
 
     sample_id: str
@@ -70,6 +68,7 @@ class Record:
     document: bool = False
     learned: tuple[bool, ...] | None = None
     rendered: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def read_records(
@@ -99,94 +98,70 @@ def parse(row: Row, source: Source, label: str) -> Record | list[str]:
         source: says the format and which column holds which field.
         label: the source's place in the recipe.
     """
+    found = _parse(row, source, label)
+    if isinstance(found, Record) and source.rendered:
+        return dataclasses.replace(found, rendered=found.kind != "messages")
+    return found
+
+
+def _parse(row: Row, source: Source, label: str) -> Record | list[str]:
     if row.problem is not None:
         return [row.problem]
     if row.plain:
         text = row.value["text"]
         return Record(sample_id=row.key, where=row.where, kind="text", text=text, document=True)
-    kind = _kind(row.value, source, label)
-    if isinstance(kind, list):
-        return kind
-    columns = [source.fields.get(name, name) for name in COLUMNS[kind]]
-    missing = [
-        missing_problem(column, row.value, f"{label}.fields.{name}={{}}")
-        for name, column in zip(COLUMNS[kind], columns, strict=True)
-        if column not in row.value
-    ]
-    if missing:
-        return missing
-    values = [row.value[column] for column in columns]
-    if kind == "messages":
-        turns, tools = (
-            read_turns(values[0], columns[0]),
-            read_tools(row.value.get("tools"), "tools"),
-        )
-        if isinstance(turns, list):
-            return turns
-        if isinstance(tools, str):
-            return [tools]
-        return Record(
-            sample_id=row.key,
-            where=row.where,
-            kind=kind,
-            messages=turns.messages,
-            tools=tools,
-            learned=turns.learned,
-        )
-    texts = [_text_problem(value, column) for value, column in zip(values, columns, strict=True)]
-    if problems := [problem for problem in texts if problem]:
+    cells = cells_of(row.value, source, label)
+    if isinstance(cells, list):
+        return cells
+    if cells.layout == "text":
+        problem = _text_problem(cells, "text")
+        return [problem] if problem else _record(row, cells, "text", text=cells.values["text"])
+    if cells.layout in ("messages", "sharegpt"):
+        turns: Turns | list[str] = read_turns(cells.values["messages"], cells.columns["messages"])
+        return turns if isinstance(turns, list) else _chat(row, cells, turns, "messages")
+    names = ("instruction", "output") if cells.layout == "alpaca" else ("prompt", "completion")
+    if problems := [problem for name in names if (problem := _text_problem(cells, name))]:
         return problems
-    if kind == "text":
-        return Record(
-            sample_id=row.key,
-            where=row.where,
-            kind=kind,
-            text=values[0],
-            rendered=source.rendered,
-        )
-    roles = ("user", "assistant")
-    chat = tuple({"role": role, "content": text} for role, text in zip(roles, values, strict=True))
-    return Record(
-        sample_id=row.key, where=row.where, kind=kind, messages=chat, rendered=source.rendered
-    )
+    prompt, completion = (cells.values[name] for name in names)
+    before: list[dict[str, Any]] = []
+    if cells.layout == "alpaca":
+        given, history = cells.values.get("input"), alpaca_history(cells.values.get("history"))
+        if given is not None and (problem := text_problem(given, "input", blank_is_fine=True)):
+            return [problem]
+        if isinstance(history, str):
+            return [f"history: {history}"]
+        prompt, before = alpaca_prompt(prompt, given or ""), history
+    pair = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if before:
+        turns = read_turns([*before, *pair], "history")
+        return turns if isinstance(turns, list) else _chat(row, cells, turns, "messages")
+    return _chat(row, cells, Turns(messages=tuple(pair)), "prompt_completion")
 
 
-def _kind(value: dict[str, Any], source: Source, label: str) -> Kind | list[str]:
-    if source.format != "auto":
-        return source.format
-    found: list[Kind] = [
-        kind
-        for kind, names in COLUMNS.items()
-        if any(value.get(source.fields.get(name, name)) for name in names)
-    ]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        # A field that is there but empty is a fault of the row, not of its columns.
-        there: list[Kind] = [
-            kind
-            for kind, names in COLUMNS.items()
-            if any(source.fields.get(name, name) in value for name in names)
-        ]
-        if there:
-            return there[0]
-        names = [name for kind in COLUMNS.values() for name in kind]
-        for key in value:
-            if close := difflib.get_close_matches(str(key), names, 1, cutoff=0.7):
-                return [missing_problem(close[0], value, f"{label}.fields.{close[0]}={{}}")]
-        keys = ", ".join(repr(key) for key in list(value)[:8]) or "nothing"
-        return [
-            f"no messages, prompt and completion, or text field, found {keys}: name the columns, "
-            f"{label}.fields={{prompt: ..., completion: ...}}"
-        ]
-    shown = " and ".join(
-        repr(next(name for name in COLUMNS[kind] if value.get(source.fields.get(name, name))))
-        for kind in found
-    )
-    return [f"has both {shown}: say which is meant, {label}.format={found[0]} (or {found[1]})"]
+def _chat(row: Row, cells: Cells, turns: Turns, kind: Kind) -> Record | list[str]:
+    """A chat with what stands beside it in its row: a system turn, and tools."""
+    messages, learned = turns.messages, turns.learned
+    tools = read_tools(cells.values.get("tools"), cells.columns.get("tools", "tools"))
+    if isinstance(tools, str):
+        return [tools]
+    system, column = cells.values.get("system"), cells.columns.get("system", "system")
+    if system is not None and (problem := text_problem(system, column, blank_is_fine=True)):
+        return [problem]
+    if system and system.strip():
+        if messages[0]["role"] == "system":
+            return [f"{column}: the chat has a system turn of its own: keep one of them"]
+        messages = ({"role": "system", "content": system}, *messages)
+        learned = learned and (False, *learned)
+    kind = kind if len(messages) == 2 and not tools else "messages"
+    return _record(row, cells, kind, messages=messages, tools=tools, learned=learned)
 
 
-def _text_problem(value: Any, column: str) -> str | None:
+def _record(row: Row, cells: Cells, kind: Kind, **content: Any) -> Record:
+    return Record(sample_id=row.key, where=row.where, kind=kind, unread=cells.unread, **content)
+
+
+def _text_problem(cells: Cells, name: str) -> str | None:
+    value, column = cells.values[name], cells.columns[name]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return (
             f"{column}: holds a list of turns, not text: put the whole chat into one messages list"
@@ -237,7 +212,8 @@ def streaming_problems(config: Config) -> list[str]:
 def check_data(config: Config) -> dict[str, int]:
     """Reads and validates every file of the recipe: format, fields, types, roles, emptiness.
 
-    Of a streamed hub dataset only the first rows are checked.
+    Of a streamed hub dataset only the first rows are checked. How many held-out samples are
+    learned, too, and which columns with text are not read is logged.
 
     Returns:
         How many samples each source has, by its place in the recipe (retention: documents).
@@ -249,18 +225,31 @@ def check_data(config: Config) -> dict[str, int]:
     counts: dict[str, int] = {}
     problems += streaming_problems(config)
     read_template(config.data.chat_template, problems)
+    overlap = Overlap()
     for section, sources in config.sources().items():
         for reader in open_sources(sources, section, problems):
             source = sources[int(reader.label.rsplit(".", 1)[1])]
             records = read_records(reader, source, problems)
             if reader.hub is not None and reader.streaming:
                 records = itertools.islice(records, STREAM_CHECKED)
+                overlap.streamed += [reader.label] if section == "data.train" else []
             text_only, count = False, 0
+            unread: dict[str, None] = {}
             with Phase(f"checking {reader.name}", reader.count, "rows") as phase:
                 for record in phase.over(records):
                     count += 1
+                    overlap.add(section, record)
+                    unread |= dict.fromkeys(record.unread)
                     text_only = text_only or record.kind == "text"
             counts[reader.label] = count
+            if unread:
+                logger.warning(
+                    "%s (%s): columns with text that are not read: %s; map them with fields, or "
+                    "list them as ignore",
+                    reader.label,
+                    reader.name,
+                    ", ".join(repr(name) for name in unread),
+                )
             if text_only and section == "data.eval" and config.evaluation.exact_match:
                 problems.append(
                     f"{reader.label}: exact match needs prompts, but this source is plain text: "
@@ -275,4 +264,5 @@ def check_data(config: Config) -> dict[str, int]:
             problems.append(str(error))
     if problems:
         raise UserErrors(problems)
+    overlap.say()
     return counts

@@ -1,6 +1,6 @@
 """A chat template: conversations rendered by it as text.
 
-Where in the text the answers are is `layout.py`'s matter, tokens are `chat.py`'s.
+Where in the text the answers are is `chat_layout.py`'s matter, tokens are `chat.py`'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the turns of a chat say: is it in a text, and what if they said more.
 
-Where a template puts it is `layout.py`'s matter.
+Where a template puts it is `chat_layout.py`'s matter.
 """
 
 from __future__ import annotations

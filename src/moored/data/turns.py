@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moored.data.columns import FLAGS, UNKNOWN_FLAGS
 from moored.data.files import missing_problem, text_problem
+from moored.data.foreign import is_sharegpt, sharegpt_turns
 from moored.data.nested import NotJsonError, from_json, kind_of, not_json
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,23 +23,6 @@ ROLE_ALIASES: Mapping[str, str] = {
     "bot": "assistant",
     "developer": "system",
 }
-# How the field names an answer's reasoning; templates read one of them, and which is their matter.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-# What the field calls "learn this turn, or do not": OpenAI (weight), axolotl (train, training),
-# LLaMA-Factory, ms-swift and slime (loss, loss_mask).
-FLAGS = ("loss", "loss_mask", "train", "training", "trainable", "weight")
-# Likewise about learning, but of a part of a turn, by a fraction, or the other way round.
-UNKNOWN_FLAGS = (
-    "ignore_loss",
-    "loss_scale",
-    "loss_weight",
-    "mask",
-    "masked",
-    "no_loss",
-    "train_detail",
-    "training_detail",
-    "train_on_turn",
-)
 _YES_NO = {0: False, 1: True}  # True, False, 0.0 and 1.0 are keys of it, too
 
 
@@ -73,6 +58,10 @@ def read_turns(messages: Any, name: str) -> Turns | list[str]:
         ]
     if not messages:
         return [f"{name}: is empty: write at least a user and an assistant turn"]
+    if is_sharegpt(messages):
+        messages = sharegpt_turns(messages, name)
+        if any(isinstance(turn, str) for turn in messages):
+            return messages
     turns: list[dict[str, Any]] = []
     problems: list[str] = []
     for index, message in enumerate(messages):
