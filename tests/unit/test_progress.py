@@ -269,7 +269,7 @@ def test_bars_come_and_go_and_lines_stand_above_them():
     assert out == b"to stdout\n" * 3
     assert "loading [red] the base" in seen
     assert "1 of 2 weights" in seen
-    assert re.search(r"measuring fox.*2 of 3 batches.*━.*left", seen)
+    assert re.search(r"measuring fox.*2 of 3 batches.*━.*left", seen, re.S)
     assert "so far" not in seen  # that is for the file
     words = [re.sub(r"^\[?[\d:]{8}\]? INFO\s+", "", line) for line in left_on(seen)]
     bars = [line for line in words if "━" in line]
