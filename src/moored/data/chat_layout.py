@@ -374,9 +374,10 @@ class _Chat:
             return (None, len(text)) if self.is_marked else None
         own_start = self.until(index).marks[index][0][0] if self.is_marked else start
         body, own_body = text[start:words], own[own_start:own_words]
-        dropped = own_body.removesuffix(body)
-        said = words_of(self.messages[index]).values()
-        if not own_body.endswith(body) or any(word in dropped for word in said):
+        # A template may give a last turn an empty block of reasoning; more must not be missing.
+        dropped = _EMPTY_REASONING.sub("", own_body.removesuffix(body))
+        reasons = [v for key, v in words_of(self.messages[index]).items() if key != "content"]
+        if not own_body.endswith(body) or any(reason in dropped for reason in reasons):
             return None
         same = words + len(_common_start(text[words:], own[own_words:]))
         if closing is not None:  # of what both write, the last; else what comes next
