@@ -17,9 +17,15 @@ from moored.answers import answered_in
 from moored.config import Config
 from moored.engine import leave
 from moored.errors import PreemptedError, TrainingRefusedError
-from moored.lifecycle import asked_to_stop, ending, open_together, signals_seen, start_tracking
+from moored.lifecycle import (
+    asked_to_stop,
+    ending,
+    met,
+    open_together,
+    signals_seen,
+    start_tracking,
+)
 from moored.log import setup
-from moored.mesh import start_mesh
 from moored.report import Report, merge, show, write
 from moored.rundir import RunDirectory
 from moored.track import Tracker
@@ -40,11 +46,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
         MooredError: an arm's; the arms before it are kept.
     """
     os.umask(0o077)
-    mesh = start_mesh(
-        config.parallel.tensor_parallel_degree,
-        wait_seconds=config.parallel.rendezvous_seconds,
-        folder=config.output.dir,
-    )
+    mesh = met(config)
     path = (config.output.dir / config.name).absolute()
     with contextlib.ExitStack() as stack:
         stack.callback(leave)

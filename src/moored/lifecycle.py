@@ -25,7 +25,7 @@ from moored.errors import (
     UserError,
 )
 from moored.launched import launch_id
-from moored.mesh import Mesh, is_lost_peer
+from moored.mesh import Mesh, is_lost_peer, start_mesh
 from moored.rundir import RunDirectory, locked, open_run
 from moored.track import Tracker, ships_later
 from moored.versions import versions_of
@@ -37,6 +37,15 @@ STATUS = {
     KeyboardInterrupt: "interrupted",
 }
 MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}
+
+
+def met(config: Config) -> Mesh:
+    """The processes of a recipe's run, which have waited for each other as long as it says."""
+    return start_mesh(
+        config.parallel.tensor_parallel_degree,
+        wait_seconds=config.parallel.rendezvous_seconds,
+        folder=config.output.dir,
+    )
 
 
 def open_together(

@@ -34,12 +34,13 @@ from moored.lifecycle import (
     asked_to_stop,
     ending,
     failures_named,
+    met,
     open_together,
     signals_seen,
     start_tracking,
 )
 from moored.log import setup
-from moored.mesh import peak_memory_bytes, start_mesh
+from moored.mesh import peak_memory_bytes
 from moored.outcome import Training, to_report
 from moored.progress import Progress
 from moored.report import rise_pct, show, write
@@ -78,11 +79,7 @@ def run(
         MooredError: see its subclasses; `exit_code` says which kind.
     """
     os.umask(0o077)
-    mesh = start_mesh(
-        config.parallel.tensor_parallel_degree,
-        wait_seconds=config.parallel.rendezvous_seconds,
-        folder=config.output.dir,
-    )
+    mesh = met(config)
     path = (path or path_of(config)).absolute()
     with contextlib.ExitStack() as stack:
         if parent is None:
