@@ -226,7 +226,8 @@ def check_data(config: Config) -> dict[str, int]:
             unread: dict[str, None] = {}
             for record in records:
                 count += 1
-                overlap.add(section, record)
+                if config.data.eval:
+                    overlap.add(section, record)
                 unread |= dict.fromkeys(record.unread)
                 text_only = text_only or record.kind == "text"
             counts[reader.label] = count

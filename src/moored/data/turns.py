@@ -23,6 +23,7 @@ ROLE_ALIASES: Mapping[str, str] = {
     "bot": "assistant",
     "developer": "system",
 }
+_MARKS = frozenset((*FLAGS, *UNKNOWN_FLAGS))
 _YES_NO = {0: False, 1: True}  # True, False, 0.0 and 1.0 are keys of it, too
 
 
@@ -218,6 +219,8 @@ def _flag(turn: Mapping[str, Any]) -> bool | None:
 
 
 def _flag_problem(turn: Mapping[str, Any]) -> str | None:
+    if _MARKS.isdisjoint(turn):
+        return None
     for name in UNKNOWN_FLAGS:
         if turn.get(name) is not None:
             return (
