@@ -151,7 +151,8 @@ def _read_turn(message: Any) -> dict[str, Any]:
             )
         if problem := text_problem(words, "content"):
             raise _ProblemError(f".{problem}")
-    _require_json({key: value for key, value in turn.items() if key != "content"})
+    if rest := {key: turn[key] for key in turn if key not in ("role", "content")}:
+        _require_json(rest)
     return turn
 
 
