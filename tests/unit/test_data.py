@@ -278,6 +278,13 @@ def test_prompts_of_longer_conversations(tmp_path):
     )
 
 
+def test_an_answer_that_is_not_to_be_learned_is_not_asked_for(tmp_path):
+    rows = [{"messages": [CHAT[0], CHAT[1] | {"loss": flag}]} for flag in (True, False, None)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    found = data.prompts(config([{"path": path}], data={"eval": [{"path": path}]}), TOKENIZER)
+    assert [prompt.sample_id for prompt in found] == ["a.jsonl:1", "a.jsonl:3"]
+
+
 def corpus(**options: Any) -> Corpus:
     return Corpus.model_validate(options)
 

@@ -11,6 +11,7 @@ import pytest
 
 from datakit import config, jsonl, records
 from moored import data
+from moored.config import load_config
 from moored.data.files import open_sources
 from moored.errors import UserError, UserErrors
 
@@ -285,3 +286,20 @@ def test_a_saved_data_set_of_texts_is_given_as_hub(saved):
     with pytest.raises(UserError) as caught:
         data.check_data(config([{"path": str(saved / "data" / "a.jsonl")}], retention=corpus))
     assert str(caught.value).endswith("give it as retention.book.hub=one instead of path")
+
+
+def test_a_folder_given_as_hub_is_beside_the_recipe(saved, monkeypatch):
+    (saved / "elsewhere").mkdir()
+    monkeypatch.chdir(saved / "elsewhere")
+    (saved / "recipe.yaml").write_text(
+        "model: {name_or_path: none/none}\ntrain: {steps: 1, global_batch_sequences: 1}\n"
+        "data:\n  train:\n  - hub: data/deep/one\n  - hub: ./one\n  - hub: some/name\n"
+        "retention: {book: {hub: all}}\n"
+    )
+    recipe = load_config(saved / "recipe.yaml")
+    assert [source.hub for source in recipe.data.train] == [
+        str(saved / "data" / "deep" / "one"),
+        str(saved / "one"),
+        "some/name",
+    ]
+    assert data.resolve_text(recipe.retention["book"]) == ["a"]

@@ -25,6 +25,8 @@ _PATHS: tuple[Key, ...] = (
     ("compare", "*", "budget", "probe", "path"),
     ("output", "dir"),
 )
+# A folder of `Dataset.save_to_disk` is given where a name of the hub may stand.
+_HUBS: tuple[Key, ...] = tuple((*key[:-1], "hub") for key in _PATHS if key[-1] == "path")
 
 
 def resolve_paths(recipe: Recipe) -> None:
@@ -33,21 +35,33 @@ def resolve_paths(recipe: Recipe) -> None:
     output = data.setdefault("output", {})
     if isinstance(output, dict) and "dir" not in output:
         output["dir"] = os.path.abspath("runs")
-    for pattern in _PATHS:
+    for pattern in (*_PATHS, *_HUBS):
         for holder, last, key in _matches(data, pattern, ()):
             value = holder[last]
             if not isinstance(value, str) or not value:
                 continue
             folder = Path.cwd() if recipe.is_overridden(key) else recipe.folder
             full = os.path.abspath(folder / os.path.expanduser(value))
-            if key != ("model", "name_or_path") or _is_local(value, full):
+            if last == "hub":
+                is_path = _is_marked(value) or _is_saved(full)
+            else:
+                is_path = key != ("model", "name_or_path") or _is_local(value, full)
+            if is_path:
                 holder[last] = full
 
 
 def _is_local(name: str, full: str) -> bool:
     """Whether a model is a path rather than a hub name."""
-    marked = name.startswith((".", "/", "~")) or name.endswith(".gguf")
-    return marked or os.path.exists(full)
+    return _is_marked(name) or name.endswith(".gguf") or os.path.exists(full)
+
+
+def _is_marked(name: str) -> bool:
+    return name.startswith((".", "/", "~"))
+
+
+def _is_saved(folder: str) -> bool:
+    files = ("dataset_dict.json", "state.json")
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:

@@ -88,15 +88,17 @@ def cells_of(row: Mapping[str, Any], source: Source, label: str) -> Cells | list
 
 def _refused(others: Mapping[str, Any], layout: Layout, label: str) -> Iterator[str]:
     """Columns that are not read and cannot be passed over."""
+    if not others:
+        return
     for name in VERDICTS:
-        if _says_no(name, others.get(name)):
+        if name in others and _says_no(name, others[name]):
             yield (
                 f"{name}: holds {kind_of(others[name])}, and what is said of a whole row is not "
                 f"read: take the row out, mark its turns, or set {label}.ignore=[{name}]"
             )
     if layout == "text":
         return  # a text is whole
-    found = [name for name in PARTS if _is_given(others.get(name))]
+    found = [name for name in PARTS if name in others and _is_given(others[name])]
     if found:
         shown, they, them = ", ".join(found), "they are", "them"
         if len(found) == 1:

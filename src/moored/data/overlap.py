@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moored.data.records import Record
 
 logger = logging.getLogger(__name__)
+_as_text = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,12 +102,15 @@ def _digests(record: Record) -> tuple[int, int | None]:
     Blanks around a turn's words do not count: many templates take them away.
     """
     if record.kind == "text":
-        return _digest(record.text.strip()), None
-    turns = [turn | {"content": (turn.get("content") or "").strip()} for turn in record.messages]
-    return _digest([turns, record.tools]), _digest([turns[:-1], record.tools])
+        return _number(hashlib.blake2b(record.text.strip().encode(), digest_size=8)), None
+    *asked, last = (
+        turn | {"content": (turn.get("content") or "").strip()} for turn in record.messages
+    )
+    digest = hashlib.blake2b(_as_text([record.tools, asked]).encode(), digest_size=8)
+    prompt = _number(digest)
+    digest.update(_as_text(last).encode())
+    return _number(digest), prompt
 
 
-def _digest(content: object) -> int:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    raw = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(raw, "little", signed=True)
+def _number(digest: hashlib.blake2b) -> int:
+    return int.from_bytes(digest.digest(), "little", signed=True)

@@ -238,7 +238,8 @@ def check_data(config: Config) -> dict[str, int]:
             with Phase(f"checking {reader.name}", reader.count, "rows") as phase:
                 for record in phase.over(records):
                     count += 1
-                    overlap.add(section, record)
+                    if config.data.eval:
+                        overlap.add(section, record)
                     unread |= dict.fromkeys(record.unread)
                     text_only = text_only or record.kind == "text"
             counts[reader.label] = count

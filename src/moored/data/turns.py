@@ -23,6 +23,7 @@ ROLE_ALIASES: Mapping[str, str] = {
     "bot": "assistant",
     "developer": "system",
 }
+_MARKS = frozenset((*FLAGS, *UNKNOWN_FLAGS))
 _YES_NO = {0: False, 1: True}  # True, False, 0.0 and 1.0 are keys of it, too
 
 
@@ -150,7 +151,8 @@ def _read_turn(message: Any) -> dict[str, Any]:
             )
         if problem := text_problem(words, "content"):
             raise _ProblemError(f".{problem}")
-    _require_json({key: value for key, value in turn.items() if key != "content"})
+    if rest := {key: turn[key] for key in turn if key not in ("role", "content")}:
+        _require_json(rest)
     return turn
 
 
@@ -218,6 +220,8 @@ def _flag(turn: Mapping[str, Any]) -> bool | None:
 
 
 def _flag_problem(turn: Mapping[str, Any]) -> str | None:
+    if _MARKS.isdisjoint(turn):
+        return None
     for name in UNKNOWN_FLAGS:
         if turn.get(name) is not None:
             return (
