@@ -9,11 +9,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moored.data.columns import REASONING_KEYS
 from moored.data.template import Message
 
 MARK = "\ue000"  # private use: no text has it
-# Under which a turn's reasoning is given, beside its content.
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 
 
 def said_more(turn: Message) -> dict[str, Any]:
