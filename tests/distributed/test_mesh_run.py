@@ -195,7 +195,7 @@ def refused(rank: int, world_size: int, config: Config, slices: Config, folder: 
     base, _ = load_base(path, config.model, ALONE, config.parallel)
     foreign = folder / f"foreign-{rank}"
     get_peft_model(base, RandLoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(foreign)
-    with pytest.raises(UserError, match="foreign-. is RANDLORA, which cannot be spread"):
+    with pytest.raises(UserError, match=r"foreign-. is RANDLORA, which cannot be spread"):
         load_policy(path, config, mesh, adapter=foreign)
     pickled = folder / f"bin-{rank}"
     shutil.copytree(path, pickled, ignore=shutil.ignore_patterns("*.safetensors"))

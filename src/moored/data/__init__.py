@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moored.data.ahead import Ahead
     from moored.data.corpora import by_domain, resolve_text
     from moored.data.drawn import BaseIdentity
+    from moored.data.ends import TurnEnd, turn_ends
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _ROOMS = {
     "Ahead": "ahead",
     "BaseIdentity": "drawn",
+    "TurnEnd": "ends",
+    "turn_ends": "ends",
     "by_domain": "corpora",
     "resolve_text": "corpora",
     "Prompt": "heldout",
@@ -51,6 +54,7 @@ __all__ = [
     "Prompt",
     "SampleSet",
     "TrainStream",
+    "TurnEnd",
     "by_domain",
     "check_data",
     "eval_batches",
@@ -61,6 +65,7 @@ __all__ = [
     "prompts",
     "resolve_text",
     "retention_samples",
+    "turn_ends",
 ]
 
 
