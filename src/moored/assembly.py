@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from moored.base import Located, locate
 from moored.batch import Batch
 from moored.budget import Controller
 from moored.config import Config
-from moored.data import Ahead, TrainStream, check_data, load_samples
+from moored.data import Ahead, TrainStream, check_data, load_samples, turn_ends
 from moored.engine import Engine
 from moored.errors import UserError
 from moored.evaluate import Suite, build_suite
@@ -28,6 +28,7 @@ from moored.model import PolicyModel, load_policy
 from moored.rundir import RunDirectory
 from moored.step import StepStats
 from moored.track import Tracker
+from moored.untrained import in_words, untrained
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,14 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if replay is not None:
         tracker.event("replayed_sources", sources=replay.samples.describe())
 
+    ends = turn_ends(samples, located.tokenizer, config.data.max_length)
+    if mesh.is_main:
+        directory.update_state(turn_ends=[asdict(end) for end in ends])
+
     policy = load_policy(located.source.path, config, mesh)
+    for found in untrained(policy.head, ends, mesh.tp):
+        line = in_words(found, located.tokenizer, config.model.name_or_path)
+        log.log(logging.WARNING if mesh.is_main else logging.DEBUG, "%s", line)
     found = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
     name = mesh.world.broadcast(None if found is None else str(found))
     newest = None if name is None else Path(name)

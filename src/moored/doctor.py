@@ -22,7 +22,7 @@ from rich.text import Text
 from moored.base import locate
 from moored.batch import Sample
 from moored.config import Config, DataConfig
-from moored.data import HeldSource, SampleSet, check_data, load_samples
+from moored.data import HeldSource, SampleSet, check_data, load_samples, turn_ends
 from moored.errors import UserError
 from moored.evaluate import build_suite
 from moored.loading import require_layout
@@ -30,6 +30,7 @@ from moored.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.model import PolicyModel, load_policy, num_checkpointed
 from moored.step import CE_WEIGHTINGS
 from moored.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.untrained import in_words, untrained
 from moored.weighting import NUM_TOPS
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
@@ -39,7 +40,8 @@ GIB = 2**30
 def run(config: Config | None) -> None:
     """Check the machine and, with a recipe, its data, its model and the reference's identity.
 
-    Under torchrun the rendezvous and the ranks' agreement are checked too.
+    Under torchrun the rendezvous and the ranks' agreement are checked too. What a run would bear,
+    but not end well with, is said last.
 
     Raises:
         UserError: the first thing that would stop a run.
@@ -57,10 +59,12 @@ def run(config: Config | None) -> None:
         if mesh.is_main:
             _machine(console, config)
         _rendezvous(console, mesh)
-        if config is not None:
-            _recipe(console, config, mesh)
+        warnings = [] if config is None else _recipe(console, config, mesh)
         if mesh.is_main:
-            console.print("all is well", style="green")
+            for line in warnings:
+                console.print(f"warning     {line}", style="yellow")
+            if not warnings:
+                console.print("all is well", style="green")
     finally:
         leave_mesh()
 
@@ -104,7 +108,8 @@ def _rendezvous(console: Console, mesh: Mesh) -> None:
         console.print(f"processes   {mesh.world.size}, all-reduce works on {mesh.device.type}")
 
 
-def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
+def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
+    """What is printed of a recipe; warnings come back."""
     check_data(config)
     located = locate(config.model, mesh)
     source, tokenizer = located.source, located.tokenizer
@@ -112,12 +117,15 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
     held_out = load_samples(
         config.data.eval, tokenizer, config.data, located.vocab_size, section="data.eval"
     )
+    ends = turn_ends(samples, tokenizer, config.data.max_length)
     suite = build_suite(config, located, mesh)
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
         _show(console, samples, tokenizer, config.data)
         if config.data.eval:
             _show(console, held_out, tokenizer, config.data)
+        named = ", ".join(f"{end.token} ({end.count})" for end in ends) or "no token of their own"
+        console.print(f"ends        of what is learned: {named}")
         for name, text in suite.retention.items():
             scored = sum(batch.num_targets for batch in text.batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
@@ -134,6 +142,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> None:
         )
         if policy.sharding is not None:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
+    found = untrained(policy.head, ends, mesh.tp)
+    return [in_words(one, tokenizer, config.model.name_or_path) for one in found]
 
 
 def _whole_size(policy: PolicyModel, name: str) -> int:

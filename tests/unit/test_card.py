@@ -143,9 +143,14 @@ MERGED = card.Merged(
     kl_trained_merged_nats_per_token=0.112,
     kl_trained_base_nats_per_token=1.74,
 )
+STOPS = card.Stops(
+    learned=(card.End(id=2, token="<|im_end|>", count=6962), card.End(id=5, token="<|eom_id|>")),
+    base=(card.End(id=0, token="<|endoftext|>"),),
+)
 CASES = {
-    "adapter": a_card(),
+    "adapter": a_card(stops=STOPS),
     "merged": a_card(
+        stops=card.Stops(learned=STOPS.learned[:1], base=STOPS.learned[:1]),
         kind="merged",
         merged=MERGED,
         scale=0.7,

@@ -16,6 +16,7 @@ from moored.card.gather import (
     public,
     utc,
 )
+from moored.card.stops import End, Stops
 
 __all__ = [
     "HASHED_BYTES",
@@ -23,9 +24,11 @@ __all__ = [
     "Card",
     "Delta",
     "Deltas",
+    "End",
     "Figures",
     "Merged",
     "Provenance",
+    "Stops",
     "adapter_of",
     "base_of",
     "figures_for",

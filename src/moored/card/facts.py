@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from moored.card.stops import Stops
 from moored.report import Report, headline
 
 FORMAT = 1
@@ -360,6 +361,7 @@ class Card:
         scale: factor of what was trained; 1 as trained.
         training: None where it was not a run of Moored's.
         data: None likewise.
+        stops: where generation is to stop; None: not known.
         verified: what `moored export` compared, as in `export.json`.
     """
 
@@ -374,6 +376,7 @@ class Card:
     data: Data | None = None
     deltas: Deltas
     merged: Merged | None = None
+    stops: Stops | None = None
     verified: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance
 

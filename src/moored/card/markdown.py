@@ -6,6 +6,7 @@ What it says is in `facts.py`, how names are made harmless in `cells.py`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from moored.card.cells import (
 )
 from moored.card.facts import Card, Delta, Source
 from moored.card.matter import front_matter
+from moored.card.stops import End
 from moored.report.words import count, duration, kind_name, ppl
 
 MARK = "<!-- forgetting card, written by moored export -->"
@@ -262,6 +264,36 @@ def _use(card: Card) -> Iterator[str]:
             "The base was no model of the hub: `base_model_name_or_path` in `adapter_config.json` "
             "must name the folder that has it."
         )
+    yield from _stops(card)
+
+
+def _stops(card: Card) -> Iterator[str]:
+    stops = card.stops
+    if stops is None or not stops.learned:
+        return
+    learned, base = (", ".join(map(_token, ends)) for ends in (stops.learned, stops.base))
+    if stops.are_the_base_s:
+        yield f"A turn ends with {learned}, at which the base stops, too."
+        return
+    said = f"**A turn ends with {learned}**, at which the base, which stops at {base}, does not."
+    if card.merged is not None:
+        yield f"{said} `generation_config.json` stops at both."
+        return
+    yield (
+        f"{said} With an adapter, transformers generates as the base's settings say, so tell it:"
+    )
+    yield f"```python\nmodel.generate(**inputs, eos_token_id={stops.ids})\n```"
+    yield (
+        "or `model.generation_config = GenerationConfig.from_pretrained(folder)`; vLLM takes "
+        "`--generation-config FOLDER`."
+    )
+
+
+def _token(end: End) -> str:
+    """A token as it is; `code` would write the bars of many otherwise, for tables."""
+    return (
+        f"`{end.token}`" if re.fullmatch(r"[\w<>|/\[\]:.-]{1,40}", end.token) else code(end.token)
+    )
 
 
 def _provenance(card: Card) -> Iterator[str]:

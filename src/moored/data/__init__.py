@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moored.data.corpora import by_domain, resolve_text
     from moored.data.drawn import BaseIdentity
     from moored.data.encode import HeldSource
+    from moored.data.ends import TurnEnd, turn_ends
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -32,6 +33,8 @@ _ROOMS = {
     "Ahead": "ahead",
     "BaseIdentity": "drawn",
     "HeldSource": "encode",
+    "TurnEnd": "ends",
+    "turn_ends": "ends",
     "by_domain": "corpora",
     "resolve_text": "corpora",
     "Prompt": "heldout",
@@ -54,6 +57,7 @@ __all__ = [
     "Prompt",
     "SampleSet",
     "TrainStream",
+    "TurnEnd",
     "by_domain",
     "check_data",
     "eval_batches",
@@ -64,6 +68,7 @@ __all__ = [
     "prompts",
     "resolve_text",
     "retention_samples",
+    "turn_ends",
 ]
 
 

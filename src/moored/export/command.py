@@ -23,7 +23,7 @@ from moored.adapters import require_scale, write_scaled
 from moored.base import Located, locate, resolve_dtype
 from moored.config import Config
 from moored.errors import UserError
-from moored.export import deltas, merge
+from moored.export import deltas, merge, stops
 from moored.export.folder import (
     EXPORT_VERSIONS,
     publishing,
@@ -64,6 +64,8 @@ class Export:
         scale: factor of what was trained, 1 as trained.
         probe: what is compared.
         trained: the logits of the policy that was trained, with that adapter.
+        stops: where generation is to stop.
+        tokenizer: what is saved beside it.
     """
 
     given: Given
@@ -74,6 +76,8 @@ class Export:
     mesh: Mesh
     probe: Probe
     trained: Outputs
+    stops: card.Stops
+    tokenizer: Any
 
     @property
     def double(self) -> bool | None:
@@ -153,6 +157,7 @@ def _make(
     probe = make_probe(config, located)
     log.info("the trained policy computes %d tokens of %s", probe.num_tokens, probe.origin)
     trained = trained_outputs(config, located, mesh, adapter, probe)
+    ends = stops.stops_of(given.run, config, located)
     export = Export(
         given=given,
         config=config,
@@ -162,14 +167,17 @@ def _make(
         scale=1.0 if scale is None else scale,
         probe=probe,
         trained=trained,
+        stops=ends,
+        tokenizer=stops.tokenizer_of(config, located, ends),
     )
-    _tokenizer(config, located).save_pretrained(folder)
+    export.tokenizer.save_pretrained(folder)
     if plan is None:
         made = _adapter(export, folder, work)
         weights = _product(export)
     else:
         made, moved = _merge(export, plan, folder, work)
         weights = deltas.summary("merged", moved)
+    print(stops.in_words(export.stops))
     readme = card.readme_of(given.adapter)
     card.write(_card(export, made, weights), folder, readme)
     write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
@@ -195,6 +203,7 @@ def _plan(
 def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
     for name in ADAPTER:
         copyfile(export.adapter / name, folder / name)
+    stops.write_generation_config(folder, export.located, export.stops)
     log.info("stock PEFT loads it in a fresh process")
     stock = stock_outputs(
         export.config,
@@ -203,7 +212,7 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         model=export.located.source.path,
         adapter=folder,
         double=export.double,
-        tokenizer=_tokenizer(export.config, export.located),
+        tokenizer=export.tokenizer,
         tokenizer_folder=folder,
         work=work,
     )
@@ -238,6 +247,7 @@ def _merge(
     source, config = export.located.source.path, export.config
     log.info("merging into the %s weights: %.2f GB", plan.base, plan.num_bytes / 1e9)
     moved = merge.write(plan, folder, export.mesh.device)
+    stops.write_generation_config(folder, export.located, export.stops)
     device = merge.device_for(plan, export.mesh.device)
     log.info("stock transformers and PEFT load it, and what it must equal, in fresh processes")
     merged = stock_outputs(
@@ -245,7 +255,7 @@ def _merge(
         export.probe,
         device=device,
         model=folder,
-        tokenizer=_tokenizer(config, export.located),
+        tokenizer=export.tokenizer,
         tokenizer_folder=folder,
         work=work,
     )
@@ -291,20 +301,6 @@ def _off(outputs: Outputs) -> torch.Tensor:
 # ---------------------------------------------------------------- what is written
 
 
-def _tokenizer(config: Config, located: Located) -> Any:
-    """The base's, with the recipe's chat template if it has one."""
-    tokenizer: Any = located.tokenizer
-    if config.data.chat_template is not None:
-        try:
-            tokenizer.chat_template = config.data.chat_template.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.chat_template={config.data.chat_template} cannot be read ({error}): put it "
-                "back, the model was trained with it"
-            ) from error
-    return tokenizer
-
-
 def _say(export: Export, found: Agreement, what: str) -> None:
     share = "" if found.share is None else f", {100 * found.share:.1f} % of the adapter's effect"
     print(
@@ -343,7 +339,9 @@ def _facts(export: Export) -> dict[str, Any]:
             }
         }
     )
+    ends = [asdict(end) for end in export.stops.learned]
     return of_run | {
+        "stops": {"learned": ends, "eos_token_id": export.stops.ids},
         "base": {
             "name": model.name_or_path,
             "revision": export.located.source.revision,
@@ -390,6 +388,7 @@ def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Ca
         )
         if is_merged
         else None,
+        stops=export.stops,
         verified=made["verified"],
         provenance=replace(provenance, export_versions=versions_of(EXPORT_VERSIONS)),
     )
