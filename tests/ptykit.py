@@ -18,6 +18,8 @@ def on_a_terminal(*command: str, term: str = "xterm", **more: str) -> tuple[byte
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     environment = {**os.environ, "TERM": term, **more}
+    for name in ("COLUMNS", "LINES"):  # of the terminal that the tests run in
+        environment.pop(name, None)
     with subprocess.Popen(
         [sys.executable, *command],
         stdin=subprocess.DEVNULL,

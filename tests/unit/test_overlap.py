@@ -22,7 +22,7 @@ def chat(number: int) -> dict[str, Any]:
 
 def warnings(caplog, train: list[Any], held_out: list[Any]) -> list[str]:
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         data.check_data(config(train, data={"eval": held_out}))
     return [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
 
@@ -56,7 +56,7 @@ def test_nothing_in_common_is_no_warning(tmp_path, caplog):
     train = [{"path": jsonl(tmp_path / "t.jsonl", [pair(1)]), "limit": 1}]
     held_out = [{"path": jsonl(tmp_path / "e.jsonl", [pair(2)])}]
     assert warnings(caplog, train, held_out) == []
-    assert "data.eval: 1 samples were looked for in data.train" in caplog.text
+    assert "data.eval: none of 1 samples is in data.train" in caplog.text
     assert warnings(caplog, train, []) == []
 
 

@@ -48,12 +48,13 @@ class Overlap:
             self._held_out.append((record.where, whole, prompt))
 
     def say(self) -> None:
-        """Logs what was found: a warning where there is any overlap."""
-        for line in self._lines():
+        """Logs what was found: a warning where there is any, else a line for the log file alone."""
+        lines = list(self._lines())
+        for line in lines:
             logger.warning("%s", line)
-        if self._held_out and not self.streamed:
+        if self._held_out and not lines:
             total = len(self._held_out)
-            logger.info("data.eval: %d samples were looked for in data.train", total)
+            logger.debug("data.eval: none of %d samples is in data.train", total)
 
     def _lines(self) -> Iterator[str]:
         total = len(self._held_out)
