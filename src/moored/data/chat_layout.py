@@ -155,6 +155,7 @@ class _Chat:
         self.template, self.messages, self.tools = template, messages, tools
         self.stops, self.split = stops, split
         self.is_marked = template.is_marked(tools)
+        self._text: dict[int, str] = {}
         self._until: dict[int, _Rendered] = {}
         self._given: dict[int, str] = {}
         self._words_end: dict[tuple[int, int], int | None] = {}
@@ -167,9 +168,11 @@ class _Chat:
             messages = self.messages[: last + 1]
             if self.is_marked:
                 text, spans = self.template.render_marked(messages, self.tools)
+                self._text[last] = text  # where words end in it is asked for next
                 marks = self._of_turns(text, [s for s in spans if text[slice(*s)].strip()], last)
             else:
                 text, marks = self.template.render(messages, self.tools), {}
+                self._text[last] = text
             self._until[last] = _Rendered(text=text, marks=marks)
         return self._until[last]
 
@@ -198,9 +201,8 @@ class _Chat:
     def _find_words_end(self, index: int, last: int) -> int | None:
         more = [dict(message) for message in self.messages[: last + 1]]
         more[index] = said_more(more[index])
-        plain = self.messages[: last + 1]
+        text = self._text[last]
         try:
-            text = self.template.render(plain, self.tools)
             other = self.template.render(more, self.tools)
         except TemplateError:
             return None
@@ -257,8 +259,12 @@ class _Chat:
             TemplateError: it cannot be located where it is the last turn, or words of it are cut.
         """
         text = self.until(last).text
-        spans = self._marked(index, last) if self.is_marked else self._derived(index, last)
-        if spans is None:
+        begins = self._begins(index, last)
+        if self.is_marked:
+            spans = self._marked(index, last, begins)
+        else:
+            spans = None if begins is None else [(begins, len(text))]
+        if spans is None or begins is None:
             return None
         start, stop = spans[0][0], spans[-1][1]
         end = self._end(index, last, start)
@@ -279,25 +285,28 @@ class _Chat:
         blocks = _EMPTY_REASONING.finditer(text, max(0, start - _OPENED), spans[-1][1])
         content = self.messages[index].get("content") or ""
         empty = any(m.end() > start and m.group() not in content for m in blocks)
-        moved = None
-        if index == last and (begins := self._asked_anew(index)) is not None:
-            given = self.given(index)
+        moved, given = None, self.given(index)
+        if not text.startswith(given):  # asked anew
             moved = given + text[begins:]
             by = len(given) - begins
             spans = [(start + by, stop + by) for start, stop in spans]
         return _Answer(spans=spans, is_closed=is_closed, has_empty_reasoning=empty, text=moved)
 
-    def _marked(self, index: int, last: int) -> list[tuple[int, int]] | None:
-        """The template's own marks, where what comes before them is what the model is given."""
-        given = self._derived(index, last)
+    def _marked(self, index: int, last: int, start: int | None) -> list[tuple[int, int]] | None:
+        """The template's own marks, where what comes before them is what the model is given.
+
+        Args:
+            index: of the turn.
+            last: of the conversation.
+            start: where the turn begins there.
+        """
         here, own = self.until(last), self.until(index)
         spans, own_spans = here.marks.get(index, ()), own.marks.get(index)
         if not own_spans or (not spans and here.text.startswith(own.text)):
             raise _uncovered()
-        if given is None or not spans:
+        if start is None or not spans:
             return None  # marked as the last turn alone, in which it is written otherwise
         # What the model is given is not learned, whether it is marked or not.
-        start = given[0][0]
         spans = [(max(at, start), stop) for at, stop in spans if stop > start]
         if not spans:
             raise _uncovered()
@@ -306,16 +315,22 @@ class _Chat:
         before, own_before = here.text[start : spans[0][0]], own.text[start : own_spans[0][0]]
         return spans if own_before.endswith(before) else None  # a last turn's empty block apart
 
-    def _derived(self, index: int, last: int) -> list[tuple[int, int]] | None:
-        """From what the model is given, on; the end is found later."""
+    def _begins(self, index: int, last: int) -> int | None:
+        """Where turn `index` begins: after what the model is given to write it.
+
+        None where that is not what stands before it in the conversation up to `last`.
+
+        Raises:
+            TemplateError: it is the last turn, and where it begins cannot be told.
+        """
         text, given = self.until(last).text, self.given(index)
         if text.startswith(given):
-            return [(len(given), len(text))]
+            return len(given)
         if index < last:
             return None
         begins = self._asked_anew(index)
         if begins is not None:
-            return [(begins, len(text))]
+            return begins
         before = self.before(index)
         if text.startswith(before) and given.startswith(before):
             same = _common_start(given, text)
@@ -335,12 +350,10 @@ class _Chat:
 
         Some templates write what was asked otherwise as soon as it is answered (a system text that
         stands before the last question only while nothing follows it). Then no rendering is what
-        the model sees; it is what it was given, and what it said. None where the text does begin
-        with what was given, or where the turn begins cannot be told.
+        the model sees; it is what it was given, and what it said. None where the turn's beginning
+        cannot be told.
         """
         own, given = self.until(index).text, self.given(index)
-        if own.startswith(given):
-            return None
         asked, said = [dict(m) for m in self.messages[:index]], dict(self.messages[index])
         asked[-1] = said_more(asked[-1])
         try:
