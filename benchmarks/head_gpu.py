@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-import moored.chunks
-from moored.head import Head, attach_gradient, linear_tmkl_loss
+import moored.loss.chunks
+from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
 
 SHAPES = ("8192,128256,4096", "8192,128256,8192", "8192,152064,3584")
 CHUNKS = (1024, 2048, 4096)
@@ -189,11 +189,11 @@ def contestants(weight: Tensor) -> dict[str, Loss]:
         return attach_gradient(h, grad, sums)
 
     def plain(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
-        found, moored.chunks.kernels_run = moored.chunks.kernels_run, lambda *_: False
+        found, moored.loss.chunks.kernels_run = moored.loss.chunks.kernels_run, lambda *_: False
         try:
             return ours(h, h0, y)
         finally:
-            moored.chunks.kernels_run = found
+            moored.loss.chunks.kernels_run = found
 
     def alone(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
         return linear_tmkl_loss(h, None, weight, y, kl_weight=0.0).loss
@@ -237,11 +237,11 @@ def kl_gradient(
     if name == "eager":
         return torch.autograd.grad(kl_of(h, h0, y, weight), h)[0]
     head = Head(torch.nn.Parameter(weight, requires_grad=False))
-    found = moored.chunks.kernels_run
+    found = moored.loss.chunks.kernels_run
     if "torch" in name:
-        moored.chunks.kernels_run = lambda *_: False
+        moored.loss.chunks.kernels_run = lambda *_: False
     grad, _ = head(h, h0, y, ce_scale=0.0, kl_scale=1 / n)
-    moored.chunks.kernels_run = found
+    moored.loss.chunks.kernels_run = found
     return grad
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
-from moored.head import linear_tmkl_loss
+from moored.loss.head import linear_tmkl_loss
 
 CHUNK = 256
 # (hidden, hidden of the base, targets) -> the mean loss over the targets

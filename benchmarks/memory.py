@@ -76,10 +76,10 @@ def in_fresh_process(size: str, run: dict[str, Any]) -> int:
 
 def measure(size: str, tokens: int, vocab: int, layers: int, arm: str) -> int:
     """Train two steps; the second is watched."""
-    import moored.train
+    import moored.training.train
     from moored.config import Config
 
-    train_step, peaks = moored.train.train_step, []
+    train_step, peaks = moored.training.train.train_step, []
 
     def watched(*positional: Any, **named: Any) -> Any:
         if torch.cuda.is_available():
@@ -93,7 +93,7 @@ def measure(size: str, tokens: int, vocab: int, layers: int, arm: str) -> int:
         peaks.append(peak(watching))
         return stats
 
-    moored.train.train_step = watched
+    moored.training.train.train_step = watched
     hidden, intermediate, _, heads, kv_heads, _ = SIZES[size]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -105,7 +105,7 @@ def measure(size: str, tokens: int, vocab: int, layers: int, arm: str) -> int:
             zero_stage=0, steps=2,
         )  # fmt: skip
         config = Config.model_validate(recipe(place, model, data, arm, settings))
-        moored.train.run(config)
+        moored.training.train.run(config)
     return peaks[-1]
 
 

@@ -19,11 +19,11 @@ import torch
 from step import ARMS, SIZES, add_options, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import moored.train
+import moored.training.train
 from moored.config import Config
-from moored.engine import Engine
-from moored.head import Head
-from moored.linear4bit import FrozenLinear4bit
+from moored.loss.head import Head
+from moored.models.engine import Engine
+from moored.models.linear4bit import FrozenLinear4bit
 
 PARTS = {
     "reference pass": (Engine, "reference"),
@@ -51,7 +51,7 @@ def main() -> None:
         setattr(owner, method, named(name, getattr(owner, method)))
     profiler = profile(activities=activities)
     count = 0
-    train_step = moored.train.train_step
+    train_step = moored.training.train.train_step
 
     def watched(*positional: Any, **named: Any) -> Any:
         nonlocal count
@@ -63,13 +63,13 @@ def main() -> None:
             profiler.stop()
         return found
 
-    moored.train.train_step = watched
+    moored.training.train.train_step = watched
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = write_model(place / "model", SIZES[args.size])
         data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
         config = Config.model_validate(recipe(place, model, data, args.arm, args))
-        moored.train.run(config)
+        moored.training.train.run(config)
     text = tables(profiler, args, on_gpu=on_gpu)
     print(text)
     if args.out:

@@ -208,7 +208,7 @@ def train(
     folder: Path, model: Path, data: Path, arm: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """One run: seconds per step after the first ones, and the peak of memory."""
-    from moored.track.journal import metrics
+    from moored.tracking.journal import metrics
 
     folder.mkdir()
     path = folder / "recipe.yaml"

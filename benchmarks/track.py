@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 
 from moored.config import load_config
-from moored.track import Tracker, sync
-from moored.track.cursor import Cursor, lock_holder
-from moored.track.mlflow_store import MlflowStore
-from moored.track.shipper import Shipper
+from moored.tracking import Tracker, sync
+from moored.tracking.cursor import Cursor, lock_holder
+from moored.tracking.mlflow_store import MlflowStore
+from moored.tracking.shipper import Shipper
 
 RECIPE = """
 name: bench

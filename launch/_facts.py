@@ -20,9 +20,9 @@ def main(recipe: str, *overrides: str) -> int:
     """Print the facts as JSON, or an error as one line."""
     try:
         import moored
-        from moored.commands.options import load
-        from moored.errors import MooredError
-        from moored.rundir import path_of
+        from moored.cli.options import load
+        from moored.tracking.run_directory import path_of
+        from moored.utils.errors import MooredError
     except ImportError as error:
         print(f"error: {sys.executable} cannot import moored: {error}", file=sys.stderr)
         return 2

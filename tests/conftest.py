@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store with its tables, made once: that takes seconds."""
-    from moored.track.mlflow_store import MlflowStore
+    from moored.tracking.mlflow_store import MlflowStore
 
     folder = tmp_path_factory.mktemp("store")
     MlflowStore(f"sqlite:///{folder}/mlflow.db", folder / "run")

@@ -12,7 +12,7 @@ from moored.config import Config
 from moored.data.files import open_sources
 from moored.data.records import Record, read_records
 from moored.data.samples import SampleSet, load_samples
-from moored.errors import UserErrors
+from moored.utils.errors import UserErrors
 
 TOKENIZER = chats.tokenizer(chats.CHATML)
 PLAIN_TOKENIZER = chats.tokenizer(add_bos=True)

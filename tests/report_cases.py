@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moored.report import (
+from moored.evaluation.report import (
     ArmResult,
     BaseResult,
     Blocks,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moored.track.journal import metrics, read_journal
+from moored.tracking.journal import metrics, read_journal
 
 ROOT = Path(__file__).parents[1]
 MOORED = [sys.executable, "-m", "moored"]

@@ -19,10 +19,10 @@ import psutil
 import yaml
 
 from moored.config import Config, load_config
-from moored.track import Tracker
-from moored.track.cursor import Cursor, shipping
-from moored.track.mlflow_store import MlflowStore
-from moored.track.provenance import address
+from moored.tracking import Tracker
+from moored.tracking.cursor import Cursor, shipping
+from moored.tracking.mlflow_store import MlflowStore
+from moored.tracking.provenance import address
 
 
 class Place:

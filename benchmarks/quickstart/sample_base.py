@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moored.config import load_config
 from moored.data.questions import QUESTIONS
-from moored.sources import resolve_model
+from moored.models.hub import resolve_model
 
 
 def main() -> None:

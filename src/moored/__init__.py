@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moored.head import linear_tmkl_loss
-    from moored.tmkl import TMKLOutput, VocabShard, tmkl_loss
+    from moored.loss.head import linear_tmkl_loss
+    from moored.loss.tmkl import TMKLOutput, VocabShard, tmkl_loss
 
 __version__ = "0.1.0"
 __all__ = ["TMKLOutput", "VocabShard", "__version__", "linear_tmkl_loss", "tmkl_loss"]
 
 _HOMES = {
-    "TMKLOutput": "moored.tmkl",
-    "VocabShard": "moored.tmkl",
-    "linear_tmkl_loss": "moored.head",
-    "tmkl_loss": "moored.tmkl",
+    "TMKLOutput": "moored.loss.tmkl",
+    "VocabShard": "moored.loss.tmkl",
+    "linear_tmkl_loss": "moored.loss.head",
+    "tmkl_loss": "moored.loss.tmkl",
 }
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-import moored.compare
-import moored.remeasure
-import moored.train  # noqa: F401
+import moored.evaluation.evaluate_command
+import moored.training.compare
+import moored.training.train  # noqa: F401
 
 with contextlib.suppress(ImportError):  # what Llama's own module needs, which is imported late
     import transformers.models.llama.modeling_llama  # noqa: F401

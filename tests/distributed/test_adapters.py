@@ -15,13 +15,14 @@ import torch
 
 from distributed.runner import run_distributed
 from distributed.test_zero import STEPS, assert_same, build, by_case, global_batch, step_once
-from moored import checkpoint, engine, partition
-from moored.adapters import frozen_buffers
-from moored.batch import batches_of
 from moored.config import Config, load_config
-from moored.engine import Engine
-from moored.mesh import start_mesh
-from moored.model import load_policy
+from moored.data.batch import batches_of
+from moored.distributed.mesh import start_mesh
+from moored.models import engine, zero
+from moored.models.adapters import frozen_buffers
+from moored.models.engine import Engine
+from moored.models.policy import load_policy
+from moored.training import checkpoint
 from tiny import tiny_recipe, write_recipe
 
 METHODS = ["randlora", "sinelora"]
@@ -35,7 +36,7 @@ def config_of(folder: Path, method: str, *overrides: str) -> Config:
 
 
 def all_in_parts(config: Config) -> dict[str, Any]:
-    settings = partition.zero_config(config)
+    settings = zero.zero_config(config)
     if config.parallel.zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings

@@ -11,12 +11,12 @@ import transformers
 from peft import PeftModel
 
 from distributed.runner import run_distributed
-from moored import train
 from moored.config import load_config
-from moored.data import instruction_prompts
-from moored.errors import UserError
-from moored.instructions import TASKS
-from moored.track.journal import metrics
+from moored.evaluation.instructions import TASKS
+from moored.evaluation.instructions.ask import instruction_prompts
+from moored.tracking.journal import metrics
+from moored.training import train
+from moored.utils.errors import UserError
 from tiny import tiny_recipe, tiny_tokenizer, write_recipe
 
 TOKENS = 4

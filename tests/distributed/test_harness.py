@@ -14,14 +14,15 @@ from lm_eval.api.instance import Instance
 from peft import PeftModel
 
 from distributed.runner import run_distributed
-from moored import remeasure, train
-from moored.base import locate
 from moored.config import Config, load_config
-from moored.engine import Engine, leave
-from moored.errors import UserError
-from moored.harness import HarnessModel, open_tasks
-from moored.mesh import start_mesh
-from moored.model import load_policy
+from moored.distributed.mesh import start_mesh
+from moored.evaluation import evaluate_command
+from moored.evaluation.lm_eval_model import HarnessModel, open_tasks
+from moored.models.base import locate
+from moored.models.engine import Engine, leave
+from moored.models.policy import load_policy
+from moored.training import train
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, tiny_tokenizer, write_recipe
 
 CHOICES = ["fox", "lazy dog", "one two three"]
@@ -122,7 +123,7 @@ NAMES = [f"local_{name}" for name in TASKS]
 def asking(rank: int, world_size: int, config: Config, folder: Path) -> None:
     torch.distributed.destroy_process_group()  # a run makes and leaves its own
     run = train.run(config)
-    remeasure.run_command([str(run)], lm_eval=NAMES, lm_eval_include=folder / "tasks")
+    evaluate_command.run_command([str(run)], lm_eval=NAMES, lm_eval_include=folder / "tasks")
     assert_report(folder, run)
     assert_likelihoods(config, folder, run)
 
@@ -130,7 +131,7 @@ def asking(rank: int, world_size: int, config: Config, folder: Path) -> None:
 def asking_again(rank: int, world_size: int, run: Path, folder: Path) -> None:
     torch.distributed.destroy_process_group()
     options = {"lm_eval": NAMES, "lm_eval_include": folder / "tasks", "out": folder / "two"}
-    remeasure.run_command([str(run)], **options)
+    evaluate_command.run_command([str(run)], **options)
 
 
 def assert_report(folder: Path, run: Path) -> None:
@@ -238,4 +239,4 @@ def test_unknown_tasks_and_a_missing_extra_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"pip install -c docker/constraints.txt -e '\.\[lm-eval\]'"
     ):
-        remeasure.run_command([str(tmp_path)], lm_eval=["local_choice"])
+        evaluate_command.run_command([str(tmp_path)], lm_eval=["local_choice"])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moored.track.journal import read_journal
+from moored.tracking.journal import read_journal
 from tiny import tiny_recipe, write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from moored.track.journal import read_journal
+from moored.tracking.journal import read_journal
 from tiny import tiny_recipe, write_recipe
 
 MODULE = [sys.executable, "-m", "moored"]

@@ -19,13 +19,13 @@ import torch
 import transformers
 
 from distributed.runner import run_distributed
-from moored import model
 from moored.config import Config, load_config
-from moored.engine import Engine
-from moored.loading import load_base
-from moored.mesh import start_mesh
-from moored.model import load_policy
-from moored.partition import Partition
+from moored.distributed.mesh import start_mesh
+from moored.models import policy
+from moored.models.engine import Engine
+from moored.models.loading import load_base
+from moored.models.policy import load_policy
+from moored.models.zero import Partition
 from tiny import tiny_recipe, write_recipe
 
 MIB = 2**20
@@ -199,7 +199,7 @@ def partitioned(rank: int, world_size: int, config: Config) -> dict[str, Any]:
 
 
 def whole_first(rank: int, world_size: int, config: Config) -> dict[str, Any]:
-    model._partition = lambda *_: None
+    policy._partition = lambda *_: None
     return partitioned(rank, world_size, config)
 
 

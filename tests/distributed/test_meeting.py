@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 
 from distributed.runner import run_distributed
-from moored import meeting
-from moored.errors import UserError
-from moored.joining import prove
-from moored.launched import FIRST_PORT, NUM_PORTS, Launched
-from moored.mesh import Axis
-from moored.secret import Key
-from moored.waiting import Waiting
+from moored.distributed import rendezvous
+from moored.distributed.joining import prove
+from moored.distributed.mesh import Axis
+from moored.distributed.secret import Key
+from moored.distributed.waiting import Waiting
+from moored.utils.environment import FIRST_PORT, NUM_PORTS, Launched
+from moored.utils.errors import UserError
 
 RANK = """
 import torch
-from moored.mesh import leave_mesh, start_mesh
+from moored.distributed.mesh import leave_mesh, start_mesh
 mesh = start_mesh()
 assert mesh.world.gather(mesh.world.rank) == list(range(mesh.world.size))
 print(int(mesh.world.sum(torch.ones(1)).item()), flush=True)
@@ -262,15 +262,15 @@ def place(job: int) -> Launched:
 
 
 def ask(place: Launched, key: Key = KEY, seconds: float = 0.5) -> tuple[str, int]:
-    return meeting.find(place, lambda: key, Waiting(place, seconds))
+    return rendezvous.find(place, lambda: key, Waiting(place, seconds))
 
 
 @pytest.fixture
 def rank_0(place: Launched) -> Iterator[tuple[int, threading.Thread]]:
     """The port at which it is asked, and the thread that answers until rank 1 has come."""
-    asked_at, store = meeting.host(place)
+    asked_at, store = rendezvous.host(place)
     port = asked_at.getsockname()[1]
-    thread = meeting.answer(asked_at, place, 4242, KEY)
+    thread = rendezvous.answer(asked_at, place, 4242, KEY)
     store.close()
     yield port, thread
     if thread.is_alive():
@@ -337,9 +337,9 @@ def test_who_says_nothing_holds_nobody_up(place: Launched, rank_0: Any) -> None:
 
 def test_reflected_and_replayed_proofs_are_none(place: Launched) -> None:
     """A man in the middle records a real exchange: none of it serves him a second time."""
-    asked_at, store = meeting.host(replace(place, ports=place.ports[1:]))
+    asked_at, store = rendezvous.host(replace(place, ports=place.ports[1:]))
     store.close()
-    thread = meeting.answer(asked_at, place, 4242, KEY)
+    thread = rendezvous.answer(asked_at, place, 4242, KEY)
     middle = socket.create_server(("127.0.0.1", place.ports[0]))
     recorded: list[bytes] = []
 
@@ -359,10 +359,10 @@ def test_reflected_and_replayed_proofs_are_none(place: Launched) -> None:
     hello, answer, proof = recorded
 
     # To a new rank 0: rank 1's words of then; and its own proof of now.
-    asked_at, store = meeting.host(replace(place, ports=place.ports[2:]))
+    asked_at, store = rendezvous.host(replace(place, ports=place.ports[2:]))
     store.close()
     port = asked_at.getsockname()[1]
-    thread = meeting.answer(asked_at, place, 4242, KEY)
+    thread = rendezvous.answer(asked_at, place, 4242, KEY)
     call(port, hello.decode(), proof.decode())
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(hello)

@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
 from distributed.test_resume import Cut, losses
-from moored import compare, remeasure, train
 from moored.config import Config, load_config
 from moored.data.stream import TrainStream
-from moored.engine import Engine
-from moored.errors import TrainingRefusedError, UserError
-from moored.loading import load_base
-from moored.mesh import start_mesh
-from moored.model import load_policy
+from moored.distributed.mesh import start_mesh
+from moored.evaluation import evaluate_command
+from moored.models.engine import Engine
+from moored.models.loading import load_base
+from moored.models.policy import load_policy
+from moored.training import compare, train
+from moored.utils.errors import TrainingRefusedError, UserError
 from tiny import ALONE, tiny_recipe, write_recipe
 
 STEPS, CUT = 6, 4
@@ -145,7 +146,7 @@ def logits_of(rank: int, world_size: int, config: Config, adapter: str, ids: Any
 
 
 def measure_again(rank: int, world_size: int, run: Path, out: Path) -> None:
-    remeasure.run_command([str(run)], out=out)
+    evaluate_command.run_command([str(run)], out=out)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from distributed.runner import run_distributed
-from moored import train
 from moored.config import Config, load_config
-from moored.errors import UserError
-from moored.mesh import Axis, alone
+from moored.distributed.mesh import Axis, alone
+from moored.training import train
+from moored.utils.errors import UserError
 from tiny import tiny_recipe, write_recipe
 
 VALUES: list[Any] = [

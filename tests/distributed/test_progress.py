@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from moored.errors import PreemptedError
-from moored.instructions import TASKS
-from moored.progress import VARIABLE
+from moored.evaluation.instructions import TASKS
+from moored.utils.errors import PreemptedError
+from moored.utils.progress import VARIABLE
 from ptykit import left_on, on_a_terminal
 from tiny import TEXT, tiny_recipe, write_recipe
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
-from moored import compare, train
-from moored.base import locate
 from moored.config import Config, load_config
-from moored.errors import UserError
-from moored.mesh import alone
+from moored.distributed.mesh import alone
+from moored.evaluation.report import Report
+from moored.models.base import locate
+from moored.models.reference_cache import references_folder
 from moored.prepare import references
-from moored.reference_cache import references_folder
-from moored.report import Report
-from moored.track.journal import metrics, read_journal
+from moored.tracking.journal import metrics, read_journal
+from moored.training import compare, train
+from moored.utils.errors import UserError
 from tiny import tiny_recipe, write_recipe
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
 from distributed.test_launchers import free_port
-from moored import train
 from moored.config import Config, load_config
 from moored.data.stream import TrainStream
-from moored.track.journal import read_journal
+from moored.tracking.journal import read_journal
+from moored.training import train
 from tiny import tiny_recipe, write_recipe
 
 STEPS, CUT = 6, 4  # saved after 2 and 4; the cut comes in step 4 (counted from 0)

@@ -20,17 +20,18 @@ import torch
 from safetensors.torch import load_file
 
 from distributed.runner import run_distributed
-from moored import assembly, compare, evaluate, remeasure, train
 from moored.config import Config, load_config
 from moored.data import TrainStream
-from moored.errors import (
+from moored.evaluation import evaluate, evaluate_command
+from moored.export import run_command as export
+from moored.tracking.journal import metrics, read_journal
+from moored.training import compare, setup, train
+from moored.utils.errors import (
     EvaluationFailedError,
     PreemptedError,
     TrainingRefusedError,
     UserError,
 )
-from moored.export import run_command as export
-from moored.track.journal import metrics, read_journal
 from tiny import tiny_recipe, write_chats, write_recipe
 
 
@@ -79,15 +80,15 @@ def comparing(folder: Path) -> None:
     compare.run(config)  # a finished one is left as it is
     assert (path / "arms/tmkl/adapter/adapter_model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is a comparison: name its arms"):
-        remeasure.run_command([str(path)])
+        evaluate_command.run_command([str(path)])
 
     # Adapters alone: what made them is not known, and each has a report of its own.
     for name in arms:
         shutil.copytree(path / "arms" / name / "adapter", folder / name)
     targets = [str(folder / name) for name in arms]
     with pytest.raises(UserError, match="without a recipe"):
-        remeasure.run_command(targets)
-    remeasure.run_command(targets, recipe=folder / "tiny.yaml", out=folder / "out")
+        evaluate_command.run_command(targets)
+    evaluate_command.run_command(targets, recipe=folder / "tiny.yaml", out=folder / "out")
     for name in arms:
         [(label, arm)] = json.loads((folder / "out" / name / "report.json").read_text())[
             "arms"
@@ -133,12 +134,12 @@ def scaling(folder: Path) -> None:
     config = recipe_of(folder)
     path = train.run(config)
     trained = report(path)["arms"]["tmkl"]
-    remeasure.run_command([str(path)], scales=[1.0, 0.5, 1e-9])
+    evaluate_command.run_command([str(path)], scales=[1.0, 0.5, 1e-9])
     assert report(path)["arms"] == {"tmkl": trained}  # the run's own report stays
     # By another recipe: what trained it is still its own.
     other = recipe_of(folder, "regularizer.kind=none", train={"seed": 9})
     (folder / "other.yaml").write_text(other.dump_yaml())
-    remeasure.run_command([str(path)], recipe=folder / "other.yaml", out=folder / "other")
+    evaluate_command.run_command([str(path)], recipe=folder / "other.yaml", out=folder / "other")
     again = json.loads((folder / "other/report.json").read_text())["arms"]
     own = ("kind", "weight", "seed", "setting", "adapter", "direction")
     assert [again["tmkl"][key] for key in own] == [trained[key] for key in own]
@@ -163,18 +164,20 @@ def scaling(folder: Path) -> None:
     settings = json.loads((folder / "half/adapter_config.json").read_text())
     assert settings["lora_alpha"] == config.adapter.alpha / 2
     assert json.loads((folder / "half/export.json").read_text())["scale"] == 0.5
-    remeasure.run_command([str(folder / "half")], recipe=path / "config.yaml", out=folder / "out")
+    evaluate_command.run_command(
+        [str(folder / "half")], recipe=path / "config.yaml", out=folder / "out"
+    )
     [exported] = json.loads((folder / "out/report.json").read_text())["arms"].values()
     assert exported["adaptation_ppl"] == pytest.approx(half["adaptation_ppl"], rel=1e-6)
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
-            remeasure.run_command([str(path)], scales=[bad])
+            evaluate_command.run_command([str(path)], scales=[bad])
         with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
             export(path, folder / "bad", scale=bad)
     dora = recipe_of(folder / "dora", adapter={"use_dora": True}, train={"steps": 2})
     path = train.run(dora)
     with pytest.raises(UserError, match="this one is not: leave it out"):
-        remeasure.run_command([str(path)], scales=[0.5])
+        evaluate_command.run_command([str(path)], scales=[0.5])
     with pytest.raises(UserError, match="this one is not: leave it out"):
         export(path, folder / "bad", scale=0.5)
     assert not (folder / "bad").exists()
@@ -203,7 +206,7 @@ def failing_to_evaluate(folder: Path) -> None:
     (run / "report").mkdir(exist_ok=True)
     (run / "report/report.json").write_text("")  # as a crash may leave it
     assert (run / "adapter/adapter_model.safetensors").exists()
-    remeasure.run_command([str(run)])  # what the error says
+    evaluate_command.run_command([str(run)])  # what the error says
     assert (state(run)["status"], state(run)["exit_code"]) == ("done", 0)
     [(name, arm)] = report(run)["arms"].items()
     assert (name, arm["num_steps"]) == ("tmkl", 4)
@@ -264,14 +267,14 @@ def test_a_disk_too_full_for_checkpoints_does_not_end_a_run(tmp_path):
 
 def poisoned(folder: Path) -> None:
     config = recipe_of(folder, train={"max_nonfinite_updates": 2})
-    load = assembly.load_policy
+    load = setup.load_policy
 
     def poisoning(*arguments: Any) -> Any:
         policy = load(*arguments)
         next(iter(policy.trainable().values())).register_hook(lambda grad: grad * float("nan"))
         return policy
 
-    assembly.load_policy = poisoning
+    setup.load_policy = poisoning
     with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
         train.run(config)
     run = config.output.dir / "tiny"

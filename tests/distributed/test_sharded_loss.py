@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed.runner import run_distributed
-from moored.head import Head, attach_gradient, linear_tmkl_loss
-from moored.tmkl import VocabShard, tmkl_loss
+from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
+from moored.loss.tmkl import VocabShard, tmkl_loss
 from reference import dense_logits, dense_loss, many_digits, per_row
 
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -168,11 +168,11 @@ def test_shards_equal_the_whole(world_size: int) -> None:
 
 def compare_kernels(rank: int, world_size: int) -> list[Tensor]:
     """The same by Triton's kernels, in its interpreter; a row has several blocks."""
-    import moored.chunks
-    from moored import fused
+    import moored.loss.chunks
+    from moored.loss import triton_loss
 
-    moored.chunks.kernels_run = lambda logits, dtype: dtype == torch.float32
-    fused.SUMMARY_BLOCK = fused.GRADIENT_BLOCK = 128
+    moored.loss.chunks.kernels_run = lambda logits, dtype: dtype == torch.float32
+    triton_loss.SUMMARY_BLOCK = triton_loss.GRADIENT_BLOCK = 128
     return compare(rank, world_size, (torch.float32,), 1000)
 
 

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from distributed.test_run import in_one_process, recipe_of, report, state
-from moored import compare, remeasure, train
 from moored.config import Config
 from moored.data import TrainStream
-from moored.errors import UserError
+from moored.evaluation import evaluate_command
 from moored.export import run_command as export
-from moored.submit.following import describe
-from moored.track import sync
-from moored.track.journal import is_start, read_journal
-from moored.track.mlflow_store import MlflowStore
+from moored.slurm.status import describe
+from moored.tracking import sync_run
+from moored.tracking.journal import is_start, read_journal
+from moored.tracking.mlflow_store import MlflowStore
+from moored.training import compare, train
+from moored.utils.errors import UserError
 
 
 def starts(run: Path) -> list[dict[str, Any]]:
@@ -154,14 +155,14 @@ def kinds(folder: Path) -> None:
     assert any(line.startswith("arm       tmkl") for line in describe(comparison))
     assert any("done" in line for line in describe(run))
     for path in (run, comparison / "arms/tmkl"):
-        remeasure.run_command([str(path)], out=folder / "again" / path.name)
+        evaluate_command.run_command([str(path)], out=folder / "again" / path.name)
         export(path, folder / "exported" / path.name)
         assert (folder / "exported" / path.name / "adapter_config.json").exists()
     with pytest.raises(UserError, match="is a comparison: name one of its arms"):
         export(comparison, folder / "exported/both")
     store = f"sqlite:///{folder}/store.db"
     for path in (run, comparison, comparison / "arms/none"):
-        assert sync(path, store).complete
+        assert sync_run(path, store).complete
 
     # Where nothing was trained, either may begin.
     for first, second in ((train, compare), (compare, train)):

@@ -21,13 +21,13 @@ from torch import nn
 
 from distributed.runner import run_distributed
 from distributed.test_zero import build, by_case, global_batch, step_once
-from moored.batch import batches_of
 from moored.config import Config, load_config
-from moored.forward import final_hidden
-from moored.linear4bit import FrozenLinear4bit
-from moored.mesh import start_mesh
-from moored.model import LossArguments, PolicyModel, load_policy
-from moored.reference import adapters_off
+from moored.data.batch import batches_of
+from moored.distributed.mesh import start_mesh
+from moored.models.forward import final_hidden
+from moored.models.linear4bit import FrozenLinear4bit
+from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.reference import adapters_off
 from reference import dense_loss
 from tiny import ALONE, tiny_recipe, write_recipe
 

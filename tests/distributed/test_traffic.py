@@ -13,11 +13,11 @@ from distributed.runner import run_distributed
 from distributed.test_tensor_parallel import ARCHITECTURES, config_of
 from distributed.test_zero import local_batches, step_once
 from moored.config import Config
-from moored.doctor import spread_of
-from moored.engine import Engine
-from moored.mesh import start_mesh
-from moored.model import load_policy
-from moored.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.distributed.mesh import start_mesh
+from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.models.engine import Engine
+from moored.models.policy import load_policy
+from moored.training.doctor import spread_of
 
 WATCHED = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}
 NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}

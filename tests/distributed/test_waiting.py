@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import pytest
 
-from moored.launched import rendezvous_seconds
-from moored.waiting import ranks
+from moored.distributed.waiting import ranks
+from moored.utils.environment import rendezvous_seconds
 from tiny import tiny_recipe, write_recipe
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")

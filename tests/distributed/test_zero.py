@@ -22,15 +22,15 @@ import pytest
 import torch
 
 from distributed.runner import run_distributed
-from moored import loading
-from moored.base import locate
-from moored.batch import Batch, Sample, batches_of
 from moored.config import Config, load_config
 from moored.data import TrainStream
-from moored.engine import Engine
-from moored.mesh import Mesh, start_mesh
-from moored.model import LossArguments, load_policy
-from moored.step import StepStats, train_step
+from moored.data.batch import Batch, Sample, batches_of
+from moored.distributed.mesh import Mesh, start_mesh
+from moored.models import loading
+from moored.models.base import locate
+from moored.models.engine import Engine
+from moored.models.policy import LossArguments, load_policy
+from moored.training.step import StepStats, train_step
 from tiny import tiny_recipe, write_recipe
 
 STEPS = 3

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moored.submit.script import Job as Script
-from moored.submit.script import render
-from moored.submit.site import load_site
+from moored.slurm.script import Job as Script
+from moored.slurm.script import render
+from moored.slurm.site import load_site
 from slurmkit import Desk, Job, until
 from trackkit import Server
 
@@ -197,7 +197,7 @@ def test_hostile_names_are_harmless(desk: Desk, tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.text(st.characters(exclude_characters="/"), min_size=1, max_size=30))
 def test_sbatch_takes_every_script(desk: Desk, name: str) -> None:
-    from moored.errors import UserError
+    from moored.utils.errors import UserError
 
     profile, site = load_site("minicluster")
     script = Script(title="x", name="x", folder=Path("/tmp") / f"x{name}", python="python3")

@@ -19,14 +19,15 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from moored import checkpoint, sinelora
-from moored.adapters import add_adapters, frozen_buffers, scaled, write_scaled
+from moored import sinelora
 from moored.config import AdapterConfig, Config, ModelConfig, load_config
-from moored.errors import UserError, UserErrors
 from moored.export import merge
-from moored.linear4bit import FrozenLinear4bit
-from moored.model import PolicyModel, load_policy
-from moored.reference import adapters_off
+from moored.models.adapters import add_adapters, frozen_buffers, scaled, write_scaled
+from moored.models.linear4bit import FrozenLinear4bit
+from moored.models.policy import PolicyModel, load_policy
+from moored.models.reference import adapters_off
+from moored.training import checkpoint
+from moored.utils.errors import UserError, UserErrors
 from tiny import ALONE, tiny_recipe, write_recipe
 from unit.test_export import gpt2
 from unit.test_model import policy_of, some_batch, train_a_little

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from moored.batch import Batch
 from moored.data import Ahead
+from moored.data.batch import Batch
 from unit.test_stream import make_stream
 
 ALONE = {"dp_rank": 0, "dp_size": 1}

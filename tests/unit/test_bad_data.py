@@ -19,7 +19,7 @@ from datakit import CHAT, TOKENIZER, config, jsonl, load, turn
 from moored import data
 from moored.data import formats
 from moored.data.samples import load_samples
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 GOOD = '{"prompt": "a", "completion": "b"}'
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from moored.base import locate
-from moored.batch import Batch, collate
 from moored.config import Config, Regularizer, load_config
 from moored.data import TrainStream, load_samples
-from moored.errors import UserErrors
-from moored.model import LossArguments, PolicyModel, load_policy
-from moored.reference import adapters_off
-from moored.step import needs_kl, weight_at
+from moored.data.batch import Batch, collate
+from moored.models.base import locate
+from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.reference import adapters_off
+from moored.training.step import needs_kl, weight_at
+from moored.utils.errors import UserErrors
 from tiny import ALONE, tiny_recipe, write_recipe, write_text
 
 

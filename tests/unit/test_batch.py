@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moored.batch import (
+from moored.data.batch import (
     Sample,
     batches_of,
     collate,

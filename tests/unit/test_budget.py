@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from moored.budget import Controller
 from moored.config import Budget
-from moored.measures import of_budget
+from moored.training.forgetting_budget import Controller
+from moored.training.metrics import of_budget
 
 
 def held_by(

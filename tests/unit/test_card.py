@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
-from moored import card, sealed
-from moored.card import files, gather
-from moored.card.facts import Base, Data, Figures, File, Source, Training
-from moored.card.markdown import JSON_NAME, MARK, markdown
 from moored.config import ModelConfig, load_config
-from moored.errors import UserError
-from moored.export import deltas, merge, run_command
-from moored.export.opening import open_given
-from moored.report import Report, write
-from moored.rundir import RunDirectory
-from moored.sources import ResolvedModel
+from moored.evaluation.report import Report, write
+from moored.export import card, deltas, merge, run_command
+from moored.export.card import files, gather
+from moored.export.card.facts import Base, Data, Figures, File, Source, Training
+from moored.export.card.markdown import JSON_NAME, MARK, markdown
+from moored.export.resolve_target import open_given
+from moored.models.hub import ResolvedModel
+from moored.tracking.run_directory import RunDirectory
+from moored.utils import atomic_dir
+from moored.utils.errors import UserError
 from report_cases import arm, base, one, report_of, strict_json
 from tiny import tiny_model, tiny_recipe, write_recipe
 
@@ -548,7 +548,7 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
     model = ModelConfig(name_or_path=str(folder))
     source = ResolvedModel(path=folder, revision="local:1", origin=str(folder))
     here = card.base_of(model, source, hash_all=False)
-    weights = sealed.sha256(folder / "model.safetensors")
+    weights = atomic_dir.sha256(folder / "model.safetensors")
     assert here.files["model.safetensors"].sha256 == weights
     assert here.files["config.json"].by == "export"
     assert (here.name, here.hub, here.license) == ("model", None, None)
@@ -560,7 +560,7 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
     assert large.files["model.safetensors"] == File(
         bytes=(folder / "model.safetensors").stat().st_size
     )
-    assert large.files["config.json"].sha256 == sealed.sha256(folder / "config.json")
+    assert large.files["config.json"].sha256 == atomic_dir.sha256(folder / "config.json")
     assert "1 files of weights, not hashed" in markdown(a_card(base=large))
     assert card.base_of(model, source, hash_all=True).files == here.files
     # The hub's cache names large files by their hash.
@@ -576,10 +576,10 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
     cached = card.base_of(ModelConfig(name_or_path="a/b"), source, hash_all=False)
     assert cached.files["model.safetensors"].by == "hub"
     assert cached.files["model.safetensors"].sha256 == weights
-    assert cached.files["config.json"].sha256 == sealed.sha256(folder / "config.json")
+    assert cached.files["config.json"].sha256 == atomic_dir.sha256(folder / "config.json")
     assert (cached.hub, cached.license, cached.origin) == ("a/b", "mit", "hub:a/b")
     # Folders that Moored made are sealed.
-    sealed.seal(folder)
+    atomic_dir.seal(folder)
     made = card.base_of(
         ModelConfig(name_or_path="a/b"), replace(source, path=folder), hash_all=False
     )
@@ -642,7 +642,7 @@ def test_a_readme_that_somebody_wrote_stays(tmp_path):
     # A card of ours is replaced as long as nobody changed it.
     card.write(a_card(), tmp_path)
     assert MARK in readme.read_text()
-    facts = {"files": {"README.md": {"sha256": sealed.sha256(readme)}}}
+    facts = {"files": {"README.md": {"sha256": atomic_dir.sha256(readme)}}}
     (tmp_path / "export.json").write_text(json.dumps(facts))
     assert card.readme_of(tmp_path) is None
     readme.write_text(readme.read_text() + "\nAnd a word of mine.\n")
@@ -689,7 +689,7 @@ def test_an_export_has_the_card_of_its_run_and_scale(run, tmp_path):
     assert data["figures"]["adaptation_ppl_after"] == 123.4
     assert data["figures"]["retention"][0]["source"] == "fox.txt"
     assert data["adapter"]["alpha"] == 4  # what is in the file, with the scale in it
-    assert data["adapter"]["sha256"] == sealed.sha256(to / "adapter_model.safetensors")
+    assert data["adapter"]["sha256"] == atomic_dir.sha256(to / "adapter_model.safetensors")
     assert data["training"]["steps"] == 4
     assert data["training"]["regularizer"]["kind"] == "tmkl"
     assert data["training"]["tokens"] > 100

@@ -10,7 +10,7 @@ import chats
 from moored.data.chat import ChatEncoder
 from moored.data.chat_layout import Layout
 from moored.data.template import TemplateError
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 EOS = "<|endoftext|>"
 

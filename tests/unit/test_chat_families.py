@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families import FAMILIES, TOOLS
-from moored.batch import Sample, collate, pack
+from moored.data.batch import Sample, collate, pack
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.template import TemplateError
 

@@ -15,7 +15,7 @@ import pytest
 
 import moored
 from moored import cli
-from moored.errors import (
+from moored.utils.errors import (
     EvaluationFailedError,
     MooredError,
     PreemptedError,
@@ -75,11 +75,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def room(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., object]) -> None:
-    """Puts functions in the place of a room, to see what a command hands over and returns."""
+    """Puts functions in the place of a module, to see what a command hands over and returns."""
     module = types.ModuleType(f"moored.{name}")
     module.__dict__.update(functions)
-    monkeypatch.setitem(sys.modules, f"moored.{name}", module)
-    monkeypatch.setattr(moored, name, module, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 # --- recipes that are wrong: one line, exit code 2, the fix
@@ -422,7 +421,7 @@ def test_help_loads_nothing_slow(arguments):
 
 def test_a_rank_loads_neither_mlflow_nor_matplotlib():
     """Two seconds of every start: MLflow has a process of its own, and only reports are drawn."""
-    code = "import sys, moored.train; print({'mlflow', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, moored.training.train; print({'mlflow', 'matplotlib'} & set(sys.modules))"
     done = python("-c", code)
     assert (done.returncode, done.stdout.strip()) == (0, "set()"), done.stderr
 
@@ -459,7 +458,7 @@ def test_train_and_compare_hand_over_the_config(recipe, run, monkeypatch):
             seen.append((name, config.train.steps, restart))
             return Path("runs/x")
 
-        room(monkeypatch, name, run=start)
+        room(monkeypatch, f"training.{name}", run=start)
     assert run("train", recipe) == (0, "runs/x\n", "")
     assert run("train", recipe, "--restart", "train.steps=5")[0] == 0
     assert run("compare", "--resume", recipe)[0] == 0
@@ -475,7 +474,7 @@ def test_train_and_compare_hand_over_the_config(recipe, run, monkeypatch):
     ],
 )
 def test_the_argument_of_the_deepspeed_launcher_is_ignored(recipe, run, monkeypatch, arguments):
-    room(monkeypatch, "train", run=lambda config, restart: Path("runs/x"))
+    room(monkeypatch, "training.train", run=lambda config, restart: Path("runs/x"))
     assert run(*arguments)[0] == 0
 
 
@@ -483,7 +482,11 @@ def test_evaluate_tells_folders_from_overrides(recipe, run, monkeypatch, tmp_pat
     seen: dict[str, object] = {}
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "b").mkdir()
-    room(monkeypatch, "remeasure", run_command=lambda targets, **kw: seen.update(kw, on=targets))
+    room(
+        monkeypatch,
+        "evaluation.evaluate_command",
+        run_command=lambda targets, **kw: seen.update(kw, on=targets),
+    )
     code, _, err = run("evaluate", "lr=1", "b", "evaluation.max_examples=3", "--recipe", recipe)
     assert (code, err) == (0, "")
     assert seen == {
@@ -509,13 +512,13 @@ def test_evaluate_tells_folders_from_overrides(recipe, run, monkeypatch, tmp_pat
 
 def test_report_doctor_and_sync_hand_over_their_arguments(recipe, run, monkeypatch, tmp_path):
     seen: list[object] = []
-    room(monkeypatch, "report", run_command=lambda runs, out: seen.append((runs, out)))
-    room(monkeypatch, "doctor", run=seen.append)
+    room(monkeypatch, "evaluation.report", run_command=lambda runs, out: seen.append((runs, out)))
+    room(monkeypatch, "training.doctor", run=seen.append)
 
     class Summary(str):
         complete = True
 
-    room(monkeypatch, "track", sync=lambda run_dir, uri: Summary(f"{run_dir.name} to {uri}"))
+    room(monkeypatch, "tracking", sync_run=lambda run_dir, uri: Summary(f"{run_dir.name} to {uri}"))
     assert run("report", "a", "b", "--out", "o")[0] == 0
     assert run("doctor")[0] == 0
     code, out, _ = run("sync", tmp_path, "--uri", "https://me:C4NARY@host")
@@ -559,7 +562,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def start(config, *, restart):
         raise error
 
-    room(monkeypatch, "train", run=start)
+    room(monkeypatch, "training.train", run=start)
 
 
 @pytest.mark.parametrize(
@@ -665,6 +668,6 @@ def test_what_all_ranks_agreed_on_is_said_once(recipe, run, monkeypatch, error):
 
 
 def test_only_rank_0_names_the_run_directory(recipe, run, monkeypatch):
-    room(monkeypatch, "train", run=lambda config, restart: Path("runs/x"))
+    room(monkeypatch, "training.train", run=lambda config, restart: Path("runs/x"))
     as_rank(monkeypatch, 1)
     assert run("train", recipe) == (0, "", "")

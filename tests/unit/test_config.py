@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from moored.config import Config, Regularizer, arm_names, load_config, wording
 from moored.config import recipe as recipes
 from moored.config.document import dump
-from moored.config.reference import reference
+from moored.config.recipe_reference import reference
 from moored.config.section import Key, Section
 from moored.config.wording import section_at
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 MINIMAL = """\
 model: {name_or_path: some/model}
@@ -809,7 +809,7 @@ def test_no_text_crashes_the_reader(tmp_path_factory, text):
 def test_the_reference_of_recipes_is_what_the_schema_says():
     page = Path(__file__).parents[2] / "docs" / "recipe.md"
     assert page.read_text(encoding="utf-8") == reference(), (
-        "run python -m moored.config.reference > docs/recipe.md"
+        "run python -m moored.config.recipe_reference > docs/recipe.md"
     )
 
 

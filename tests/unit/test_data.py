@@ -17,7 +17,7 @@ from datakit import CHAT, EOS, HEADER, PLAIN_TOKENIZER, TOKENIZER, config, jsonl
 from moored import data
 from moored.config import Corpus
 from moored.data.samples import SampleSet, load_samples
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 
 def texts(found: SampleSet, tokenizer=TOKENIZER) -> list[tuple[str, str]]:

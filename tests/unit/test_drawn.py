@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 
-from moored.base import locate
 from moored.config import Config, load_config
-from moored.data.drawn import FILE, BaseIdentity, drawn_folder
+from moored.data.base_samples import FILE, BaseIdentity, drawn_folder
 from moored.data.questions import QUESTIONS
-from moored.errors import UserError
-from moored.evaluate import build_suite
+from moored.evaluation.evaluate import build_suite
+from moored.models.base import locate
 from moored.prepare import command
-from moored.prepare.drawing import draw
+from moored.prepare.base_generation import draw
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, tiny_tokenizer, write_recipe
 
 TOKENS, WINDOW = 4000, 220

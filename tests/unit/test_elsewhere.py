@@ -13,13 +13,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from moored.adapters import scaled, write_scaled
-from moored.batch import Batch
 from moored.config import Config, ModelConfig, load_config
-from moored.errors import UserError
+from moored.data.batch import Batch
 from moored.export import merge, run_command
-from moored.model import load_policy
-from moored.reference import adapters_off, of_base
+from moored.models.adapters import scaled, write_scaled
+from moored.models.policy import load_policy
+from moored.models.reference import adapters_off, of_base
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit import adapter_on
 from distributed.runner import run_distributed
-from moored import doctor
 from moored.config import load_config
 from moored.data import TurnEnd, load_samples, turn_ends
-from moored.divergence import VocabShard
+from moored.distributed.mesh import Axis
 from moored.export import run_command
-from moored.head import Head
-from moored.mesh import Axis
-from moored.rundir import RunDirectory
-from moored.untrained import untrained
+from moored.loss.divergence import VocabShard
+from moored.loss.head import Head
+from moored.models.untrained import untrained
+from moored.tracking.run_directory import RunDirectory
+from moored.training import doctor
 from tiny import CHATML, tiny_recipe, tiny_tokenizer, write_recipe
 
 ALONE = Axis(name="tp")

@@ -15,13 +15,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapterkit import adapter_on, in_nf4
-from moored import checkpoint, sealed
 from moored.config import ModelConfig, load_config
-from moored.errors import UserError
 from moored.export import command, fresh, merge, run_command, stock
-from moored.export.fresh import Outputs
-from moored.model import load_policy
-from moored.rundir import RunDirectory
+from moored.export.verification import Outputs
+from moored.models.policy import load_policy
+from moored.tracking.run_directory import RunDirectory
+from moored.training import checkpoint
+from moored.utils import atomic_dir
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_model, tiny_recipe, tiny_tokenizer, write_recipe
 
 CPU = torch.device("cpu")
@@ -193,7 +194,7 @@ def finished_run(folder: Path, *overrides: str, dtype=torch.float32, **adapter) 
         tensors[name] = 1.5 * p.detach() if size is None else size * torch.randn_like(p)
     for target in (run.adapter, checkpoint.folder_of(run.checkpoints, 4) / "adapter"):
         checkpoint.save_adapter(target, tensors, policy.causal_lm, config.model.name_or_path)
-    sealed.seal(checkpoint.folder_of(run.checkpoints, 4))
+    atomic_dir.seal(checkpoint.folder_of(run.checkpoints, 4))
     run.update_state(status="done", step=4, num_steps=4)
     for path in run.adapter.iterdir():
         path.chmod(0o600)
@@ -219,7 +220,7 @@ def facts_of(folder: Path) -> dict:
     for name, file in facts["files"].items():
         assert file == {
             "bytes": (folder / name).stat().st_size,
-            "sha256": sealed.sha256(folder / name),
+            "sha256": atomic_dir.sha256(folder / name),
         }
     return facts
 

@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moored.drift import DriftSums
-from moored.head import Head, attach_gradient, linear_tmkl_loss
-from moored.tmkl import LossSums, VocabShard, default_chunk_tokens, tmkl_loss
+from moored.loss.drift import DriftSums
+from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
+from moored.loss.tmkl import LossSums, VocabShard, default_chunk_tokens, tmkl_loss
 from reference import dense_logits, dense_loss, many_digits, per_row
 
 U = {
@@ -281,10 +281,10 @@ def test_equal_models_have_a_kl_and_kl_gradient_of_exactly_zero() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_threads_share_the_blocks(direction: Any, monkeypatch: Any) -> None:
     """Bit for bit what one thread computes, and the caller's settings are as they were."""
-    import moored.divergence
+    import moored.loss.divergence
 
     monkeypatch.setattr(
-        moored.divergence,
+        moored.loss.divergence,
         "row_blocks",
         lambda x: (slice(i, i + 2) for i in range(0, x.shape[0], 2)),
     )
@@ -305,7 +305,7 @@ def test_threads_share_the_blocks(direction: Any, monkeypatch: Any) -> None:
             raise ArithmeticError("in a thread")
 
         with pytest.raises(ArithmeticError, match="in a thread"):
-            moored.divergence.each_block(weight, fail)
+            moored.loss.divergence.each_block(weight, fail)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(num_threads)
@@ -385,9 +385,9 @@ def test_memory_does_not_grow_with_the_tokens(dtype: torch.dtype) -> None:
 
 
 def test_a_half_precision_weight_is_upcast_in_blocks(monkeypatch: Any) -> None:
-    import moored.logits
+    import moored.loss.logits
 
-    monkeypatch.setattr(moored.logits, "_BLOCK_ELEMENTS", 1)  # the least: 256 columns
+    monkeypatch.setattr(moored.loss.logits, "_BLOCK_ELEMENTS", 1)  # the least: 256 columns
     for dtype in HALF:
         h, h0, weight, y = make(5, 64, 1000, dtype)
         with Products(h, h0, weight, y) as seen:
@@ -404,7 +404,7 @@ def test_half_precision_products_with_an_fp32_accumulator(noise: float, monkeypa
 
     h0 - h and G are rounded to the weight's dtype, u_half each, whatever the size of the KL.
     """
-    import moored.logits
+    import moored.loss.logits
 
     calls = []
 
@@ -414,7 +414,7 @@ def test_half_precision_products_with_an_fp32_accumulator(noise: float, monkeypa
         product = a.float() @ b.float()
         return product if out is None else out.copy_(product)
 
-    monkeypatch.setattr(moored.logits.Logits, "native", lambda *_: True)
+    monkeypatch.setattr(moored.loss.logits.Logits, "native", lambda *_: True)
     for dtype in HALF:
         h, _, weight, y = make(6, 64, 257, dtype)
         h0 = h.detach().clone()

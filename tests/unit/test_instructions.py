@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moored.instructions import TASKS, checks
+from moored.evaluation.instructions import TASKS, checks
 
 # (constraint, answers that meet it, answers that do not); white space at the ends never matters.
 CASES = [

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moored.track.journal import Fence, Follower, Journal, encode, metrics, read_journal
+from moored.tracking.journal import Fence, Follower, Journal, encode, metrics, read_journal
 
 
 def point(step: int, attempt: int = 1, **values: float) -> dict:
@@ -177,7 +177,7 @@ def test_writers_do_not_mix_their_lines(tmp_path: Path) -> None:
 def test_a_killed_writer_loses_nothing_it_had_written(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from moored.track.journal import Journal\n"
+        "from moored.tracking.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "for i in range(10**9):\n"
         "    journal.write({'time': 0, 'kind': 'metrics', 'step': i, 'attempt': 1, 'values': {}})\n"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import moored.chunks
-import moored.logits
-from moored import fused
-from moored.head import Head, linear_tmkl_loss
-from moored.tmkl import LossSums
+import moored.loss.chunks
+import moored.loss.logits
+from moored.loss import triton_loss
+from moored.loss.head import Head, linear_tmkl_loss
+from moored.loss.tmkl import LossSums
 from reference import dense_logits, dense_loss, per_row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py has the interpreter on there
@@ -28,9 +28,9 @@ def rel(a: Tensor, b: Tensor) -> float:
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for every head, in blocks of which a row has several."""
-    monkeypatch.setattr(moored.chunks, "kernels_run", lambda *_: True)
-    monkeypatch.setattr(fused, "SUMMARY_BLOCK", 64)
-    monkeypatch.setattr(fused, "GRADIENT_BLOCK", 128)
+    monkeypatch.setattr(moored.loss.chunks, "kernels_run", lambda *_: True)
+    monkeypatch.setattr(triton_loss, "SUMMARY_BLOCK", 64)
+    monkeypatch.setattr(triton_loss, "GRADIENT_BLOCK", 128)
 
 
 def make(t: int, d: int, v: int, noise: float = 0.3, std: float = 4.0) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ def test_half_precision(
     h0 = (h.float() * (1 + noise * h.float().sign())).to(dtype)
     h0 = torch.where(h0 == h, torch.nextafter(h, 2 * h), h0)
     if DEVICE == "cpu":
-        monkeypatch.setattr(moored.logits.Logits, "native", lambda *_: True)
+        monkeypatch.setattr(moored.loss.logits.Logits, "native", lambda *_: True)
         monkeypatch.setattr(torch, "mm", cuda_mm)
     head = Head(nn.Parameter(weight, requires_grad=False))
     grad, sums = head(h, h0, y, ce_scale=0.0, kl_scale=0.01, direction=direction)

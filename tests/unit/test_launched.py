@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from moored.errors import UserError
-from moored.launched import FIRST_PORT, NUM_PORTS, Job, Launched, launched, own_rank, slurm_job
+from moored.utils.environment import (
+    FIRST_PORT,
+    NUM_PORTS,
+    Job,
+    Launched,
+    launched,
+    own_rank,
+    slurm_job,
+)
+from moored.utils.errors import UserError
 
 SRUN = {
     "SLURM_JOB_ID": "4711",

@@ -9,8 +9,7 @@ import pytest
 import transformers
 from torch import nn
 
-from moored.errors import UserError
-from moored.tensor_parallel import (
+from moored.models.tensor_parallel import (
     NF4_BLOCK,
     Layout,
     Sharded,
@@ -18,6 +17,7 @@ from moored.tensor_parallel import (
     layout_of,
     require_per_token,
 )
+from moored.utils.errors import UserError
 
 LLAMA_70B = {
     "vocab_size": 128256,

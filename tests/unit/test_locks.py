@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moored.errors import TakenOverError, UserError
-from moored.rundir import RunDirectory, heartbeat, is_owned, locked
+from moored.tracking.run_directory import RunDirectory, heartbeat, is_owned, locked
+from moored.utils.errors import TakenOverError, UserError
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moored.log import redact, setup
+from moored.utils.log import redact, setup
 
 CANARY = "C4NARYc4nary0123456789abcdefghij"
 
@@ -123,7 +123,7 @@ def test_redaction_of_long_text_is_not_quadratic():
 
 
 def test_rank_0_informs_and_other_ranks_warn(capsys, tmp_path):
-    log = logging.getLogger("moored.train")
+    log = logging.getLogger("moored.training.train")
     setup(0, tmp_path)
     log.debug("detail")
     log.info("step")
@@ -143,13 +143,18 @@ def test_rank_0_informs_and_other_ranks_warn(capsys, tmp_path):
 
 def test_the_file_of_a_rank_gets_everything(capsys, tmp_path):
     setup(2, tmp_path)
-    logging.getLogger("moored.train").debug("detail")
+    logging.getLogger("moored.training.train").debug("detail")
     logging.getLogger("httpx").info("a request")
     logging.getLogger("torch.distributed.c10d").warning("a socket")
     warnings.warn("a python warning", stacklevel=1)
     assert capsys.readouterr().err == ""
     text = (tmp_path / "logs" / "rank-2.log").read_text()
-    for words in ("DEBUG moored.train: detail", "a request", "a socket", "a python warning"):
+    for words in (
+        "DEBUG moored.training.train: detail",
+        "a request",
+        "a socket",
+        "a python warning",
+    ):
         assert words in text
 
 
@@ -187,7 +192,7 @@ def test_setting_up_again_does_not_double_the_lines(capsys, tmp_path):
 def test_no_handler_lets_a_secret_pass(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     setup(0, tmp_path)
-    log = logging.getLogger("moored.train")
+    log = logging.getLogger("moored.training.train")
     log.info("token %s", CANARY)
     log.info({"HF_TOKEN": CANARY})
     try:

@@ -11,15 +11,15 @@ import torch
 import transformers
 from torch import nn
 
-from moored import forward
-from moored.batch import Sample, collate
 from moored.config import Config, load_config
-from moored.errors import UserError
-from moored.linear4bit import FrozenLinear4bit, make_zero_safe
-from moored.loading import load_base
-from moored.model import LossArguments, PolicyModel, load_policy
-from moored.reference import adapters_off, dropout_off
-from moored.weights import Loader
+from moored.data.batch import Sample, collate
+from moored.models import forward
+from moored.models.linear4bit import FrozenLinear4bit, make_zero_safe
+from moored.models.loading import load_base
+from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.reference import adapters_off, dropout_off
+from moored.models.weights import Loader
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
 
 CPU = torch.device("cpu")

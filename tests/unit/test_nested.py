@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from datakit import jsonl, records, turn
-from moored.errors import UserErrors
+from moored.utils.errors import UserErrors
 
 U, A = turn("user", "q"), turn("assistant", "a")
 

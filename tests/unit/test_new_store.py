@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from moored.errors import UserError
-from moored.submit.following import describe
-from moored.track import Tracker, sync
-from moored.track.cursor import CURSOR_NAME, Cursor
+from moored.slurm.status import describe
+from moored.tracking import Tracker, sync_run
+from moored.tracking.cursor import CURSOR_NAME, Cursor
+from moored.utils.errors import UserError
 from trackkit import Place, eventually, train
 
 MAKER = """
 import sys
 from pathlib import Path
-from moored.track.mlflow_store import MlflowStore
+from moored.tracking.mlflow_store import MlflowStore
 MlflowStore(sys.argv[1], Path(sys.argv[2]))
 """
 EARLIER = "534353b11cbc"  # a revision of MLflow's tables from before `evaluation_datasets`
@@ -85,7 +85,7 @@ def test_a_first_run_that_fails_early_does_not_break_the_next(tmp_path: Path) ->
         train(tracker, range(3))
         tracker.finish("FAILED", timeout=seconds)
     assert [run.info.run_name for run in place.runs()] == ["toy"]
-    assert sync(tmp_path / "runs/first").complete
+    assert sync_run(tmp_path / "runs/first").complete
     assert len(place.runs()) == 2
 
 
@@ -106,7 +106,7 @@ def test_a_journal_that_a_removed_store_left_is_not_played_into_the_new_one(
     stale = tmp_path / "runs/mlflow.db-journal"
     assert stale.stat().st_size > 512, "not a test"
     killed.unlink()
-    assert sync(place.run_dir, place.database).complete
+    assert sync_run(place.run_dir, place.database).complete
     assert not stale.exists()
     with contextlib.closing(sqlite3.connect(killed)) as database:
         assert not database.execute("SELECT 1 FROM sqlite_master WHERE name = 't'").fetchall()
@@ -129,7 +129,7 @@ def test_half_a_store_is_named_in_one_line(
     tracker.finish("FINISHED", timeout=5)
     [warning] = [m for m in caplog.messages if "MLflow does not have everything" in m]
     with pytest.raises(UserError) as caught:
-        sync(place.run_dir)
+        sync_run(place.run_dir)
     told = [warning, str(caught.value), [*describe(place.run_dir)][-1]]
     for text in told:
         assert said in text
@@ -159,7 +159,7 @@ def test_an_empty_file_is_no_store(place: Place, empty_store: Path) -> None:
     store = place.folder / "runs/mlflow.db"
     store.write_bytes(b"")
     Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1).finish("FINISHED")
-    assert sync(place.run_dir, place.database).complete
+    assert sync_run(place.run_dir, place.database).complete
     shutil.copy(store, place.folder / "copy.db")
-    assert sync(place.run_dir, place.database).num_points == 0
+    assert sync_run(place.run_dir, place.database).num_points == 0
     assert len(place.runs()) == 1

@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import nn
 
-from moored import attention
-from moored.attention import attend_by_sample
-from moored.batch import Batch, Sample, collate
-from moored.forward import final_hidden, probe_batch
+from moored.data.batch import Batch, Sample, collate
+from moored.models import attention
+from moored.models.attention import attend_by_sample
+from moored.models.forward import final_hidden, probe_batch
 
 VOCAB = 61
 # fp32, sums of at most 32 products per dot product and a few layers: rounding is about

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 import chats
 from datakit import CHAT, TOKENIZER, config, jsonl
-from moored import data, sealed
+from moored import data
 from moored.cli import main
 from moored.config import Config, Corpus, load_config
 from moored.data import kept
@@ -28,9 +28,10 @@ from moored.data.chat import ChatEncoder
 from moored.data.encode import HeldSource
 from moored.data.samples import SampleSet, load_samples
 from moored.data.stream import TrainStream
-from moored.errors import UserError, UserErrors
+from moored.models.reference_cache import references_folder
 from moored.prepare import command, weights
-from moored.reference_cache import references_folder
+from moored.utils import atomic_dir
+from moored.utils.errors import UserError, UserErrors
 from tiny import tiny_recipe, write_recipe
 
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "while", "a", "dog", "ran", "over", "it", "and"]
@@ -187,7 +188,7 @@ def test_kept_tokens_are_exactly_those_that_were_made(tmp_path, cache, caplog, o
     )
 
     def said() -> list[str]:
-        lines = [r.getMessage() for r in caplog.records if r.name != "moored.data.kept"]
+        lines = [r.getMessage() for r in caplog.records if r.name != "moored.data.token_cache"]
         caplog.clear()
         return lines
 
@@ -256,7 +257,7 @@ def test_a_kept_corpus_is_exact(tmp_path, cache, target, tokenizer):
     assert not cache.exists()
     made = data.retention_samples("r", corpus, tokenizer, keep=True)
     (folder,) = cache.glob("retention.r-*")
-    assert sealed.fault_of(folder) is None
+    assert atomic_dir.fault_of(folder) is None
     read = data.retention_samples("r", corpus, tokenizer)
     for found in (made, read):
         assert [s.sample_id for s in found] == [s.sample_id for s in plain]
@@ -419,7 +420,7 @@ def test_damage_is_found_and_mended(tmp_path, caplog, damage, keep):
     assert "making it again" in caplog.text
     require_equal(plain, found)
     assert source_of(found).kept_in == folder
-    assert sealed.fault_of(folder) is None
+    assert atomic_dir.fault_of(folder) is None
 
 
 def test_nothing_pickled_is_read(tmp_path, caplog):
@@ -434,7 +435,7 @@ def test_nothing_pickled_is_read(tmp_path, caplog):
 
     np.save(folder / "input_ids.npy", np.array([Canary()], dtype=object), allow_pickle=True)
     (folder / "manifest.json").unlink()
-    sealed.seal(folder)  # by somebody who knows how
+    atomic_dir.seal(folder)  # by somebody who knows how
     found = tokenised(recipe)
     assert not (tmp_path / "canary").exists()
     assert "are not kept" in caplog.text

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from moored import progress, sealed
 from moored.data.files import open_sources
-from moored.errors import UserError
-from moored.progress import VARIABLE, Phase, watch
+from moored.utils import atomic_dir, progress
+from moored.utils.errors import UserError
+from moored.utils.progress import VARIABLE, Phase, watch
 from ptykit import left_on, on_a_terminal
 
 
@@ -23,7 +23,7 @@ from ptykit import left_on, on_a_terminal
 def lines(caplog, monkeypatch):
     """What is said, at every opportunity."""
     monkeypatch.setenv(VARIABLE, "0")
-    caplog.set_level(logging.INFO, "moored.progress")
+    caplog.set_level(logging.INFO, "moored.utils.progress")
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -169,23 +169,23 @@ def test_a_watched_process_ends_with_who_watches_it(monkeypatch):
 
 
 def test_hashing_says_how_much_is_read(lines, tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(atomic_dir, "BLOCK_BYTES", 1000)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a").write_bytes(bytes(2500))
     (folder / "b").write_bytes(bytes(1500))
-    sealed.seal(folder)
+    atomic_dir.seal(folder)
     assert len(lines()) == 5
     assert lines()[0].startswith("hashing what was written: 0.0 of 0.0 GB, ")
-    assert sealed.fault_of(folder) is None
+    assert atomic_dir.fault_of(folder) is None
     assert len(lines()) == 10
     assert lines()[-1].startswith("verifying folder: ")
     (folder / "b").write_bytes(bytes(1499) + b"x")
-    assert "other content" in (sealed.fault_of(folder) or "")
+    assert "other content" in (atomic_dir.fault_of(folder) or "")
 
 
 def test_a_folder_that_another_process_makes_is_waited_for_aloud(lines, tmp_path, monkeypatch):
-    monkeypatch.setattr(sealed, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(atomic_dir, "WATCH_SECONDS", 0.05)
     code = (
         "import sys, time; from pathlib import Path; from moored import sealed\n"
         "def make(new):\n"
@@ -199,9 +199,9 @@ def test_a_folder_that_another_process_makes_is_waited_for_aloud(lines, tmp_path
         assert other.stdout is not None and other.stdin is not None  # noqa: PT018
         assert other.stdout.readline() == b"made\n"
         with pytest.raises(UserError, match="has been held for 0 s"):
-            sealed.make_once(folder, lambda new: {}, timeout=0.3)
+            atomic_dir.make_once(folder, lambda new: {}, timeout=0.3)
         other.stdin.close()
-        sealed.make_once(folder, lambda new: pytest.fail("made twice"), timeout=600)
+        atomic_dir.make_once(folder, lambda new: pytest.fail("made twice"), timeout=600)
     said = "waiting for another process that makes folder: 0:00:00 so far"
     assert lines().count(said) >= 3
 
@@ -242,7 +242,8 @@ def test_rows_are_counted_without_reading_them(tmp_path, name, expected, limit):
 SCENE = """
 import logging, sys, time
 from types import SimpleNamespace
-from moored import log, progress
+from moored.utils import log
+from moored.utils import progress
 log.setup(0, None)
 say = logging.getLogger("moored.scene").info
 progress.REFRESH_SECONDS = 0.0

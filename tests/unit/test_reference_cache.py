@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from moored import reference_cache
-from moored.batch import Batch, Sample, collate
 from moored.config import load_config
-from moored.reference_cache import ReferenceCache, facts_of
+from moored.data.batch import Batch, Sample, collate
+from moored.models import reference_cache
+from moored.models.reference_cache import ReferenceCache, facts_of
 from tiny import tiny_recipe, write_recipe
 
 D = 8

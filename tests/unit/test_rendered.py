@@ -8,7 +8,7 @@ import pytest
 
 import chats
 from datakit import CHAT, EOS, PLAIN_TOKENIZER, TOKENIZER, jsonl, load, turn
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 RENDERED = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 

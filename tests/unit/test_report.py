@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from moored.errors import UserError, UserErrors
-from moored.report import Report, headline, merge
-from moored.report.blocks import Tally
+from moored.evaluation.report import Report, headline, merge
+from moored.evaluation.report.blocks import Tally
+from moored.utils.errors import UserError, UserErrors
 from report_cases import CORPORA, arm, base, one, report_of, strict_json, three
 
 NAN, INF = math.nan, math.inf

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from moored.errors import UserErrors
-from moored.report import ArmResult, Blocks, Report, Tally
-from moored.report import bootstrap as bs
-from moored.report.blocks import MOST_BLOCKS
-from moored.report.comparing import more_right, share_difference
+from moored.evaluation.report import ArmResult, Blocks, Report, Tally, bootstrap
+from moored.evaluation.report.blocks import MOST_BLOCKS
+from moored.evaluation.report.comparing import more_right, share_difference
+from moored.utils.errors import UserErrors
 from report_cases import measured, one, where
 
 
@@ -89,7 +88,7 @@ def test_intervals_are_those_of_a_plain_loop(num_ours, num_theirs, num_blocks):
     first = text(rng, 0.1, num=num_blocks)
     ours = [first, *(other(rng, first, 0.1) for _ in range(num_ours - 1))]
     theirs = [other(rng, first, 0.02) for _ in range(num_theirs)]
-    found = bs.difference(ours, theirs) if theirs else bs.interval(ours)
+    found = bootstrap.difference(ours, theirs) if theirs else bootstrap.interval(ours)
     assert found is not None
     everything = list(range(num_blocks))
     mean = np.mean([plain_rise(run, everything) for run in ours])
@@ -121,7 +120,7 @@ def test_intervals_hold_the_truth_with_few_blocks_and_few_seeds(
     for _ in range(300):
         first = text(rng, 0.0, num=num_blocks, noise=noise)
         runs = [shifted(first, rng.normal(0.1, seed_noise)) for _ in range(num_seeds)]
-        found = bs.interval(runs, bs.gain)
+        found = bootstrap.interval(runs, bootstrap.gain)
         assert found is not None
         held += found.low <= -0.1 <= found.high
     # Binomial: 285 of 300 with a standard deviation of 3.8; four of them. They may hold it more
@@ -134,10 +133,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     truth, held, told = 100 * math.expm1(0.1), 0, 0
     for _ in range(300):
         run = text(rng, 0.1)
-        found = bs.interval([run])
+        found = bootstrap.interval([run])
         assert found is not None
         held += found.low <= truth <= found.high
-        same = bs.difference([run], [other(rng, run, 0.1)])
+        same = bootstrap.difference([run], [other(rng, run, 0.1)])
         assert same is not None
         told += same.is_clear
     # Binomial: 285 and 15 of 300 with a standard deviation of 3.8; percentile intervals of 60
@@ -150,13 +149,13 @@ def test_pairing_cancels_what_both_have_in_common():
     rng = np.random.default_rng(1)
     run = text(rng, 0.1, noise=1.0)
     worse = shifted(run, 0.05)
-    ratio, alone = bs.ratio_pct([worse], [run]), bs.interval([run])
+    ratio, alone = bootstrap.ratio_pct([worse], [run]), bootstrap.interval([run])
     assert ratio is not None
     assert alone is not None
     exact = 100 * math.expm1(0.05)
     assert (ratio.low, ratio.value, ratio.high) == pytest.approx((exact, exact, exact), rel=1e-9)
     assert alone.high - alone.low > 10  # on its own the text leaves it wide open
-    apart = bs.difference([worse], [run], same_text=False)
+    apart = bootstrap.difference([worse], [run], same_text=False)
     assert apart is not None
     assert not apart.is_clear  # drawn apart, nothing cancels
 
@@ -167,14 +166,14 @@ def test_seeds_are_pairs():
     rises = (0.05, 0.30, 0.60)  # seeds differ a lot, each arm alike
     ours = [other_exact(first, rise) for rise in rises]
     theirs = [other_exact(first, rise - 0.02) for rise in rises]
-    paired = bs.difference(ours, theirs, bs.log_perplexity)
+    paired = bootstrap.difference(ours, theirs, bootstrap.log_perplexity)
     assert paired is not None
     assert (paired.low, paired.high) == pytest.approx((0.02, 0.02))
-    apart = bs.difference(ours, theirs, bs.log_perplexity, same_seeds=False)
+    apart = bootstrap.difference(ours, theirs, bootstrap.log_perplexity, same_seeds=False)
     assert apart is not None
     assert apart.value == pytest.approx(0.02)
     assert not apart.is_clear
-    crossed = bs.difference(ours, theirs[::-1], bs.log_perplexity)
+    crossed = bootstrap.difference(ours, theirs[::-1], bootstrap.log_perplexity)
     assert crossed is not None
     assert crossed.value == pytest.approx(0.02)
     assert not crossed.is_clear
@@ -191,30 +190,37 @@ nats = st.floats(-1e3, 1e3)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 2000), nats, nats, nats), min_size=5, max_size=12),
-    st.sampled_from([bs.increase_pct, bs.log_perplexity, bs.gain, bs.drift]),
+    st.sampled_from(
+        [bootstrap.increase_pct, bootstrap.log_perplexity, bootstrap.gain, bootstrap.drift]
+    ),
 )
 def test_every_interval_holds_its_figure(rows, statistic):
     columns = [list(column) for column in zip(*rows, strict=True)]
     run = Blocks(num_tokens=columns[0], ce=columns[1], ce_base=columns[2], kl=columns[3])
     again = Blocks(num_tokens=columns[0], ce=columns[3], ce_base=columns[2], kl=columns[1])
-    for found in (bs.interval([run], statistic), bs.difference([run], [again], statistic)):
+    for found in (
+        bootstrap.interval([run], statistic),
+        bootstrap.difference([run], [again], statistic),
+    ):
         if found is not None:
             assert math.isfinite(found.value)
             assert found.low <= found.value <= found.high
-    if statistic is not bs.increase_pct:  # whose exponential may overflow
-        assert bs.interval([run], statistic) is not None
+    if statistic is not bootstrap.increase_pct:  # whose exponential may overflow
+        assert bootstrap.interval([run], statistic) is not None
 
 
 def test_there_is_no_interval_where_there_cannot_be_one():
     rng = np.random.default_rng(3)
-    run = text(rng, 0.1, num=bs.FEWEST_BLOCKS)
-    assert bs.interval([run]) is not None
-    assert bs.interval([text(rng, 0.1, num=bs.FEWEST_BLOCKS - 1)]) is None
-    assert bs.interval([]) is None
-    assert bs.difference([run], []) is None
-    assert bs.difference([run], [text(rng, 0.1, num=bs.FEWEST_BLOCKS)]) is None  # another text
+    run = text(rng, 0.1, num=bootstrap.FEWEST_BLOCKS)
+    assert bootstrap.interval([run]) is not None
+    assert bootstrap.interval([text(rng, 0.1, num=bootstrap.FEWEST_BLOCKS - 1)]) is None
+    assert bootstrap.interval([]) is None
+    assert bootstrap.difference([run], []) is None
+    assert (
+        bootstrap.difference([run], [text(rng, 0.1, num=bootstrap.FEWEST_BLOCKS)]) is None
+    )  # another text
     broken = Blocks(num_tokens=run.num_tokens, ce=[math.nan] * 5, ce_base=run.ce_base, kl=run.kl)
-    assert bs.interval([broken]) is None
+    assert bootstrap.interval([broken]) is None
 
 
 def test_shares_of_few_prompts_are_told_apart_only_when_far_apart():
@@ -236,7 +242,7 @@ def test_shares_of_the_same_prompts_are_paired():
     before = [int(x) for x in rng.random(60) < 0.5]
     after = [1 if i < 12 else hit for i, hit in enumerate(before)]  # nothing that was right is lost
     one, two = (Tally.of([(1, hit) for hit in hits]) for hits in (before, after))
-    found = bs.points(one, two)
+    found = bootstrap.points(one, two)
     assert found is not None
     assert found.value == pytest.approx(100 * (two.share - one.share))
     # By hand: resampled gains per prompt.
@@ -250,7 +256,7 @@ def test_shares_of_the_same_prompts_are_paired():
     assert not apart.is_clear
     assert more_right(one, two) == found
     # What cannot be paired, or differs nowhere, has the wider interval.
-    assert bs.points(one, one) is None
+    assert bootstrap.points(one, one) is None
     assert more_right(one, one).high > 0 > more_right(one, one).low
     other = Tally(num=[30, 30], hits=[10, 20])
     assert more_right(one, other) == share_difference(one.share, other.share, 60)

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from moored.report import Report, headline, table
-from moored.report.caveats import caveats
-from moored.report.choosing import choose, recommendations
-from moored.report.comparing import increase_interval, settings, yardstick
-from moored.report.tables import change, row, versus
-from moored.report.terminal import plain
+from moored.evaluation.report import Report, headline, table
+from moored.evaluation.report.caveats import caveats
+from moored.evaluation.report.choosing import choose, recommendations
+from moored.evaluation.report.comparing import increase_interval, settings, yardstick
+from moored.evaluation.report.tables import change, row, versus
+from moored.evaluation.report.terminal import plain
 from report_cases import CORPORA, arm, base, measured, report_of
 
 

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from moored.config import load_config
-from moored.errors import UserError
-from moored.report import Report, run_command, settings_of, show, table, write
+from moored.evaluation.report import Report, run_command, settings_of, show, table, write
+from moored.utils.errors import UserError
 from report_cases import arm, base, measured, one, report_of, strict_json, three, where
 
 PLAIN = arm("none", 1.0, 61.6, 9.8)
@@ -210,7 +210,7 @@ def test_settings_come_from_the_recipe(tmp_path):
 def test_needs_no_torch_no_mlflow_and_no_display(tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
-        "from moored.report import write; from report_cases import three\n"
+        "from moored.evaluation.report import write; from report_cases import three\n"
         "write(three(), Path(sys.argv[1]))\n"
         "print({'torch', 'mlflow', 'deepspeed', 'matplotlib.pyplot'} & set(sys.modules))\n"
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from moored.report import Choice, Report, Spot, Tally, words
-from moored.report.forgetting import (
+from moored.evaluation.report import Choice, Report, Spot, Tally, words
+from moored.evaluation.report.forgetting import (
     MOST_ARMS,
     MOST_CHOICES,
     MOST_SPOTS,
@@ -16,7 +16,7 @@ from moored.report.forgetting import (
     MOST_TEXTS_OPEN,
     forgetting,
 )
-from moored.report.page import html
+from moored.evaluation.report.page import html
 from pagekit import check
 from report_cases import CORPORA, arm, base, measured, report_of, where
 

@@ -8,12 +8,12 @@ import math
 import pytest
 from matplotlib.image import imread
 
-from moored.report import Report
-from moored.report.choosing import recommendations
-from moored.report.curves import panel
-from moored.report.figures import arm_numbers, frontier, styles, whiskers
-from moored.report.page import html
-from moored.report.picture import BETTER, FONT, HEAD, HEIGHT, WIDTH, frontier_png
+from moored.evaluation.report import Report
+from moored.evaluation.report.choosing import recommendations
+from moored.evaluation.report.curves import panel
+from moored.evaluation.report.figures import arm_numbers, frontier, styles, whiskers
+from moored.evaluation.report.page import html
+from moored.evaluation.report.picture import BETTER, FONT, HEAD, HEIGHT, WIDTH, frontier_png
 from pagekit import check
 from report_cases import arm, base, measured, report_of, three
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from moored.report import Report, increase_pct
-from moored.report.curves import panel
-from moored.report.figures import frontier, styles, undrawn
-from moored.report.page import html
-from moored.report.picture import COLOURS, FONT, HEAD, HEIGHT, WIDTH, frontier_png
+from moored.evaluation.report import Report, increase_pct
+from moored.evaluation.report.curves import panel
+from moored.evaluation.report.figures import frontier, styles, undrawn
+from moored.evaluation.report.page import html
+from moored.evaluation.report.picture import COLOURS, FONT, HEAD, HEIGHT, WIDTH, frontier_png
 from pagekit import check
 from report_cases import arm, base, measured, report_of, three
 

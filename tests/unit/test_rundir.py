@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from moored.config import Config, load_config
-from moored.errors import UserError
-from moored.rundir import RunDirectory, locked, open_run
+from moored.tracking.run_directory import RunDirectory, locked, open_run
+from moored.utils.errors import UserError
 
 RECIPE = {
     "model": {"name_or_path": "some/model"},

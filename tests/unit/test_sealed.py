@@ -11,9 +11,9 @@ from typing import Any
 import filelock
 import pytest
 
-from moored import sealed
-from moored.errors import UserError
-from moored.sealed import fault_of, make_once, read_manifest, seal
+from moored.utils import atomic_dir
+from moored.utils.atomic_dir import fault_of, make_once, read_manifest, seal
+from moored.utils.errors import UserError
 
 
 def fill(folder: Path) -> dict[str, Any]:
@@ -146,12 +146,12 @@ def test_without_locks_a_peer_that_was_first_serves_as_well(tmp_path: Path) -> N
     folder = tmp_path / "x"
 
     def make(new: Path) -> dict[str, Any]:
-        peer = threading.Thread(target=sealed._make, args=(folder, fill))
+        peer = threading.Thread(target=atomic_dir._make, args=(folder, fill))
         peer.start()
         peer.join()
         return fill(new)
 
-    sealed._make(folder, make)
+    atomic_dir._make(folder, make)
     assert fault_of(folder) is None
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -10,22 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from moored import secret
-from moored.errors import UserError
-from moored.log import redact
-from moored.secret import Key
+from moored.distributed import secret
+from moored.distributed.secret import Key
+from moored.utils import environment
+from moored.utils.errors import UserError
+from moored.utils.log import redact
 
 LONG = "0123456789abcdef" * 4
 
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (secret.VARIABLE, secret.FILE_VARIABLE):
+    for name in (environment.SECRET_VARIABLE, environment.SECRET_FILE_VARIABLE):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not secret.is_given()
+    assert not environment.has_secret()
     assert secret.given() is None
     monkeypatch.setenv("MOORED_MEETING_SECRET", LONG)
     assert secret.given() == LONG
@@ -39,7 +40,7 @@ def test_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     file.write_text(f"{LONG}\n")
     file.chmod(0o600)
     monkeypatch.setenv("MOORED_MEETING_SECRET_FILE", str(file))
-    assert secret.is_given()
+    assert environment.has_secret()
     assert secret.given() == LONG
     file.chmod(0o640)
     with pytest.raises(UserError, match="mode 640: others can read it, set it to 600"):

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from moored.track import shipper as module
-from moored.track.cursor import Cursor, shipping
-from moored.track.journal import JOURNAL_NAME, Journal
-from moored.track.shipper import Shipper
-from moored.track.store import Point, RejectedError, StopError, inside
+from moored.tracking import shipper as module
+from moored.tracking.cursor import Cursor, shipping
+from moored.tracking.journal import JOURNAL_NAME, Journal
+from moored.tracking.shipper import Shipper
+from moored.tracking.store import Point, RejectedError, StopError, inside
 
 
 class KilledError(BaseException):

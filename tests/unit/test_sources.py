@@ -17,15 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moored.config import ModelConfig
-from moored.errors import UserError
-from moored.sources import ResolvedModel, gguf, resolve, resolve_model, wheels
+from moored.models.hub import ResolvedModel, gguf, resolve, resolve_model, wheels
+from moored.utils.errors import UserError
 from tiny import tiny_model
 from tiny_gguf import tiny_gguf, wheel_of
 
 ASK = """
 import json, sys
 from moored.config import ModelConfig
-from moored.sources import resolve_model
+from moored.models.hub import resolve_model
 try:
     found = resolve_model(ModelConfig(**json.loads(sys.argv[1])))
     print(json.dumps([str(found.path), found.revision, found.origin]))

@@ -13,7 +13,7 @@ from datakit import config, jsonl, records
 from moored import data
 from moored.config import load_config
 from moored.data.files import open_sources
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 README = """---
 license: mit

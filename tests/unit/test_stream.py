@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from datakit import CHAT, TOKENIZER, config, jsonl, load
 from moored import data
-from moored.batch import Batch
 from moored.config import Source
 from moored.data import samples, stream
+from moored.data.batch import Batch
 from moored.data.chat import Tokens
 from moored.data.encode import Drops, HeldSource
 from moored.data.samples import SampleSet, load_samples
 from moored.data.stream import TrainStream
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 
 def held(name: str, lengths: list[int]) -> HeldSource:

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from moored.cli import main
 from moored.config import load_config
-from moored.errors import UserError, UserErrors
-from moored.inputs import fingerprints, input_files, missing_and_changed
-from moored.submit import jobs as room
-from moored.submit.places import slurm_folder
-from moored.submit.reference import HEAD
-from moored.submit.script import Job, render
-from moored.submit.site import Site, load_site
-from moored.submit.site import _seconds as limit_seconds
-from moored.submit.sweep import arms_of, array_of, split_values, submit_sweep
+from moored.config.local_files import fingerprints, input_files, missing_and_changed
+from moored.slurm import jobs as room
+from moored.slurm.node_places import slurm_folder
+from moored.slurm.script import Job, render
+from moored.slurm.site import Site, load_site
+from moored.slurm.site import _seconds as limit_seconds
+from moored.slurm.site_reference import HEAD
+from moored.slurm.sweep import arms_of, array_of, split_values, submit_sweep
+from moored.utils.errors import UserError, UserErrors
 from tiny import write_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
@@ -85,10 +85,10 @@ def test_every_golden_script_has_a_case() -> None:
 
 
 def test_the_page_of_site_profiles_is_true() -> None:
-    from moored.config.reference import reference
+    from moored.config.recipe_reference import reference
 
     assert reference(Site, HEAD) == (ROOT / "docs" / "site.md").read_text(), (
-        "run python -m moored.submit.reference > docs/site.md"
+        "run python -m moored.slurm.site_reference > docs/site.md"
     )
 
 
@@ -312,8 +312,8 @@ def test_inputs_that_change_are_noticed(recipe: Path) -> None:
 
 
 def test_both_ends_of_a_big_file_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moored.inputs.WHOLE_BYTES", 100)
-    monkeypatch.setattr("moored.inputs.END_BYTES", 20)
+    monkeypatch.setattr("moored.config.local_files.WHOLE_BYTES", 100)
+    monkeypatch.setattr("moored.config.local_files.END_BYTES", 20)
     path = tmp_path / "weights"
     path.write_bytes(bytes(200))
     expected = fingerprints([path])

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moored.contrast
-import moored.divergence
-from moored.tmkl import VocabShard, tmkl_loss
+import moored.loss.divergence
+import moored.loss.softmax_pair
+from moored.loss.tmkl import VocabShard, tmkl_loss
 from reference import dense_loss, many_digits
 
 U = {
@@ -110,7 +110,7 @@ def test_values_and_gradients(
     direction: str, mask_target: bool, dtype: torch.dtype, wide: bool, monkeypatch: Any
 ) -> None:
     if wide:  # the way that CUDA always takes
-        monkeypatch.setattr(moored.contrast, "_NARROW", -1.0)
+        monkeypatch.setattr(moored.loss.softmax_pair, "_NARROW", -1.0)
     shapes = [(1, 2), (3, 7), (9, 37), (2, 1031)]
     cases = itertools.product((1.0, 2.0, 0.7), (3.0, 0.05), shapes)
     for i, (temperature, noise, (t, v)) in enumerate(cases):
@@ -264,9 +264,9 @@ def test_equal_models_have_a_kl_and_kl_gradient_of_exactly_zero(
             assert rel(heavy, light) <= limit
         # The KL's own part, bitwise:
         s_Cv = s.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).clone()
-        goal = moored.divergence.Objective(direction, mask_target, 1.7)  # type: ignore[arg-type]
+        goal = moored.loss.divergence.Objective(direction, mask_target, 1.7)  # type: ignore[arg-type]
         shard = VocabShard(0, 33, 33)
-        kl_C = moored.divergence.chunk_loss_(
+        kl_C = moored.loss.divergence.chunk_loss_(
             s_Cv, torch.zeros_like(s_Cv), y.clamp_min(0), goal, shard, 0.0, 1.0
         ).kl_C
         assert kl_C is not None
@@ -514,9 +514,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_copy_of_the_logits_but_the_gradient(monkeypatch: Any) -> None:
-    import moored.tmkl
+    import moored.loss.tmkl
 
-    monkeypatch.setattr(moored.tmkl, "default_chunk_tokens", lambda *_a, **_k: 64)
+    monkeypatch.setattr(moored.loss.tmkl, "default_chunk_tokens", lambda *_a, **_k: 64)
     s, ref, y = make(4096, 400, torch.bfloat16)
     s.requires_grad_(False)
     with LargestTensor(s, ref, y) as seen:

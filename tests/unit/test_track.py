@@ -26,14 +26,14 @@ import psutil
 import pytest
 
 from moored.config import load_config
-from moored.errors import UserError
-from moored.track import Tracker, sync
-from moored.track.cursor import Cursor, shipping
-from moored.track.journal import metrics
-from moored.track.mlflow_store import MlflowStore
-from moored.track.provenance import tracking_uri
-from moored.track.shipper import Shipper
-from moored.track.store import RejectedError, StopError
+from moored.tracking import Tracker, sync_run
+from moored.tracking.cursor import Cursor, shipping
+from moored.tracking.journal import metrics
+from moored.tracking.mlflow_store import MlflowStore
+from moored.tracking.provenance import tracking_uri
+from moored.tracking.shipper import Shipper
+from moored.tracking.store import RejectedError, StopError
+from moored.utils.errors import UserError
 from trackkit import Place, Server, eventually, free_port, train
 
 pytestmark = pytest.mark.xdist_group("mlflow")
@@ -52,7 +52,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 TRAINER = """
 import sys, time, pathlib, socket
 from moored.config import load_config
-from moored.track import Tracker
+from moored.tracking import Tracker
 folder, attempt, first, last = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:5])
 listener = socket.create_server(("127.0.0.1", 0))
 listener.set_inheritable(True)
@@ -136,7 +136,7 @@ def test_a_run_is_in_mlflow_with_all_that_it_is_made_of(
     assert load_config(saved).fingerprint() == config.fingerprint()
     assert client.download_artifacts(run_id, "report/report.json")
     assert not (repository / "mlruns").exists()
-    assert sync(place.run_dir).num_points == 0
+    assert sync_run(place.run_dir).num_points == 0
     assert (place.run_dir / "logs" / "mlflow.log").read_text() == ""
 
 
@@ -179,7 +179,7 @@ def test_many_runs_may_share_one_new_sqlite_store(tmp_path: Path) -> None:
     client = place.client()
     for run in found:
         assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 200
-    assert [sync(tmp_path / "runs" / f"toy{k}").num_points for k in runs] == [0] * 6
+    assert [sync_run(tmp_path / "runs" / f"toy{k}").num_points for k in runs] == [0] * 6
 
 
 def test_a_killed_trainer_is_marked_and_leaves_nothing_behind(place: Place) -> None:
@@ -216,15 +216,15 @@ def test_a_crash_of_both_is_completed_by_sync(place: Place) -> None:
         trainer.stdout.readline()
         shipper = place.shipper_pid()
         with pytest.raises(UserError, match=f"process {shipper} "):
-            sync(place.run_dir)
+            sync_run(place.run_dir)
         os.kill(shipper, signal.SIGKILL)
         trainer.kill()
     eventually(place.is_let_go)
-    summary = sync(place.run_dir)
+    summary = sync_run(place.run_dir)
     assert summary.complete
     assert summary.status == "KILLED"
     assert [step for step, _ in place.history("train/loss")] == list(range(50))
-    assert sync(place.run_dir).num_points == 0
+    assert sync_run(place.run_dir).num_points == 0
     assert place.run().info.status == "KILLED"
 
 
@@ -237,7 +237,7 @@ def test_a_comparison_that_was_moved_is_shipped_whole(place: Place, empty_store:
     child.finish("FINISHED")
     parent.finish("FINISHED")
     old.rename(moved)
-    above, below = (sync(run, place.database) for run in (moved, moved / "arms" / "a"))
+    above, below = (sync_run(run, place.database) for run in (moved, moved / "arms" / "a"))
     assert above.complete
     assert below.complete
     tags = place.client().get_run(below.run_id).data.tags
@@ -246,7 +246,7 @@ def test_a_comparison_that_was_moved_is_shipped_whole(place: Place, empty_store:
     shutil.copytree(moved / "arms" / "a", place.folder / "alone")
     (place.folder / "alone" / "mlflow.json").unlink()
     shutil.copy(empty_store, place.folder / "other.db")
-    alone = sync(place.folder / "alone", f"sqlite:///{place.folder}/other.db")
+    alone = sync_run(place.folder / "alone", f"sqlite:///{place.folder}/other.db")
     assert alone.complete
     assert alone.problems == (f"parent {old}: its run directory is gone",)
 
@@ -254,7 +254,7 @@ def test_a_comparison_that_was_moved_is_shipped_whole(place: Place, empty_store:
 def test_sync_waits_for_nobody_while_another_process_ships(place: Place) -> None:
     Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1).finish("FINISHED")
     with shipping(place.run_dir, lambda: False), pytest.raises(UserError, match="being shipped"):
-        sync(place.run_dir, place.database)
+        sync_run(place.run_dir, place.database)
 
 
 def test_without_mlflow_there_is_the_journal(place: Place) -> None:
@@ -264,8 +264,8 @@ def test_without_mlflow_there_is_the_journal(place: Place) -> None:
     assert [step for step, _ in metrics(place.run_dir)["train/loss"]] == [0, 1, 2]
     assert not (place.run_dir / "mlflow.json").exists()
     with pytest.raises(UserError, match="name a store"):
-        sync(place.run_dir)
-    assert sync(place.run_dir, place.database).num_points == 6
+        sync_run(place.run_dir)
+    assert sync_run(place.run_dir, place.database).num_points == 6
 
 
 def test_other_ranks_do_nothing(place: Place) -> None:
@@ -292,7 +292,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_not_filled(place: Place) -> None:
     tracker = Tracker.start(place.config(mlflow=False), place.run_dir, attempt=1)
     train(tracker, range(3))
     tracker.finish("FINISHED")
-    run_id = sync(place.run_dir, place.database).run_id
+    run_id = sync_run(place.run_dir, place.database).run_id
     store = MlflowStore(place.database, place.run_dir)
     with pytest.raises(RejectedError, match="Invalid"):
         store.describe(run_id, {"tags": {"": "a tag without a name"}}, 1)
@@ -300,7 +300,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_not_filled(place: Place) -> None:
     with pytest.raises(StopError, match="deleted"):
         store.describe(run_id, {"params": {"new": "y"}}, 1)
     with pytest.raises(UserError, match="was deleted in MLflow: restore it"):
-        sync(place.run_dir, place.database)
+        sync_run(place.run_dir, place.database)
 
 
 # -- a store that does not ----------------------------------------------------------------------
@@ -350,13 +350,13 @@ def test_a_store_that_never_works_costs_a_bounded_wait(
     assert trouble in " ".join(caplog.messages)
     assert_ended(shipper)
     with pytest.raises(UserError, match=trouble) as caught:
-        sync(place.run_dir)
+        sync_run(place.run_dir)
     assert "\n" not in str(caught.value)
     files = [path.read_text() for path in place.run_dir.rglob("*") if path.is_file()]
     assert trouble in " ".join(files)
     assert "canary-pass" not in " ".join([*files, *caplog.messages, str(caught.value)])
     # Another store takes all of it.
-    assert sync(place.run_dir, place.database).complete
+    assert sync_run(place.run_dir, place.database).complete
     assert len(place.history("train/loss")) == 600
 
 
@@ -375,7 +375,7 @@ def test_an_mlflow_that_cannot_be_imported_stops_nothing(
     assert "a piece is missing" in caplog.text
     assert "moored sync" in caplog.text
     monkeypatch.delenv("PYTHONPATH")
-    assert sync(place.run_dir).num_points >= 20
+    assert sync_run(place.run_dir).num_points >= 20
 
 
 def test_a_server_that_is_stopped_killed_and_back_loses_nothing(
@@ -403,21 +403,21 @@ def test_a_server_that_is_stopped_killed_and_back_loses_nothing(
     eventually(server.answers)
     server.signal(signal.SIGKILL)
     with pytest.raises(UserError, match="refused"):
-        sync(place.run_dir)
+        sync_run(place.run_dir)
 
     server.start()
-    summary = sync(place.run_dir)
+    summary = sync_run(place.run_dir)
     assert summary.complete
     assert summary.status == "FINISHED"
     assert [step for step, _ in place.history("train/loss", server.uri)] == list(range(200))
-    again = sync(place.run_dir)
+    again = sync_run(place.run_dir)
     assert (again.num_points, again.num_artifacts) == (0, 0)
     client, run = place.client(server.uri), summary.run_id
     assert client.get_run(run).info.status == "FINISHED"
     assert len(client.get_run(run).inputs.dataset_inputs) == 1
     assert [file.path for file in client.list_artifacts(run)] == ["adapter", "config.yaml"]
     (place.run_dir / "mlflow.json").unlink()
-    assert sync(place.run_dir).run_id == run  # found again by its uid, and compared
+    assert sync_run(place.run_dir).run_id == run  # found again by its uid, and compared
     assert len(place.history("train/loss", server.uri)) == 200
 
 
@@ -450,9 +450,9 @@ def test_no_secret_gets_out(
     saved = place.client(server.uri).download_artifacts(run_id, "config.yaml")
     said += [str(run.to_dictionary()), Path(saved).read_text()]
     with pytest.raises(UserError) as caught:
-        sync(place.run_dir, f"http://canaryuser:canary%2Fpass@127.0.0.1:{free_port()}")
+        sync_run(place.run_dir, f"http://canaryuser:canary%2Fpass@127.0.0.1:{free_port()}")
     said.append(str(caught.value))
-    said += [str(sync(place.run_dir)), tracker.where]
+    said += [str(sync_run(place.run_dir)), tracker.where]
     said += capfd.readouterr()
     said += [path.read_text() for path in place.run_dir.rglob("*") if path.is_file()]
     assert len(said) > 8

@@ -25,18 +25,17 @@ import pytest
 
 from distributed.runner import run_distributed
 from moored.config import load_config
-from moored.errors import UserError
-from moored.lifecycle import open_together, start_tracking
-from moored.mesh import start_mesh
-from moored.track import Tracker, ships_later, sync
-from moored.track import cursor as cursor_module
-from moored.track import shipper as shipper_module
-from moored.track.cursor import Cursor
-from moored.track.journal import JOURNAL_NAME, Journal, first_start, metrics, read_journal
-from moored.track.machines import Collector, MachineFile, host_in_names
-from moored.track.mlflow_store import MlflowStore
-from moored.track.shipper import Shipper
-from moored.track.sync import _Now, _unfinished
+from moored.distributed.mesh import start_mesh
+from moored.tracking import Tracker, cursor, ships_later, sync_run
+from moored.tracking import shipper as shipper_module
+from moored.tracking.cursor import Cursor
+from moored.tracking.journal import JOURNAL_NAME, Journal, first_start, metrics, read_journal
+from moored.tracking.machines import Collector, MachineFile, host_in_names
+from moored.tracking.mlflow_store import MlflowStore
+from moored.tracking.shipper import Shipper
+from moored.tracking.sync import _Now, _unfinished
+from moored.training.lifecycle import open_together, start_tracking
+from moored.utils.errors import UserError
 from trackkit import Place, Server, eventually, free_port, train
 
 pytestmark = pytest.mark.xdist_group("mlflow")
@@ -68,7 +67,7 @@ def system_lines(path: Path) -> list[dict[str, Any]]:
 NODE = """
 import pathlib, sys
 from moored.config import load_config
-from moored.track import Tracker
+from moored.tracking import Tracker
 folder = pathlib.Path(sys.argv[1])
 tracker = Tracker.start(
     load_config(folder / "recipe.yaml"), folder / "runs/toy", attempt=1, is_main=False,
@@ -215,7 +214,7 @@ def test_one_rank_samples_each_machine(place: Place) -> None:
     late = MachineFile(place.run_dir, "three", 1)
     late.write({f"system/{CPU}": 50.0})
     late.close()
-    assert sync(place.run_dir, place.database).complete
+    assert sync_run(place.run_dir, place.database).complete
     found = {name for name in place.run().data.metrics if name.endswith(CPU)}
     assert found == names | {f"system/three/{CPU}"}
 
@@ -244,7 +243,7 @@ def test_later_means_the_journal_only(
     time.sleep(1)
     assert len(journal.read_text().splitlines()) == num_lines  # nobody writes any more
     assert not list(place.run_dir.glob("mlflow.json")) + list(place.run_dir.glob("shipper.lock"))
-    assert sync(place.run_dir, place.database).complete
+    assert sync_run(place.run_dir, place.database).complete
     run = place.run()
     assert run.info.status == "FINISHED"
     assert f"system/{CPU}" in run.data.metrics
@@ -274,7 +273,7 @@ def test_an_unknown_way_to_ship_is_refused_before_there_is_a_run(
 ARM = """
 import pathlib, sys
 from moored.config import load_config
-from moored.track import Tracker
+from moored.tracking import Tracker
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 sweep = folder / "runs/sweep"
 config = load_config(folder / "recipe.yaml")
@@ -324,7 +323,7 @@ def test_children_make_the_parent_that_nobody_ships(place: Place, server: Server
     assert [run.info.status for run in children] == ["FINISHED"] * 3
     assert parent.data.params["optim.learning_rate"] == "0.0002"
     assert parent.info.status == "RUNNING"  # until somebody looks
-    assert sync(sweep).status == "FINISHED"
+    assert sync_run(sweep).status == "FINISHED"
     assert [run.info.status for run in runs()] == ["FINISHED"] * 4
 
 
@@ -332,7 +331,7 @@ def test_makers_without_a_common_lock_settle_on_one_parent(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several hosts on a file system whose locks are each host's own: all make it at once."""
-    monkeypatch.setattr(cursor_module, "_flock", lambda descriptor: True)
+    monkeypatch.setattr(cursor, "_flock", lambda descriptor: True)
     monkeypatch.setattr(shipper_module, "SETTLE_SECONDS", 1.5)
     config = place.config(mlflow=False)
     sweep, names = place.folder / "runs" / "sweep", ["a", "b", "c"]
@@ -408,9 +407,9 @@ def test_a_parent_that_seemed_ended_runs_again_with_its_child(place: Place) -> N
     Tracker.declare(config, sweep, ["a"])
     arm = sweep / "arms" / "a"
     Tracker.start(config, arm, attempt=1, parent=sweep).finish("KILLED")
-    parent = sync(sweep, place.database)
+    parent = sync_run(sweep, place.database)
     assert parent.status == "FAILED"
-    assert sync(arm, place.database).complete
+    assert sync_run(arm, place.database).complete
     client = place.client()
     assert client.get_run(parent.run_id).info.status == "FAILED"  # a sync of an arm revives none
     again = Tracker.start(config, arm, attempt=2, parent=sweep)
@@ -426,7 +425,7 @@ def test_a_parent_that_seemed_ended_runs_again_with_its_child(place: Place) -> N
     assert going[0] is False
     assert going[-1] is True
     again.finish("FINISHED")
-    assert sync(sweep, place.database).status == "FINISHED"
+    assert sync_run(sweep, place.database).status == "FINISHED"
     assert client.get_run(parent.run_id).info.status == "FINISHED"
 
 
@@ -451,7 +450,7 @@ def test_the_adapter_becomes_one_version_of_the_registered_model(
     with_adapter(place, second)
     second.finish("FINISHED")
     (place.run_dir / "mlflow.json").unlink()
-    assert sync(place.run_dir).complete
+    assert sync_run(place.run_dir).complete
     client = place.client(server.uri)
     [version] = client.search_model_versions("name = 'slurm writer'")
     run_id = Cursor.load(place.run_dir, server.uri).run_id
@@ -484,7 +483,7 @@ def test_a_registry_that_refuses_is_a_problem_and_no_failure(
     said = (place.run_dir / "logs" / "mlflow.log").read_text()
     assert "left out: register m: " in said
     assert "Model Registry features are not supported" in said
-    assert sync(place.run_dir).complete
+    assert sync_run(place.run_dir).complete
 
 
 def test_a_version_waits_for_its_files(place: Place) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from datakit import jsonl, records, turn
 from moored.data.turns import FLAGS, UNKNOWN_FLAGS
-from moored.errors import UserErrors
+from moored.utils.errors import UserErrors
 
 U, A = turn("user", "q"), turn("assistant", "a")
 SYSTEM = turn("system", "s")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moored.batch import answer_offsets
-from moored.head import Head, LossSums
+from moored.data.batch import answer_offsets
+from moored.loss.head import Head, LossSums
 from reference import dense_logits, per_row
 
 

@@ -26,12 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.quantizers.auto import get_hf_quantizer
 
-from moored import loading, nf4, quantized, sealed, weights
 from moored.config import ModelConfig, ParallelConfig
-from moored.errors import UserError
-from moored.loading import load_base
-from moored.tensor_parallel import Layout, Sharding, Split, layout_of
-from moored.weights import INDEX, SINGLE, Files, Loader, ShapeError
+from moored.models import loading, nf4, quantized_cache, weights
+from moored.models.loading import load_base
+from moored.models.tensor_parallel import Layout, Sharding, Split, layout_of
+from moored.models.weights import INDEX, SINGLE, Files, Loader, ShapeError
+from moored.utils import atomic_dir
+from moored.utils.errors import UserError
 from tiny import ALONE, tiny_model
 
 CPU = torch.device("cpu")
@@ -785,7 +786,7 @@ def test_a_second_load_quantises_nothing(tmp_path, streamed, cache, monkeypatch)
 
 
 def test_the_cache_is_written_in_files_of_bounded_size(tmp_path, streamed, cache, monkeypatch):
-    monkeypatch.setattr(quantized, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(quantized_cache, "FILE_BYTES", 20_000)
     path = tiny_model(tmp_path / "model")
     first = ours(path, cache_quantized=True)
     (folder,) = folders_in(cache)
@@ -804,11 +805,11 @@ def test_a_flipped_byte_in_the_cache_is_noticed_and_it_is_made_again(
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    assert sealed.fault_of(folder) is not None
+    assert atomic_dir.fault_of(folder) is not None
     require_same_base(ours(path, cache_quantized=True), first)
     assert "other content than was written" in caplog.text
     assert folders_in(cache) == [folder]
-    assert sealed.fault_of(folder) is None
+    assert atomic_dir.fault_of(folder) is None
     ruin(path)
     require_same_base(ours(path, cache_quantized=True), first)
 
@@ -846,7 +847,9 @@ def cached(path: Path) -> Callable[[Any, Loader, Any], set[str]]:
     def load(model: Any, loader: Loader, axis: Any) -> set[str]:
         if not axis.joined:
             return loader.load(model)
-        return quantized.load(model, loader, path, SimpleNamespace(tp=axis, first_on_machine=True))
+        return quantized_cache.load(
+            model, loader, path, SimpleNamespace(tp=axis, first_on_machine=True)
+        )
 
     return load
 
@@ -942,7 +945,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, cache, caplog,
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device (os error 28)")
 
-    monkeypatch.setattr(quantized, "save_file", full)
+    monkeypatch.setattr(quantized_cache, "save_file", full)
     load_cached(path)
     assert "the quantised weights are not kept" in caplog.text
     assert not list(cache.glob("model-*"))

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from moored.config.section import Key, dotted_key
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 MAX_DEPTH = 20
 # YAML 1.2's core schema: `yes`, `on` and 2024-01-01 are text, and 1e-3 is a number.

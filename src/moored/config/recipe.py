@@ -15,7 +15,7 @@ from typing import Any
 
 from moored.config.document import Document
 from moored.config.section import Key, dotted_key
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 MAX_BYTES = 1 << 20
 

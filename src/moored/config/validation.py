@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from moored.config.recipe import Recipe
 from moored.config.section import Key, Relation, Section
 from moored.config.wording import unknown_key, wording
-from moored.errors import UserErrors
+from moored.utils.errors import UserErrors
 
 Root = TypeVar("Root", bound=Section)
 # A pass takes wrong values away, and removing one seldom brings another to light.

@@ -12,19 +12,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moored.data.ahead import Ahead
+    from moored.data.base_samples import BaseIdentity
     from moored.data.corpora import by_domain, resolve_text
-    from moored.data.drawn import BaseIdentity
     from moored.data.encode import HeldSource
     from moored.data.ends import TurnEnd, turn_ends
     from moored.data.heldout import (
         Prompt,
         eval_batches,
         eval_samples,
-        instruction_prompts,
         prompts,
         retention_samples,
     )
+    from moored.data.prefetch import Ahead
     from moored.data.records import check_data
     from moored.data.samples import SampleSet, load_samples, pad_token_id
     from moored.data.stream import TrainStream
@@ -40,7 +39,6 @@ _ROOMS = {
     "Prompt": "heldout",
     "eval_batches": "heldout",
     "eval_samples": "heldout",
-    "instruction_prompts": "heldout",
     "prompts": "heldout",
     "retention_samples": "heldout",
     "check_data": "records",
@@ -62,7 +60,6 @@ __all__ = [
     "check_data",
     "eval_batches",
     "eval_samples",
-    "instruction_prompts",
     "load_samples",
     "pad_token_id",
     "prompts",

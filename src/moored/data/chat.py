@@ -17,7 +17,7 @@ import numpy as np
 from moored.data.chat_layout import Layout, chat_layouts, plain_layout
 from moored.data.stops import Stops
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

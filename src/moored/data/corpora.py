@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moored.config.inputs import KNOWN_TEXTS
 from moored.data.files import Reader, Row, missing_problem, open_one, text_problem
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import Corpus

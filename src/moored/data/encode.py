@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from moored.batch import Sample
+from moored.data.batch import Sample
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.chat_layout import Layout
 from moored.data.records import Record, read_template
 from moored.data.template import TemplateError
-from moored.errors import UserError, UserErrors
+from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import DataConfig

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moored.data.columns import wanted
+from moored.data.find_files import display, find_files, of_split
 from moored.data.formats import PLAIN, count_rows, read_file, unread
 from moored.data.nested import as_written, kind_of
-from moored.data.places import display, find_files, of_split
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
     from moored.config import Source

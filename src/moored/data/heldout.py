@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from moored.batch import Batch, Sample, batches_of
+from moored.data.base_samples import BaseIdentity, drawn_samples
+from moored.data.batch import Batch, Sample, batches_of
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.corpora import resolve_text
-from moored.data.drawn import BaseIdentity, drawn_samples
 from moored.data.encode import Encoder
 from moored.data.files import open_sources
-from moored.data.kept import corpus_tokens
 from moored.data.records import Record, read_records
 from moored.data.samples import load_samples
 from moored.data.template import TemplateError
-from moored.errors import UserError, UserErrors
-from moored.instructions import TASKS
+from moored.data.token_cache import corpus_tokens
+from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import Config, Corpus
@@ -128,35 +127,6 @@ def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     if not short:
         raise UserError("data.eval: no prompt is left for exact match: raise data.max_length")
     return short
-
-
-def instruction_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
-    """The built-in instructions as questions; `sample_id` is the name of a task.
-
-    Raises:
-        UserError: the model has no chat template, or one that cannot ask a single question.
-    """
-    chat = Encoder(tokenizer, config.data).chat
-    switch = "or set evaluation.instructions to false"
-    if not chat.templates:
-        raise UserError(
-            f"evaluation.instructions: {config.model.name_or_path} has no chat template, so it "
-            f"cannot be asked: give one as data.chat_template, {switch}"
-        )
-    found: list[Prompt] = []
-    try:
-        for name, task in TASKS.items():
-            asked = {"role": "user", "content": task.prompt}
-            turns = [asked, {"role": "assistant", "content": "Yes."}]
-            (tokens,) = chat.encode(chat.layouts(turns))
-            if isinstance(tokens, str):
-                raise TemplateError(tokens)
-            stops = chat.ends_of(tokens)
-            ids = chat.prompt_ids([asked])
-            found.append(Prompt(sample_id=name, input_ids=ids, completion="", stop_token_ids=stops))
-    except TemplateError as error:
-        raise UserError(f"evaluation.instructions: {error}, {switch}") from error
-    return found
 
 
 def _prompt(chat: ChatEncoder, sample_id: str, record: Record, tokens: Tokens) -> Prompt:

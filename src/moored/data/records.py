@@ -29,8 +29,8 @@ from moored.data.foreign import alpaca_history, alpaca_prompt
 from moored.data.layouts import Cells, cells_of
 from moored.data.overlap import Overlap
 from moored.data.turns import Turns, read_tools, read_turns
-from moored.errors import UserError, UserErrors
-from moored.progress import Phase
+from moored.utils.errors import UserError, UserErrors
+from moored.utils.progress import Phase
 
 if TYPE_CHECKING:
     from moored.config import Config, Source

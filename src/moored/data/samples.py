@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moored.batch import Sample
+from moored.data.batch import Sample
 from moored.data.encode import Drops, Encoder, HeldSource, build
 from moored.data.files import Reader, Row, open_sources
-from moored.data.kept import source_tokens
 from moored.data.records import Record, parse, read_records
-from moored.errors import UserError, UserErrors
+from moored.data.token_cache import source_tokens
+from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import DataConfig, Source

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from moored.batch import Batch, Row, Sample, batches_of, pack, row_tokens
+from moored.data.batch import Batch, Row, Sample, batches_of, pack, row_tokens
 from moored.data.encode import HeldSource
 from moored.data.samples import SampleSet, StreamedSource, load_samples, pad_token_id
-from moored.errors import UserError
+from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
     from moored.config import Config

@@ -4,6 +4,6 @@
 equal, `stock` is what loads it, without Moored. Nothing is trained or measured for a report here.
 """
 
-from moored.export.command import run_command
+from moored.export.export_command import run_command
 
 __all__ = ["run_command"]

@@ -17,10 +17,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moored.adapters import product_squares
-from moored.card import Delta, Deltas
-from moored.progress import Phase
-from moored.weights import Files
+from moored.export.card import Delta, Deltas
+from moored.models.adapters import product_squares
+from moored.models.weights import Files
+from moored.utils.progress import Phase
 
 PREFIX = "base_model.model."
 

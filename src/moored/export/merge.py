@@ -30,15 +30,15 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
 
-from moored import nf4
-from moored.base import resolve_dtype
 from moored.config import ModelConfig
-from moored.errors import UserError
-from moored.export.changes import Changes, changes_of
+from moored.export.adapter_changes import Changes, changes_of
 from moored.export.deltas import Moved, squared_distance, squares
-from moored.export.naming import OtherNamesError, Part, parts_of
-from moored.progress import Phase
-from moored.weights import INDEX, SINGLE, Files
+from moored.export.tensor_names import OtherNamesError, Part, parts_of
+from moored.models import nf4
+from moored.models.base import resolve_dtype
+from moored.models.weights import INDEX, SINGLE, Files
+from moored.utils.errors import UserError
+from moored.utils.progress import Phase
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,6 @@
 fresh process without a network. Nothing is trained and no weights are loaded.
 """
 
-from moored.prepare.command import prune, run
+from moored.prepare.prepare_command import prune, run
 
 __all__ = ["prune", "run"]

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moored import sealed
-from moored.base import locate
 from moored.config import Config, Corpus, Source
 from moored.data import BaseIdentity, SampleSet, TrainStream, check_data, load_samples, resolve_text
-from moored.data.drawn import drawn_folder
+from moored.data.base_samples import drawn_folder
 from moored.data.encode import HeldSource
 from moored.data.files import open_sources
-from moored.data.kept import content, content_of_texts
-from moored.evaluate import build_suite
-from moored.loading import require_architecture, require_layout
-from moored.mesh import alone
+from moored.data.token_cache import content, content_of_texts
+from moored.distributed.mesh import alone
+from moored.evaluation.evaluate import build_suite
+from moored.models.base import locate
+from moored.models.loading import require_architecture, require_layout
+from moored.utils import atomic_dir
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ def _template(path: Path) -> Item:
         what="data.chat_template",
         where=str(path),
         num_bytes=path.stat().st_size,
-        identity=f"sha256:{sealed.sha256(path)}",
+        identity=f"sha256:{atomic_dir.sha256(path)}",
     )
 
 
@@ -121,7 +121,7 @@ def _source(sources: Sequence[Source], index: int, samples: SampleSet) -> Item:
 def _corpus(place: str, corpus: Corpus, base: BaseIdentity) -> Item:
     if corpus.builtin == "base-samples":
         folder = drawn_folder(corpus, base)
-        facts = sealed.read_manifest(folder)
+        facts = atomic_dir.read_manifest(folder)
         [file] = facts["files"].values()
         return Item(
             what=place,

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from typing import Any
 
 from moored.config import load_config
-from moored.errors import UserError, UserErrors
 from moored.prepare.items import find_everything
+from moored.utils.errors import UserError, UserErrors
 
 
 def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:

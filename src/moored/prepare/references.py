@@ -7,16 +7,16 @@ from functools import partial
 
 import torch
 
-from moored.base import Located
 from moored.config import Config
 from moored.data import TrainStream, load_samples
-from moored.errors import UserError
-from moored.forward import probe_batch
-from moored.mesh import alone
-from moored.model import load_policy
-from moored.progress import Phase
-from moored.reference import of_base
-from moored.reference_cache import ReferenceCache, open_cache
+from moored.distributed.mesh import alone
+from moored.models.base import Located
+from moored.models.forward import probe_batch
+from moored.models.policy import load_policy
+from moored.models.reference import of_base
+from moored.models.reference_cache import ReferenceCache, open_cache
+from moored.utils.errors import UserError
+from moored.utils.progress import Phase
 
 
 def require_fillable(config: Config) -> None:

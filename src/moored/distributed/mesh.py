@@ -1,0 +1,351 @@
+"""Which processes work together, along which axis, and on which device.
+
+What the launcher said is read by `launched.py`, the group of all processes is made by `joining.py`.
+Nothing here knows a model or a recipe.
+"""
+
+# torch.distributed is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from moored.distributed.joining import joined, prove
+from moored.distributed.plain import decoded, encoded
+from moored.utils.environment import launched, rendezvous_seconds
+from moored.utils.errors import UserError
+
+RENDEZVOUS_SECONDS = 600.0  # until every process must have come: some are slow to start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One direction of the mesh: this process's place in it, and its collectives.
+
+    Every collective is skipped at size 1, so that one process needs no special case.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` (any shape) over the axis; the argument is left as it was."""
+        total = values.clone()
+        if self.size > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self.group)
+        return total
+
+    def concatenate(self, part: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+        """Every rank's part, joined along `dim`.
+
+        Args:
+            part: this rank's; the parts differ along `dim` at most.
+            dim: where they are joined.
+            sizes: each rank's length along `dim`, in rank order.
+        """
+        if self.size == 1:
+            return part
+        widest = max(sizes)
+        mine = part.movedim(dim, 0).contiguous()
+        if len(mine) < widest:
+            mine = torch.cat([mine, mine.new_zeros(widest - len(mine), *mine.shape[1:])])
+        parts = mine.new_empty(self.size * widest, *mine.shape[1:])
+        # Its successor all_gather_single is absent from the older releases that we support.
+        dist.all_gather_into_tensor(parts, mine, group=self.group)  # pyright: ignore
+        if min(sizes) < widest:
+            starts = range(0, len(parts), widest)
+            parts = torch.cat([parts[i : i + n] for i, n in zip(starts, sizes, strict=True)])
+        return parts.movedim(0, dim).contiguous()
+
+    def sum_part(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's part along `dim` of the sum over the axis; equal parts (reduce-scatter)."""
+        if self.size == 1:
+            return values
+        whole = values.movedim(dim, 0).contiguous()
+        part = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
+        dist.reduce_scatter_tensor(part, whole, group=self.group)  # pyright: ignore
+        return part.movedim(0, dim).contiguous()
+
+    def extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest of each entry over the axis."""
+        low, high = values.clone(), values.clone()
+        if self.size > 1:
+            dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
+            dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
+        return low, high
+
+    def max(self, value: float, device: torch.device | None = None) -> float:
+        """Largest `value` over the axis, the same on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=device or _device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return float(tensor.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (small, see `plain.py`), in rank order, on every rank.
+
+        Raises:
+            TypeError: on every rank alike: some rank's value is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value)
+        if self.size == 1:
+            if fault is not None:
+                raise fault
+            return [value]
+        sizes = [int(length.item()) for length in self._all(self._length(data))]
+        for rank, size in enumerate(sizes):
+            _require_sent(size, rank, fault if rank == self.rank else None)
+        padded = (data or b"").ljust(max(sizes))
+        return [
+            decoded(_raw(part)[:size], f"rank {rank}")
+            for rank, (part, size) in enumerate(
+                zip(self._all(_tensor(padded, self._carrier())), sizes, strict=True)
+            )
+        ]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (small, see `plain.py`), on every rank; the others' is not looked at.
+
+        Raises:
+            TypeError: on every rank alike: it is none that JSON brings back.
+        """
+        data, fault = _bytes_of(value) if self.rank == 0 else (b"", None)
+        if self.size == 1:
+            if fault is not None:
+                raise fault
+            return value
+        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
+        length = self._length(data)
+        dist.broadcast(length, src=source, group=self.group)
+        size = int(length.item())
+        _require_sent(size, 0, fault)
+        sent = _tensor(data, self._carrier()) if self.rank == 0 else length.new_empty(size).byte()
+        dist.broadcast(sent, src=source, group=self.group)
+        return value if self.rank == 0 else decoded(_raw(sent), "rank 0")
+
+    def _all(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor; their shapes are equal."""
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return parts
+
+    def _length(self, data: bytes | None) -> torch.Tensor:
+        return torch.tensor([_NOTHING if data is None else len(data)], device=self._carrier())
+
+    def _carrier(self) -> torch.device:
+        """Where a tensor must be for the collectives of this axis."""
+        return _device() if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+    def barrier(self) -> None:
+        """Wait until every rank of the axis is here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """The processes of a run, arranged as data-parallel x tensor-parallel.
+
+    Attributes:
+        world: all processes.
+        dp: the processes that hold different data.
+        tp: the processes that hold different slices of the same layers.
+        device: this process's device.
+        first_on_machine: whether it is of the first tensor-parallel group of its machine.
+    """
+
+    world: Axis
+    dp: Axis
+    tp: Axis
+    device: torch.device
+    first_on_machine: bool = True
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints, tracks and writes shared files."""
+        return self.world.rank == 0
+
+    def together(self, error: BaseException | None) -> None:
+        """Raise on every rank when any rank has failed, so that none waits for another.
+
+        Args:
+            error: this rank's own error, or None.
+
+        Raises:
+            BaseException: this rank's own error.
+            UserError: another rank's error, with its rank named.
+        """
+        if self.world.size > 1:
+            texts = self.world.gather(None if error is None else f"{error}")
+        else:
+            texts = []
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise UserError(f"rank {rank}: {text}")
+
+    @contextlib.contextmanager
+    def main_first(self) -> Generator[None]:
+        """Run the body on rank 0 before the others: what it downloads or converts, they find."""
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                yield
+            except Exception as caught:
+                error = caught
+            self.together(error)
+        else:
+            self.together(None)
+            yield
+
+
+def alone(device: str = "cpu") -> Mesh:
+    """The mesh of a process that meets no other."""
+    world, dp, tp = (Axis(name=name) for name in ("world", "dp", "tp"))
+    return Mesh(world=world, dp=dp, tp=tp, device=torch.device(device))
+
+
+_NOTHING = -1  # in place of the length of a value that cannot be sent
+_MOST_BYTES = 1 << 30  # of one value: who says more is none of ours
+
+
+def _bytes_of(value: Any) -> tuple[bytes | None, TypeError | None]:
+    """A value to send, or why it cannot be: the others must learn of it before all raise."""
+    try:
+        return encoded(value), None
+    except TypeError as error:
+        return None, error
+
+
+def _require_sent(size: int, rank: int, fault: TypeError | None) -> None:
+    if size == _NOTHING:
+        raise fault or TypeError(f"rank {rank} was to send a value that is no JSON")
+    if not 0 < size <= _MOST_BYTES:
+        raise UserError(
+            f"rank {rank} announced a value of {size} bytes: another program takes part in this "
+            "run: start it again, where nobody else can connect to its processes (SECURITY.md)"
+        )
+
+
+def _tensor(data: bytes | None, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data or b""), dtype=torch.uint8).to(device)
+
+
+def _raw(part: torch.Tensor) -> bytes:
+    return part.cpu().numpy().tobytes()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def start_mesh(
+    tensor_parallel_degree: int = 1,
+    timeout_seconds: float = 1800.0,
+    *,
+    wait_seconds: float = RENDEZVOUS_SECONDS,
+    folder: Path | None = None,
+) -> Mesh:
+    """Join the processes that the launcher started and arrange them.
+
+    Args:
+        tensor_parallel_degree: processes that share one copy of the model. Neighbours by rank.
+        timeout_seconds: how long a collective may wait for a rank before the run ends.
+        wait_seconds: how long to wait for the other processes, unless the environment says it.
+        folder: which all processes share, for the secret by which they know each other where the
+            launcher gave them none; None: Moored's cache.
+
+    Raises:
+        UserError: the environment is incomplete, the world does not divide, not all processes came,
+            or a stranger is among them.
+    """
+    place, wait_seconds = launched(), rendezvous_seconds(wait_seconds)
+    if place.world_size % tensor_parallel_degree:
+        raise UserError(
+            f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
+            f"the {place.world_size} processes: start a multiple of it"
+        )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    first = place.local_rank < tensor_parallel_degree
+    if dist.is_initialized():
+        return _arranged(tensor_parallel_degree, device, first)
+    try:
+        with joined(
+            place,
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout_seconds=timeout_seconds,
+            rendezvous_seconds=wait_seconds,
+            folder=folder,
+        ) as key:
+            mesh = _arranged(tensor_parallel_degree, device, first)
+            if key is not None:
+                for axis in (mesh.world, mesh.dp, mesh.tp):
+                    prove(axis, key)
+    except UserError:
+        leave_mesh()
+        raise
+    return mesh
+
+
+def _arranged(tensor_parallel_degree: int, device: torch.device, first: bool) -> Mesh:
+    """The mesh of the group that is there."""
+    world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
+    if tensor_parallel_degree == 1:
+        dp = Axis(name="dp", rank=world.rank, size=world.size)
+        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first)
+    shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
+    grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+    dp, tp = (
+        Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
+        for name, size in zip(("dp", "tp"), shape, strict=True)
+    )
+    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first)
+
+
+def degree_for(wanted: int) -> int:
+    """The degree to measure with: 1 in a process alone, which then holds the whole model."""
+    return wanted if launched().world_size > 1 else 1
+
+
+_LOST_PEER = re.compile(
+    r"(closed|reset) by peer|Broken pipe|[Tt]imed out|Socket Timeout|ncclRemoteError|remote process"
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether it is what gloo and NCCL say of a process that is gone."""
+    return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+
+
+def leave_mesh() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of its GPU, or resident on a CPU machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,47 @@
+"""What finished runs learned and forgot: report.json, table, page, frontier plot.
+
+Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
+"""
+
+from moored.evaluation.report.blocks import Blocks, Tally
+from moored.evaluation.report.bootstrap import increase_intervals
+from moored.evaluation.report.headline import Headline, headline
+from moored.evaluation.report.merging import merge
+from moored.evaluation.report.report_files import labels_of, run_command, write
+from moored.evaluation.report.results import (
+    ArmResult,
+    BaseResult,
+    Figures,
+    Report,
+    increase_pct,
+    rise_pct,
+)
+from moored.evaluation.report.settings import settings_of
+from moored.evaluation.report.terminal import show, table
+from moored.evaluation.report.where import Choice, Spot, Stretch, TokenDrift, Where
+
+__all__ = [
+    "ArmResult",
+    "BaseResult",
+    "Blocks",
+    "Choice",
+    "Figures",
+    "Headline",
+    "Report",
+    "Spot",
+    "Stretch",
+    "Tally",
+    "TokenDrift",
+    "Where",
+    "headline",
+    "increase_intervals",
+    "increase_pct",
+    "labels_of",
+    "merge",
+    "rise_pct",
+    "run_command",
+    "settings_of",
+    "show",
+    "table",
+    "write",
+]

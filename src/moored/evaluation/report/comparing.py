@@ -1,0 +1,241 @@
+"""Runs taken together: the seeds of one setting, and how settings differ, with their intervals.
+
+What is said of it is `headline.py`'s; how resampling works is `bootstrap.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from moored.evaluation.report import bootstrap
+from moored.evaluation.report.blocks import Blocks, Tally
+from moored.evaluation.report.bootstrap import Interval
+from moored.evaluation.report.results import ArmResult, Report, badness
+
+# What two runs share that differ in nothing but their seed, as far as a report without a digest of
+# their recipes knows.
+SETTING = ("kind", "weight", "direction", "temperature", "adapter", "scale", "num_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The runs of one setting, by their names in the order of their seeds; mostly there is one.
+
+    Figures of several runs are means: geometric of perplexities, arithmetic of increases.
+    """
+
+    arms: dict[str, ArmResult]
+
+    @property
+    def runs(self) -> list[ArmResult]:
+        """The runs alone."""
+        return list(self.arms.values())
+
+    @property
+    def first(self) -> ArmResult:
+        """One of the runs, for what they have in common."""
+        return self.runs[0]
+
+    @cached_property
+    def name(self) -> str:
+        """The run's, or what the names of all runs have in common."""
+        without = {re.sub(r"-seed-?\d+", "", name) for name in self.arms}
+        if len(self.arms) == 1 or len(without) > 1:
+            return next(iter(self.arms))
+        return without.pop() or next(iter(self.arms))
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Of the runs: runs of two settings with the same ones are pairs."""
+        return [arm.seed for arm in self.runs]
+
+    @property
+    def learned(self) -> float | None:
+        """Adaptation perplexity, if every run has a finite one."""
+        known = [a.adaptation_ppl for a in self.runs]
+        finite = [ppl for ppl in known if ppl is not None and math.isfinite(ppl) and ppl > 0]
+        if len(finite) < len(known):
+            return None
+        return finite[0] if len(finite) == 1 else math.exp(_mean([math.log(ppl) for ppl in finite]))
+
+    @cached_property
+    def increases(self) -> dict[str, float]:
+        """Rise of each corpus in percent, where every run has one."""
+        known = [arm.retention_increase_pct for arm in self.runs]
+        result: dict[str, float] = {}
+        for corpus in known[0]:
+            values = [found.get(corpus) for found in known]
+            given = [value for value in values if value is not None]
+            if len(given) == len(values):
+                result[corpus] = _mean(given)
+        return result
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The corpus that rose most, and by how many percent; NaN counts as most."""
+        return max(self.increases.items(), key=lambda item: badness(item[1]), default=None)
+
+    def blocks(self, corpus: str | None) -> list[Blocks]:
+        """Every run's sums on a corpus (None: the new task's text); empty where one lacks them."""
+        found = [
+            arm.adaptation_blocks if corpus is None else arm.retention_blocks.get(corpus)
+            for arm in self.runs
+        ]
+        known = [blocks for blocks in found if blocks is not None]
+        return known if len(known) == len(found) else []
+
+    def increase(self, corpus: str) -> Interval | None:
+        """The rise of a corpus in percent, with its interval."""
+        return bootstrap.interval(self.blocks(corpus))
+
+    def learned_interval(self) -> Interval | None:
+        """Adaptation perplexity with its interval."""
+        found = bootstrap.interval(self.blocks(None), bootstrap.log_perplexity)
+        return None if found is None else _apply(found, math.exp)
+
+    def change_interval(self) -> Interval | None:
+        """Adaptation perplexity against the base's, in percent."""
+        return bootstrap.interval(self.blocks(None))
+
+    def median(self) -> str:
+        """The run whose worst corpus is the median: the one to take of several seeds."""
+        worst = {name: arm.worst() for name, arm in self.arms.items()}
+        ordered = sorted(
+            self.arms, key=lambda name: badness(pair[1]) if (pair := worst[name]) else math.inf
+        )
+        return ordered[(len(ordered) - 1) // 2]
+
+
+def settings(report: Report) -> list[Setting]:
+    """The arms by setting, in their order. Runs without a seed of their own stand alone."""
+    groups: dict[tuple[object, ...], dict[str, ArmResult]] = {}
+    for name, arm in report.arms.items():
+        groups.setdefault(setting_of(arm), {})[name] = arm
+    result: list[Setting] = []
+    order = list(report.arms)
+    for arms in groups.values():
+        seeds = [arm.seed for arm in arms.values()]
+        if None in seeds or len(set(seeds)) < len(seeds):
+            # Not seeds of one setting: they differ in what the report does not know.
+            result += [Setting(arms={name: arm}) for name, arm in arms.items()]
+        else:
+            ordered = sorted(arms.items(), key=lambda item: item[1].seed or 0)
+            result.append(Setting(arms=dict(ordered)))
+    return sorted(result, key=lambda setting: min(order.index(name) for name in setting.arms))
+
+
+def shared_corpora(report: Report) -> list[str]:
+    """The retention corpora of every arm that has any: only on these are they compared."""
+    known = [list(a.retention_increase_pct) for a in report.arms.values() if a.retention_ppl]
+    return [name for name in known[0] if all(name in other for other in known)] if known else []
+
+
+def on_shared_corpora(report: Report) -> Report:
+    """The report with the rises of `shared_corpora` alone, so that `worst` is of the same texts."""
+    shared = shared_corpora(report)
+    if all(set(arm.retention_increase_pct) <= set(shared) for arm in report.arms.values()):
+        return report
+    arms = {
+        name: replace(
+            arm,
+            retention_increase_pct={
+                corpus: rise
+                for corpus, rise in arm.retention_increase_pct.items()
+                if corpus in shared
+            },
+        )
+        for name, arm in report.arms.items()
+    }
+    return replace(report, arms=arms)
+
+
+def setting_of(arm: ArmResult) -> tuple[object, ...]:
+    """What arms of one setting have in common."""
+    if arm.setting is not None:
+        return arm.setting, arm.scale
+    return tuple(getattr(arm, name) for name in SETTING)
+
+
+def increase_interval(arm: ArmResult, corpus: str) -> Interval | None:
+    """The interval of one run's rise of a corpus: from its sums, else as it was reported."""
+    value = arm.retention_increase_pct.get(corpus)
+    if value is None or not math.isfinite(value):
+        return None
+    blocks = arm.retention_blocks.get(corpus)
+    found = None if blocks is None else bootstrap.interval([blocks])
+    ends = arm.retention_increase_interval_pct.get(corpus)
+    if found is None and ends is not None:
+        return Interval(value=value, low=ends[0], high=ends[1])
+    return found
+
+
+def more_right(before: Tally, after: Tally) -> Interval:
+    """Points between two shares of what was right: paired by prompt or passage, where they differ.
+
+    Where none differs, or they were not asked the same, it is `share_difference`'s.
+    """
+    paired = bootstrap.points(before, after)
+    return paired or share_difference(before.share, after.share, min(before.total, after.total))
+
+
+def share_difference(before: float, after: float, num: int) -> Interval:
+    """Points between two shares of `num` things each, with Agresti and Caffo's interval.
+
+    It takes the two for independent samples, so it is wider than a paired one would be (Agresti and
+    Caffo 2000, "Simple and effective confidence intervals for proportions": one success and one
+    failure are added to each).
+    """
+    shares = [(share * num + 1) / (num + 2) for share in (before, after)]
+    centre = shares[1] - shares[0]
+    reach = 1.959964 * math.sqrt(sum(share * (1 - share) / (num + 2) for share in shares))
+    value = 100 * (after - before)
+    ends = 100 * (centre - reach), 100 * (centre + reach)
+    return Interval(value=value, low=min(ends[0], value), high=max(ends[1], value))
+
+
+def learned_more(ours: Setting, theirs: Setting) -> Interval | None:
+    """Percent by which our adaptation perplexity is above theirs; less is better."""
+    return bootstrap.ratio_pct(
+        ours.blocks(None), theirs.blocks(None), same_seeds=ours.seeds == theirs.seeds
+    )
+
+
+def forgot_more(ours: Setting, theirs: Setting, corpus: str) -> Interval | None:
+    """Points by which our rise of a corpus is above theirs; less is better."""
+    return bootstrap.difference(
+        ours.blocks(corpus), theirs.blocks(corpus), same_seeds=ours.seeds == theirs.seeds
+    )
+
+
+def forgot_more_at_worst(ours: Setting, theirs: Setting) -> Interval | None:
+    """Points by which our worst corpus rose more than theirs, which may be another one."""
+    mine, other = ours.worst, theirs.worst
+    if mine is None or other is None:
+        return None
+    return bootstrap.difference(
+        ours.blocks(mine[0]),
+        theirs.blocks(other[0]),
+        same_text=mine[0] == other[0],
+        same_seeds=ours.seeds == theirs.seeds,
+    )
+
+
+def yardstick(groups: Sequence[Setting]) -> Setting:
+    """What the others are compared with: plain fine-tuning as trained, else the first."""
+    plain = [group for group in groups if group.first.kind == "none"]
+    as_trained = [group for group in plain if group.first.scale is None]
+    return [*as_trained, *plain, *groups][0]
+
+
+def _apply(interval: Interval, change: Callable[[float], float]) -> Interval:
+    return Interval(
+        value=change(interval.value), low=change(interval.low), high=change(interval.high)
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

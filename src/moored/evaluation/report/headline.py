@@ -1,0 +1,384 @@
+"""The headline: what was learned and what was forgotten, in one sentence computed from the figures.
+
+It says as readily that nothing was learned, that the regulariser did harm, or that two runs cannot
+be told apart. How numbers are shown is `words.py`'s, how runs are compared `comparing.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moored.evaluation.report.bootstrap import FEWEST_SEEDS, Interval
+from moored.evaluation.report.budgets import budgets
+from moored.evaluation.report.choosing import recommendations
+from moored.evaluation.report.comparing import (
+    Setting,
+    forgot_more_at_worst,
+    learned_more,
+    on_shared_corpora,
+    settings,
+)
+from moored.evaluation.report.results import ArmResult, Report
+from moored.evaluation.report.words import bounds, clean, kind_name, percent, points, ppl
+
+# Within these, two arms are said to be about the same; the report states both.
+SAME_PPL_PCT = 3.0
+SAME_INCREASE_POINTS = 1.0
+
+UNKNOWN, NOT_FINITE = "not known", "not finite"
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """What the figures say: one sentence, and the numbers behind it."""
+
+    title: str
+    details: tuple[str, ...]
+
+
+def headline(report: Report) -> Headline:
+    """What was learned and what was forgotten, as the figures have it.
+
+    TMKL (else the first regulariser there is) is compared with plain fine-tuning where both are
+    there: by the intervals of their differences where each is one setting and its texts' sums are
+    known. Several settings of one kind are compared by their whole ranges, so that one lucky arm of
+    many cannot make the headline. Which setting to take stands in a line of its own.
+    """
+    report = on_shared_corpora(report)
+    focus, plain, rest = compared(report)
+    shown = [focus, *([plain] if plain else [])]
+    before = report.base.adaptation_ppl
+    broken = next((group for group in shown if group.broken), None)
+    details = [group.detail(before) for group in [*shown, *(rest if len(rest) <= 2 else [])]]
+    if len(rest) > 2:
+        details.append(f"{len(rest)} other regularisers: see the table.")
+    if broken:
+        title = f"{broken.subject} broke down: a perplexity is not finite."
+    elif plain:
+        pair = Pair(focus, plain)
+        title = _compared(pair, before)
+        details += _differences(pair)
+    else:
+        title = _alone(focus, before)
+    details += budgets(report)
+    return Headline(title=title, details=(*details, *recommendations(report)[1]))
+
+
+def compared(report: Report) -> tuple[Group, Group | None, list[Group]]:
+    """The kind in focus, plain fine-tuning beside it, and the others."""
+    every = settings(report)
+    trained = [setting for setting in every if setting.first.scale is None]
+    chosen = trained or every
+    groups = [
+        Group(kind, [setting for setting in chosen if setting.first.kind == kind])
+        for kind in dict.fromkeys(setting.first.kind for setting in chosen)
+    ]
+    regularised = [group for group in groups if group.kind != "none"]
+    focus = next((g for g in regularised if g.kind == "tmkl"), (regularised or groups)[0])
+    plain = next((g for g in groups if g.kind == "none" and g is not focus), None)
+    return focus, plain, [group for group in groups if group not in (focus, plain)]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The arms of one kind, taken together."""
+
+    kind: str
+    settings: Sequence[Setting]
+
+    @property
+    def arms(self) -> list[ArmResult]:
+        """Every run of it."""
+        return [arm for setting in self.settings for arm in setting.runs]
+
+    @property
+    def name(self) -> str:
+        """As prose names it."""
+        return kind_name(self.kind)
+
+    @property
+    def single(self) -> Setting | None:
+        """Its setting, if it has but one."""
+        return self.settings[0] if len(self.settings) == 1 else None
+
+    @property
+    def subject(self) -> str:
+        """The name at the start of a sentence."""
+        what = "seeds" if self.single else "arms"
+        many = f" ({len(self.arms)} {what})" if len(self.arms) > 1 else ""
+        return f"{self.name[0].upper()}{self.name[1:]}{many}"
+
+    @property
+    def broken(self) -> bool:
+        """Whether a perplexity is not finite."""
+        values = [arm.adaptation_ppl for arm in self.arms]
+        values += [value for arm in self.arms for value in arm.retention_ppl.values()]
+        return any(value is not None and not math.isfinite(value) for value in values)
+
+    @cached_property
+    def learned_change(self) -> Interval | None:
+        """Change of adaptation perplexity in percent, of one setting."""
+        return self.single.change_interval() if self.single else None
+
+    @cached_property
+    def forgot_interval(self) -> Interval | None:
+        """Rise of the worst corpus, of one setting."""
+        worst = self.single.worst if self.single else None
+        return self.single.increase(worst[0]) if self.single and worst else None
+
+    @cached_property
+    def learned(self) -> Span | None:
+        """Adaptation perplexity: the mean of one setting with intervals, else the range."""
+        if self.single and self.learned_change and self.single.learned is not None:
+            return (self.single.learned, self.single.learned)
+        return _range([arm.adaptation_ppl for arm in self.arms])
+
+    @cached_property
+    def forgot(self) -> Span | None:
+        """Rise of an arm's worst corpus: the mean of one setting, else the range."""
+        worst = self.single.worst if self.single else None
+        if self.forgot_interval and worst:
+            return (worst[1], worst[1])
+        every = [arm.worst() for arm in self.arms]
+        return _range([None if pair is None else pair[1] for pair in every])
+
+    @property
+    def forgot_text(self) -> str:
+        """The rise in words, with its interval where there is one."""
+        assert self.forgot is not None
+        found = self.forgot_interval
+        ends = f" {bounds(found.low, found.high)}" if found else ""
+        return f"{_shown(self.forgot, percent)}{ends}"
+
+    def detail(self, before: float | None) -> str:
+        """The group's figures in one line."""
+        start = f"{ppl(before)} → " if before is not None else ""
+        worst = self.single.worst if self.single and self.forgot_interval else None
+        corpora = {pair[0] for arm in self.arms if (pair := arm.worst())}
+        corpora = {worst[0]} if worst else corpora
+        where = f" ({clean(min(corpora), 32)})" if len(corpora) == 1 else ""
+        unknown = NOT_FINITE if self.broken else UNKNOWN
+        one = f"{start}{_shown(self.learned, ppl)}" if self.learned else unknown
+        two = f"{self.forgot_text} at worst{where}" if self.forgot else unknown
+        ranges = ""
+        if len(self.settings) > 1:
+            ranges = f" (ranges over {len(self.settings)} arms that differ in more than the seed)"
+        return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}{ranges}."
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two groups side by side, and where each is one setting the differences between them."""
+
+    focus: Group
+    plain: Group
+
+    @property
+    def singles(self) -> tuple[Setting, Setting] | None:
+        """Both settings, if there is one on either side."""
+        one, other = self.focus.single, self.plain.single
+        return (one, other) if one and other else None
+
+    @cached_property
+    def learned(self) -> Interval | None:
+        """Percent by which the focus's adaptation perplexity is above the other's."""
+        return learned_more(*self.singles) if self.singles else None
+
+    @cached_property
+    def forgot(self) -> Interval | None:
+        """Points by which the focus's worst corpus rose more than the other's."""
+        return forgot_more_at_worst(*self.singles) if self.singles else None
+
+
+def _range(values: Sequence[float | None]) -> Span | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return (min(known), max(known)) if known and len(known) == len(values) else None
+
+
+def _shown(span: Span, show: Callable[[float], str]) -> str:
+    low, high = map(show, span)
+    return low if low == high else f"{low} to {high}"
+
+
+def _nothing(before: float | None, group: Group) -> str | None:
+    """How to say that no arm learned; None where one did, or it is not known."""
+    learned, change = group.learned, group.learned_change
+    if before is None or learned is None:
+        return None
+    unclear = change is not None and not change.is_clear
+    if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
+        if learned[0] > before * (1 + SAME_PPL_PCT / 100) and not unclear:
+            return "learned nothing and got worse at the task"
+        wide = change and (change.low < -SAME_PPL_PCT or change.high > SAME_PPL_PCT)
+        if not (unclear and wide):
+            return "learned next to nothing"
+    return "learned nothing that can be told from chance" if unclear else None
+
+
+def _alone(group: Group, before: float | None) -> str:
+    learned, forgot = group.learned, group.forgot
+    nothing = _nothing(before, group)
+    if learned is None:
+        learning = "what it learned was not measured"
+    elif before is None:
+        learning = f"reached adaptation perplexity {_shown(learned, ppl)}"
+    else:
+        change = f"adaptation perplexity {ppl(before)} → {_shown(learned, ppl)}"
+        learning = f"{nothing or 'learned'} ({change})"
+    little = forgetting = ""
+    if forgot is None:
+        forgetting = "what it forgot was not measured"
+    else:
+        found = group.forgot_interval
+        if forgot[1] <= SAME_INCREASE_POINTS and not (found and found.high > SAME_INCREASE_POINTS):
+            little = " nothing" if forgot[1] <= 0 else " next to nothing"
+        elif found and not found.is_clear:
+            little = " nothing that can be told from chance"
+        forgetting = f"forgot{little} (retention perplexity {group.forgot_text} at worst)"
+    if learned is None:
+        return f"{group.subject} {forgetting}; {learning}."
+    if forgot is None:
+        return f"{group.subject} {learning}; {forgetting}."
+    joint = "and" if bool(nothing) != bool(little) else "but"
+    return f"{group.subject} {learning} {joint} {forgetting}."
+
+
+# A group against another: below, about the same, above, ranges overlapping, or not told apart.
+_UNCLEAR = 9
+_LEARNED = {-1: "more than", 0: "about as much as", 1: "less than", None: "in the same range as"}
+_FORGOT = {-1: "less", 0: "about as much", 1: "more", None: "in the same range"}
+
+
+def _compared(pair: Pair, before: float | None) -> str:
+    """One sentence on two groups."""
+    focus, plain = pair.focus, pair.plain
+    learned, forgot = (focus.learned, plain.learned), (focus.forgot, plain.forgot)
+    nothing = [_nothing(before, group) for group in (focus, plain)]
+    figures = learning = forgetting = ""
+    bad_learning = bad_forgetting = False
+    learned_order = forgot_order = None
+    if learned[0] and learned[1]:
+        if nothing[0] and nothing[1]:
+            return f"Neither {focus.name} nor {plain.name} learned: {_drops(before, learned)}."
+        learned_order = _learned_order(pair)
+        bad_learning = learned_order == 1
+        if nothing[0] and learned_order == 1:
+            learning, bad_learning = f"{nothing[0]} where {plain.name} learned", True
+        elif learned_order == _UNCLEAR:
+            learning = f"cannot be told apart from {plain.name} in what it learned"
+        else:
+            learning = f"learned {_LEARNED[learned_order]} {plain.name}"
+    if forgot[0] and forgot[1]:
+        forgot_order = _forgot_order(pair)
+        bad_forgetting = forgot_order == 1
+        if forgot_order == _UNCLEAR:
+            apart = f"from {plain.name}" if not learning else "from it"
+            forgetting = f"cannot be told apart {apart} in what it forgot"
+        else:
+            forgetting = f"forgot {_FORGOT[forgot_order]}"
+        both = f"{_shown(forgot[0], percent)} against {_shown(forgot[1], percent)} at worst"
+        figures = f": retention perplexity {both}"
+        found = plain.forgot_interval
+        little = forgot[1][1] <= SAME_INCREASE_POINTS
+        little = little and not (found and found.high > SAME_INCREASE_POINTS)
+        if little and forgot_order != 1:
+            figures += "; there was next to nothing to protect"
+    if _unsure(pair, {learned_order, forgot_order}):
+        figures += "; no interval says how sure that is"
+    if learning and forgetting:
+        if learned_order == forgot_order == _UNCLEAR:
+            neither = "neither in what it learned nor in what it forgot"
+            return f"{focus.subject} cannot be told apart from {plain.name}, {neither}{figures}."
+        unclear = _UNCLEAR in (learned_order, forgot_order)
+        joint = "and" if bad_learning == bad_forgetting and not unclear else "but"
+        return f"{focus.subject} {learning} {joint} {forgetting}{figures}."
+    if learning:
+        return f"{focus.subject} {learning}; what was forgotten was not measured."
+    if forgetting:
+        link = "as" if forgot_order in (0, None) else "than"
+        versus = "" if forgot_order == _UNCLEAR else f" {link} {plain.name}"
+        return f"{focus.subject} {forgetting}{versus}{figures}; what was learned was not measured."
+    return f"{focus.subject} and {plain.name}: too little was measured to compare them."
+
+
+def _unsure(pair: Pair, orders: set[int | None]) -> bool:
+    """Whether one setting is said to be above or below another by the bare figures."""
+    focus, plain = pair.focus, pair.plain
+    if not pair.singles or not orders & {1, -1}:
+        return False
+    learned_by_figures = focus.learned and plain.learned and pair.learned is None
+    forgot_by_figures = focus.forgot and plain.forgot and pair.forgot is None
+    return bool(learned_by_figures or forgot_by_figures)
+
+
+def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
+    reached = " and ".join(_shown(span, ppl) for span in learned if span)
+    return f"adaptation perplexity {ppl(before)} → {reached}"
+
+
+def _learned_order(pair: Pair) -> int | None:
+    if found := pair.learned:
+        # As far below as above: in nats.
+        least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
+        return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
+    ours, theirs = pair.focus.learned, pair.plain.learned
+    assert ours is not None
+    assert theirs is not None
+    return _order(ours, theirs, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
+
+
+def _forgot_order(pair: Pair) -> int | None:
+    if found := pair.forgot:
+        most = SAME_INCREASE_POINTS
+        return _told(found, found.low >= -most and found.high <= most)
+    ours, theirs = pair.focus.forgot, pair.plain.forgot
+    assert ours is not None
+    assert theirs is not None
+    return _order(ours, theirs, lambda a, b: a > b + SAME_INCREASE_POINTS)
+
+
+def _told(difference: Interval, same: bool) -> int:
+    """1 above, -1 below, 0 about the same, or not to be told apart."""
+    if same:
+        return 0
+    if not difference.is_clear:
+        return _UNCLEAR
+    return 1 if difference.value > 0 else -1
+
+
+def _order(a: Span, b: Span, above: Callable[[float, float], bool]) -> int | None:
+    """Where range a lies to range b: 1 above, -1 below, 0 about the same, None overlapping."""
+    if not any(above(x, y) or above(y, x) for x in a for y in b):
+        return 0
+    if above(a[0], b[1]):
+        return 1
+    return -1 if above(b[0], a[1]) else None
+
+
+def _differences(pair: Pair) -> list[str]:
+    """The differences behind the sentence, with their intervals; why there are none."""
+    if not pair.singles:
+        return ["Several settings of a kind are compared by their ranges, without an interval."]
+    focus, plain = pair.focus, pair.plain
+    said: list[str] = []
+    intervals = "Paired 95 % intervals"
+    if found := pair.learned:
+        said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
+    if found := pair.forgot:
+        where = dict.fromkeys(clean(s.worst[0], 32) for s in pair.singles if s.worst)
+        by = f"{points(found.value)} {bounds(found.low, found.high)}"
+        apart = ""
+        if len(where) > 1:
+            apart, intervals = ", not paired", "95 % intervals, else paired,"
+        said.append(f"retention perplexity at worst {by} ({' against '.join(where)}{apart})")
+    if not said:
+        return []
+    seeds = min(len(focus.arms), len(plain.arms)) >= FEWEST_SEEDS
+    over = "texts and seeds" if seeds else "texts"
+    joined = "; ".join(said)
+    return [f"{focus.subject} against {plain.name}: {joined}. {intervals} over {over}."]

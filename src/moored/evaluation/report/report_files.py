@@ -1,0 +1,172 @@
+"""Reports on disk: the three files of a report, and `moored report RUN ...` over finished runs.
+
+What stands in them is decided by the rest of this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moored.evaluation.report.merging import merge
+from moored.evaluation.report.results import Report
+from moored.evaluation.report.terminal import show
+from moored.tracking import Tracker
+from moored.tracking.journal import metrics
+from moored.tracking.run_directory import write_atomically
+from moored.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from moored.evaluation.report.page import Curves
+
+log = logging.getLogger(__name__)
+
+
+def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path:
+    """Write report.json, report.html and frontier.png, each of them whole or not at all.
+
+    Args:
+        report: the figures.
+        folder: made where it is not there.
+        curves: arm -> metric -> (step, value), for the page.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the figures contradict themselves, or the folder cannot be written.
+    """
+    # matplotlib takes half a second, of every rank's start if it stood above.
+    from moored.evaluation.report.page import html
+    from moored.evaluation.report.picture import frontier_png
+
+    folder = Path(folder)
+    data = report.to_json()
+    Report.from_json(data, source=f"figures for {folder / 'report.json'}")
+    content = (_on_lines(json.dumps(data, indent=1, allow_nan=False)) + "\n").encode()
+    try:
+        with _private():
+            # The figures first: they cost a training run, the pictures can be drawn again.
+            write_atomically(folder / "report.json", content)
+            write_atomically(folder / "report.html", html(report, curves).encode())
+            write_atomically(folder / "frontier.png", frontier_png(report))
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the report cannot be written: {error.strerror or error}: choose another "
+            "folder, or make room"
+        ) from error
+    return folder
+
+
+def _on_lines(text: str) -> str:
+    """Indented JSON with each list of plain numbers on one line; strings hold no line breaks."""
+    return re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[None]:
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """`moored report RUN ...`: the table on the terminal, the files in a folder.
+
+    One run's own report is drawn anew, with the curves of its journal; several runs over one base
+    become one report.
+
+    Args:
+        runs: run directories (of `train` or `compare`), or folders or files of reports.
+        out: where to write; by default the run's own `report`, for several runs `./report`.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        UserError: a run has no report, or the runs do not share a base.
+    """
+    runs = list(dict.fromkeys(Path(run).absolute() for run in runs))
+    if not runs:
+        raise UserError("no run given: name at least one run directory")
+    whole = runs[0]
+    if len(runs) == 1 and (arms := _arms(whole)):
+        runs, out = arms, out or whole / "report"
+    places = [_report_file(run) for run in runs]
+    reports = [Report.read(place) for place in places]
+    merged = merge(reports, labels=labels_of(runs)) if len(reports) > 1 else reports[0]
+    # merge keeps the order of the arms, whatever it calls them.
+    names = iter(merged.arms)
+    curves = {
+        next(names): _curves(run, name, alone=len(report.arms) == 1)
+        for run, report in zip(runs, reports, strict=True)
+        for name in report.arms
+    }
+    if out is None:
+        out = places[0].parent if len(runs) == 1 else Path("report")
+    write(merged, out, curves=curves)
+    if out == whole / "report":
+        Tracker.hand_over(whole, out, "report")
+    show(merged, sys.stdout)
+    print(f"\nreport  {out / 'report.html'}\nplot    {out / 'frontier.png'}", flush=True)
+    return out
+
+
+def _arms(run: Path) -> list[Path]:
+    """The arms of a sweep, or of a comparison without a report of its own, that were measured."""
+    if (run / "report" / "report.json").is_file() and not (run / "slurm" / "arms.json").is_file():
+        return []
+    arms = sorted(path for path in (run / "arms").glob("*") if path.is_dir())
+    measured = [arm for arm in arms if (arm / "report" / "report.json").is_file()]
+    if arms and not measured:
+        raise UserError(f"{run}: none of its {len(arms)} arms has been measured yet: finish one")
+    missing = [arm.name for arm in arms if arm not in measured]
+    if missing:
+        log.warning(
+            "%d of %d arms are not in the report, since they did not end: %s",
+            len(missing),
+            len(arms),
+            ", ".join(missing[:10]),
+        )
+    return measured
+
+
+def _report_file(run: Path) -> Path:
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory: check the path")
+    for place in (run / "report" / "report.json", run / "report.json"):
+        if place.is_file():
+            return place
+    if (run / "adapter" / "adapter_config.json").is_file():
+        raise UserError(f"{run} has no report/report.json: measure it with `moored evaluate {run}`")
+    raise UserError(f"{run} has no report/report.json: name a finished run, or finish this one")
+
+
+def labels_of(runs: Sequence[Path]) -> list[str]:
+    """Folder names, with as many parents as tell them apart."""
+    for depth in range(1, 1 + max(len(run.parts) for run in runs)):
+        labels = ["/".join(run.parts[-depth:]) for run in runs]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(run) for run in runs]
+
+
+def _curves(run: Path, arm: str, *, alone: bool) -> dict[str, list[tuple[int, float]]]:
+    """The journal of an arm: below a comparison in `arms/NAME`, else the run's own."""
+    if run.is_file() or (run / "report.json").is_file():
+        run = run.parent.parent if run.is_file() else run.parent
+    # A name is no path: one from a foreign report must not lead out of the run.
+    if Path(arm).name == arm and (run / "arms" / arm).is_dir():
+        return metrics(run / "arms" / arm)
+    return metrics(run) if alone else {}

@@ -1,0 +1,291 @@
+"""PEFT's adapters on the frozen base: fresh ones by the recipe, and their scale.
+
+What they may not touch, the head and the embedding, is refused here; saved ones are `saved.py`'s.
+What spreads them over ranks is `tensor_parallel`'s. SineLoRA, which PEFT lacks, is `sinelora.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    RandLoraConfig,
+    RandLoraModel,
+    get_peft_model,
+    load_peft_weights,
+)
+from peft.tuners.lora import LoraLayer
+from peft.tuners.randlora import RandLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from moored.config import AdapterConfig
+from moored.models.lora_linear import fuse
+from moored.models.tensor_parallel import Sharding, whole_adapters
+from moored.sinelora import SineLayer, SineLoraConfig
+from moored.utils.errors import UserError
+
+BASES = ("randlora_A", "randlora_B")  # random and frozen; one pair for all layers
+
+
+def add_adapters(
+    causal_lm: Any, config: AdapterConfig, seed: int, sharding: Sharding | None = None
+) -> PeftModel:
+    """Put the recipe's adapters into the base, in fp32, initialised from `seed`.
+
+    Args:
+        causal_lm: the base.
+        config: the recipe's.
+        seed: of the initial values, which are the same on every mesh.
+        sharding: how the base is spread.
+
+    Raises:
+        UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
+    """
+    targets: Any = config.target_modules
+    if not isinstance(targets, str):
+        targets = list(targets)
+        _require_known(causal_lm, targets)
+        _refuse_head(causal_lm, targets)
+    try:
+        settings = _settings(config, targets, seed)
+        torch.manual_seed(seed)
+        model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"adapter: {' '.join(str(error).split())[:300]}: change adapter.target_modules or "
+            "adapter.init"
+        ) from error
+    assert isinstance(model, PeftModel)
+    if sharding is not None:
+        sharding.adopt(causal_lm)
+        assert isinstance(settings, LoraConfig)  # the recipe refuses the others on such a mesh
+        _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, settings, seed))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora" not in name:
+            raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
+    return for_training(model)
+
+
+def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
+    """The recipe's adapter in PEFT's words."""
+    shared: dict[str, Any] = {"r": config.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    if config.method == "randlora":
+        # The bases are kept with the adapter: drawn again from the key they may differ, since PEFT
+        # draws and normalises them in what half precision the machine has.
+        return RandLoraConfig(
+            randlora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+            randlora_dropout=config.dropout,
+            projection_prng_key=seed,
+            save_projection=True,
+            **shared,
+        )
+    shared |= {
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.use_rslora,
+        "init_lora_weights": True if config.init == "default" else config.init,
+    }
+    if config.method == "sinelora":
+        return SineLoraConfig(omega=config.omega, **shared)
+    return LoraConfig(use_dora=config.family == "dora", **shared)
+
+
+def frozen_buffers(model: PeftModel) -> dict[str, Tensor]:
+    """RandLoRA's bases in the model itself, by their names in an adapter's file."""
+    tuner: Any = model.base_model
+    if not isinstance(tuner, RandLoraModel):
+        return {}
+    return {f"base_model.{name}": getattr(tuner, name)["default"] for name in BASES}
+
+
+def frozen_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter needs beside what is trained, on the CPU, by its names in the file.
+
+    RandLoRA's bases, once: PEFT itself would write them again for every layer that refers to them.
+    """
+    found = {name: tensor.cpu() for name, tensor in frozen_buffers(model).items()}
+    for name, tensor in found.items():
+        half = tensor.bfloat16()  # as PEFT draws them, before it casts the adapter to fp32
+        if torch.equal(half.to(tensor.dtype), tensor):
+            found[name] = half
+    return found
+
+
+def load_frozen(model: PeftModel, folder: Path) -> None:
+    """Put what `frozen_tensors` gave, and a saved adapter holds, back in its place.
+
+    Raises:
+        UserError: the adapter is of another recipe.
+    """
+    own = frozen_buffers(model)
+    saved = load_peft_weights(str(folder), device="cpu") if own else {}
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise UserError(f"{folder}: no fitting {name}: resume with the recipe that wrote it")
+        tensor.copy_(saved[name])
+
+
+def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    """Layers with what they read of modules below them without calling these.
+
+    ZeRO-3 gathers a parameter when the module that holds it is called, and must be told of others.
+    """
+    for module in model.modules():
+        if isinstance(module, (RandLoraLayer, SineLayer)):
+            assert isinstance(module, nn.Module)
+            yield from ((module, p) for p in module.parameters() if p.requires_grad)
+
+
+def for_training(model: PeftModel) -> PeftModel:
+    """With adapters in fp32, activations in their own dtype, and no pass that is not needed."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    _keep_dtype(model)
+    fuse(model)
+    return model
+
+
+def _keep_dtype(model: PeftModel) -> None:
+    """Adapters in fp32 other than LoRA's may return fp32 for an input in bf16."""
+
+    def as_input(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        like = args[0].dtype if args and isinstance(args[0], Tensor) else None
+        is_other = isinstance(output, Tensor) and like is not None and like.is_floating_point
+        return output.to(like) if is_other else output
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+            assert isinstance(module, nn.Module)
+            module.register_forward_hook(as_input)
+
+
+def require_scale(factor: float) -> None:
+    """Raise UserError unless an adapter can be deployed at this scale."""
+    if not (math.isfinite(factor) and factor > 0):
+        raise UserError(f"--scale {factor:g}: a finite number above 0 is needed (0 is the base)")
+
+
+@contextlib.contextmanager
+def scaled(model: PeftModel, factor: float) -> Iterator[None]:
+    """All that the adapters add, times `factor`: 0 is the base, 1 what was trained.
+
+    W + factor * dW interpolates base and adapted weights (WiSE-FT, arXiv 2109.01903).
+
+    Raises:
+        UserError: the adapters' effect is not linear in such a factor.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (LoraLayer, RandLoraLayer))]
+    causal_lm: Any = model.get_base_model()
+    kinds = (AuxiliaryTrainingWrapper, BaseTunerLayer)
+    num = sum(isinstance(m, kinds) for m in model.modules())
+    variants = any(isinstance(layer, LoraLayer) and layer.lora_variant for layer in layers)
+    head = isinstance(causal_lm.get_output_embeddings(), LoraLayer)
+    if num > len(layers) or variants or head or getattr(model, "replaced", ()):
+        raise UserError(_NO_SCALE)
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update({name: factor * value for name, value in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+def write_scaled(adapter: Path, folder: Path, factor: float) -> None:
+    """Copy a saved adapter with its alpha times `factor`; its matrices stay as they are.
+
+    Raises:
+        UserError: as `scaled`.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    alpha = _ALPHA.get(config.get("peft_type"))
+    if alpha is None or any(config.get(k) not in (None, False, "none", [], {}) for k in _FIXED):
+        raise UserError(_NO_SCALE)
+    config[alpha] *= factor
+    if "alpha_pattern" in config:
+        pattern = config["alpha_pattern"] or {}
+        config["alpha_pattern"] = {k: factor * v for k, v in pattern.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    name = "adapter_model.safetensors"
+    shutil.copyfile(adapter / name, folder / name)
+
+
+_ALPHA = {"LORA": "lora_alpha", "SINELORA": "lora_alpha", "RANDLORA": "randlora_alpha"}
+# What an adapter may have that no alpha scales.
+_FIXED = ("use_dora", "modules_to_save", "trainable_token_indices", "bias", "layer_replication")
+_NO_SCALE = (
+    "--scale: LoRA, RandLoRA and SineLoRA alone are linear in a scale of the adapter, this one is "
+    "not: leave it out"
+)
+
+
+def _set_parts(model: PeftModel, sharding: Sharding, whole: Mapping[str, Tensor]) -> None:
+    """Give this rank's parts of whole matrices to the adapters; DoRA's magnitudes stay."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            path = name.removeprefix("base_model.model.").removesuffix(".default.weight")
+            if path in whole:
+                parameter.copy_(sharding.local(name, whole[path]))
+
+
+def _require_known(causal_lm: Any, targets: list[str]) -> None:
+    """PEFT is content if any of the names is found."""
+    names = [name for name, _ in causal_lm.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            last = {name.rpartition(".")[2] for name in names}
+            close = difflib.get_close_matches(target, sorted(last), 1)
+            hint = f"did you mean {close[0]}?" if close else "see the model's own names"
+            raise UserError(f"adapter.target_modules: no module is named {target}: {hint}")
+
+
+def _refuse_head(causal_lm: Any, targets: list[str]) -> None:
+    frozen = {
+        id(causal_lm.get_output_embeddings()): "output head",
+        id(causal_lm.get_input_embeddings()): "token embedding",
+    }
+    for name, module in causal_lm.named_modules():
+        for target in targets:
+            if id(module) in frozen and (name == target or name.endswith(f".{target}")):
+                raise UserError(
+                    f"adapter.target_modules: {target} is the {frozen[id(module)]}, which the "
+                    "reference shares and the loss keeps frozen: remove it from the list"
+                )
+
+
+def product_norm(causal_lm: Any) -> torch.Tensor:
+    """Squared Frobenius norm of what LoRA adds, sum over layers of ||s B A||^2, differentiable."""
+    norms: list[torch.Tensor] = []
+    for layer in causal_lm.modules():
+        if isinstance(layer, LoraLayer):
+            for name in (name for name in layer.active_adapters if name in layer.lora_A):
+                a: Any = layer.lora_A[name].weight  # [r, D_in]
+                b: Any = layer.lora_B[name].weight  # [D_out, r]
+                norms.append(layer.scaling[name] ** 2 * product_squares(a, b))
+    return torch.stack(norms).sum()
+
+
+def product_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||B A||_F^2 of a [r, in] and b [out, r].
+
+    tr((B^T B) (A A^T)), of r x r matrices: the product is never formed.
+    """
+    return ((b.T @ b) * (a @ a.T)).sum()

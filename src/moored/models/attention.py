@@ -1,0 +1,140 @@
+"""Attention of packed rows sample by sample, with transformers' "sdpa".
+
+transformers keeps the samples of a row apart by a mask of row length squared: attention then costs
+as much as for one sample of that length, and the kernels that know causality are ruled out. Here
+each sample is attended to by itself. A model for which that is not the same keeps the mask.
+
+Letters: B rows, L row length, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moored.data.batch import Batch
+from moored.distributed.mesh import is_lost_peer
+
+log = logging.getLogger(__name__)
+
+# Kernels are started for every sample: below this many tokens in the mean a mask may cost less.
+LEAST_MEAN, LEAST_MEAN_ON_GPU = 32, 128
+
+_by_sample: ContextVar[bool] = ContextVar("by_sample", default=False)
+_seen: ContextVar[list[bool] | None] = ContextVar("seen", default=None)
+# Models that may be attended to by sample, and how long a sample may be for it.
+_longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def samples_apart(causal_lm: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
+    """Further arguments of the backbone's forward, to be called inside.
+
+    Args:
+        causal_lm: the Hugging Face model.
+        batch: its rows.
+    """
+    rows = batch.sample_lengths
+    if rows is None or max(map(max, rows)) > _longest.get(causal_lm, 0):
+        yield {}
+        return
+    least = LEAST_MEAN_ON_GPU if batch.input_ids.is_cuda else LEAST_MEAN
+    is_trial = _seen.get() is not None
+    if not is_trial and batch.input_ids.numel() < least * sum(map(len, rows)):
+        yield {}
+        return
+    with _set(_by_sample, True):
+        yield {"sample_lengths": rows}
+
+
+def attend_by_sample(causal_lm: Any, masked: Tensor, hidden: Callable[[], Tensor]) -> bool:
+    """Let packed rows of a model be attended to by sample, if that gives the same. Collective.
+
+    Args:
+        causal_lm: the Hugging Face model.
+        masked: final hidden states of a packed batch under transformers' mask, [N, D].
+        hidden: computes them again.
+
+    Returns:
+        Whether it will be done.
+    """
+    config = causal_lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if (
+        causal_lm.config._attn_implementation != "sdpa"
+        or kinds - {"full_attention", "sliding_attention"}
+        or getattr(config, "attention_chunk_size", None) is not None
+    ):
+        return False
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = _mask
+    # Within its window a sample is attended to causally and no more; a longer one needs the mask.
+    _longest[causal_lm] = getattr(config, "sliding_window", None) or math.inf
+    seen: list[bool] = []
+    try:
+        with _set(_seen, seen):
+            apart = hidden()
+    except (TypeError, ValueError, RuntimeError) as error:
+        if is_lost_peer(error):
+            raise
+        log.debug("packed rows of %s stay whole: %s", type(causal_lm).__name__, error)
+        same = False
+    else:
+        bound = min(0.1, 1000 * torch.finfo(apart.dtype).eps) * masked.abs().max()
+        same = bool(seen) and all(seen) and bool((apart - masked).abs().max() <= bound)
+    if not same:
+        del _longest[causal_lm]
+    return same
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """As transformers has it, but none where samples are attended to by themselves."""
+    return None if _by_sample.get() else sdpa_mask(*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query_BHLd: Tensor,
+    key_BHLd: Tensor,
+    value_BHLd: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    sample_lengths: Sequence[Sequence[int]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' sdpa of every sample; [B, L, H, d] and no weights."""
+    apart = sample_lengths if attention_mask is None else None
+    if (seen := _seen.get()) is not None:
+        seen.append(apart is not None)
+    all_BHLd = query_BHLd, key_BHLd, value_BHLd
+    if apart is None:
+        return sdpa_attention_forward(module, *all_BHLd, attention_mask, **kwargs)
+    rows = []
+    for row, lengths in enumerate(apart):
+        q, k, v = (x[row : row + 1].split(lengths, 2) for x in all_BHLd)
+        found = [
+            sdpa_attention_forward(module, *sample, None, **kwargs)[0]
+            for sample in zip(q, k, v, strict=True)
+        ]
+        rows.append(torch.cat(found, 1))
+    return torch.cat(rows), None
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -1,0 +1,359 @@
+"""DeepSpeed ZeRO around the policy: forward, backward, update, and the state to save.
+
+Beside `partition.py` the only importer of deepspeed. No loss and no schedule is decided here.
+
+Precision is ours, not DeepSpeed's: adapters, gradients and moments are fp32 (so the adapter is its
+own fp32 master), the base computes in its own dtype, and DeepSpeed's bf16 mode stays off, which
+would cast the packed 4-bit bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import logger as deepspeed_logger
+
+from moored.config import Config
+from moored.data.batch import Batch
+from moored.distributed.mesh import Mesh, leave_mesh
+from moored.loss.drift import DriftSums
+from moored.loss.tmkl import LossSums
+from moored.models.adapters import read_outside
+from moored.models.forward import probe_batch
+from moored.models.policy import LossArguments, PolicyModel
+from moored.models.reference import adapters_off, dropout_off, of_base
+from moored.models.reference_cache import ReferenceCache, open_cache
+from moored.models.zero import zero_config
+from moored.utils.errors import TrainingRefusedError, UserError
+
+log = logging.getLogger(__name__)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """The policy under ZeRO, and the optimizer that moves its adapters.
+
+    Attributes:
+        policy: the model; its parameters may be partitioned (stage 3).
+        stage: the ZeRO stage.
+        references: what is kept of the base's hidden states; None: nothing.
+    """
+
+    def __init__(self, policy: PolicyModel, config: Config, mesh: Mesh):
+        deepspeed_logger.setLevel(logging.ERROR)
+        self.policy, self.mesh, self.stage = policy, mesh, config.parallel.zero_stage
+        self.references: ReferenceCache | None = None
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._trainable = policy.trainable()
+        if not self._trainable:
+            raise UserError("adapter: no module matches adapter.target_modules: nothing to train")
+        optimizer = torch.optim.AdamW(
+            list(self._trainable.values()),
+            lr=config.optim.learning_rate,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            foreach=False,
+        )
+        self._sharding = sharding = policy.sharding
+        self._cut = {name for name in self._trainable if sharding and sharding.split_of(name)}
+        for name in self._cut:
+            # DeepSpeed counts what is cut once per rank in the norm, what is shared once in all.
+            self._trainable[name].model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
+        if policy.partition is not None:
+            policy.partition.hand_over()
+        deepspeed_groups.mpu = unit  # not that of an earlier engine of this process
+        self._engine: Any = deepspeed.initialize(
+            model=policy,
+            optimizer=optimizer,
+            config=zero_config(config),
+            dist_init_required=False,
+            mpu=unit,
+        )[0]
+        if self.stage == 3:
+            for module, parameter in read_outside(policy):
+                deepspeed.zero.register_external_parameter(module, parameter)
+
+    # -- forward and backward ---------------------------------------------------------------
+
+    def reference(self, batch: Batch) -> torch.Tensor:
+        """The base's final hidden states at the batch's targets, [N, D]: adapters off, no grad.
+
+        Args:
+            batch: better with its tensors on the CPU, where a cache looks at them.
+        """
+        if self.references is None:
+            return self._of_base(batch)
+        hidden = self.references.hidden(batch, partial(self._of_base, batch))
+        return hidden.to(self.mesh.device, non_blocking=True)
+
+    def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
+        """Read the base's hidden states where they are kept, and keep them, if the recipe says so.
+
+        Args:
+            config: the recipe.
+            revision: of the base, see `ResolvedModel`.
+            vocab_size: of the base.
+        """
+        if config.reference.cache:
+            probe = self._of_base(probe_batch(vocab_size, self.mesh.device))
+            self.references = open_cache(config, revision, self.mesh, probe)
+
+    def _of_base(self, batch: Batch) -> torch.Tensor:
+        return of_base(self._engine.module, batch.to(self.mesh.device))
+
+    def forward(
+        self, batch: Batch, reference_hidden: torch.Tensor | None, loss: LossArguments
+    ) -> tuple[torch.Tensor, LossSums]:
+        """The micro-batch's share of the global loss (0-dim, with grad) and its detached sums."""
+        return self._engine(batch, reference_hidden=reference_hidden, loss=loss)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Accumulate gradients that come out *summed* over the data-parallel axis.
+
+        Args:
+            loss: this rank's share of the global loss.
+            last: whether it is the update's last micro-batch on this rank.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # ZeRO averages gradients over dp; shares of one global loss must be summed.
+        self._engine.backward(loss * self.mesh.dp.size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Apply the accumulated gradients, or refuse them on every rank alike.
+
+        Args:
+            learning_rate: of this update.
+
+        Returns:
+            The global gradient norm before clipping. If it is not finite (inf or nan), nothing
+            was changed but the gradients, which are gone.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            return self._step_unpartitioned()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if self._engine.was_step_applied() else float("nan")
+
+    def _step_unpartitioned(self) -> float:
+        norm = self._grad_norm()
+        if not torch.isfinite(norm):
+            for parameter in self._trainable.values():
+                parameter.grad = None
+            return float("nan")
+        if self._max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._trainable.values(), self._max_grad_norm, norm
+            )
+        self._engine.step()
+        return float(norm)
+
+    def _grad_norm(self) -> torch.Tensor:
+        """Over all parameters, each counted once however many ranks hold it."""
+        grads = {name: p.grad for name, p in self._trainable.items() if p.grad is not None}
+        if self._sharding is None:
+            return torch.nn.utils.get_total_norm(grads.values())
+        cut = [grad for name, grad in grads.items() if name in self._cut]
+        shared = [grad for name, grad in grads.items() if name not in self._cut]
+        norms = [torch.nn.utils.get_total_norm(part).double() for part in (cut, shared)]
+        return (self.mesh.tp.sum(norms[0] ** 2) + norms[1] ** 2).sqrt()
+
+    # -- evaluation -------------------------------------------------------------------------
+
+    def drift(
+        self, batch: Batch, reference_hidden: torch.Tensor | None = None, num_spots: int = 0
+    ) -> DriftSums:
+        """Policy against base on a batch, row by row: no grad, no dropout.
+
+        Args:
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, [N, D], if they are known.
+            num_spots: look at as many targets that drift most, few of each row.
+        """
+        if reference_hidden is None:
+            reference_hidden = self.reference(batch)
+        with torch.no_grad(), dropout_off(self.policy):
+            return self._engine.module(
+                batch, reference_hidden=reference_hidden, drift=True, num_spots=num_spots
+            )
+
+    def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
+        """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""
+        batch: Any = None
+        arguments["synced_gpus"] = self.stage == 3 and self.mesh.dp.size > 1
+        off = adapters_off(self.policy) if base else contextlib.nullcontext()
+        with torch.no_grad(), dropout_off(self.policy), off:
+            return self._engine.module(batch, generate=arguments)
+
+    # -- state to save and to load ------------------------------------------------------------
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """Every adapter parameter, whole and in fp32 on the CPU. Collective under ZeRO-3."""
+        tensors = {}
+        for name, parameter in self._trainable.items():
+            with self._gathered(parameter):
+                tensors[name] = self._whole(name, parameter.detach().float().clone()).cpu()
+        return tensors
+
+    def require_equal_replicas(self) -> None:
+        """Look whether what a tensor-parallel group shares is the same bit for bit. Collective.
+
+        Raises:
+            TrainingRefusedError: it is not, so that the ranks no longer train one model.
+        """
+        if self._sharding is None:
+            return
+        names = [name for name in self._trainable if name not in self._cut]
+        sums = [self._checksum(self._trainable[name]) for name in names]
+        if not sums:
+            return
+        low, high = self.mesh.tp.extremes(torch.stack(sums))
+        odd = (low != high).nonzero().flatten().tolist()
+        if odd:
+            raise TrainingRefusedError(
+                f"{names[odd[0]]} ({len(odd)} tensors in all) differs between the ranks of a "
+                "tensor-parallel group: one of them computes or receives wrongly: start again on "
+                "other nodes, from a checkpoint before it"
+            )
+
+    def _checksum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        with self._gathered(parameter):
+            bits = parameter.detach().contiguous().view(torch.int32).flatten().long()
+            return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+
+    def _whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        return local if self._sharding is None else self._sharding.whole(name, local)
+
+    def _local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return whole if self._sharding is None else self._sharding.local(name, whole)
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The fp32 master, Adam's moments and step per parameter, whole, on the CPU. Collective."""
+        tensors = {f"{name}.master": tensor for name, tensor in self.adapter_tensors().items()}
+        for name, parameter in self._trainable.items():
+            for key in MOMENTS:
+                tensors[f"{name}.{key}"] = self._whole(name, self._get_moment(parameter, key)).cpu()
+            tensors[f"{name}.step"] = torch.tensor(self._steps_taken(), dtype=torch.float32)
+        return tensors
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up moments and step as `optimizer_tensors` gave them, before the first step.
+
+        The masters go into the policy before the engine is built (`checkpoint.load_masters`).
+        """
+        steps = tensors[f"{next(iter(self._trainable))}.step"]
+        self._create_optimizer_state(float(steps))
+        for name, parameter in self._trainable.items():
+            for key in MOMENTS:
+                moment = self._local(name, tensors[f"{name}.{key}"])
+                self._set_moment(parameter, key, moment)
+
+    @property
+    def _flat_parameters(self) -> list[torch.Tensor]:
+        """What torch's AdamW really steps: parameters, or this rank's flat fp32 partitions."""
+        optimizer = self._engine.optimizer
+        if self.stage == 0:
+            return list(self._trainable.values())
+        if self.stage == 3:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    @property
+    def _adam_state(self) -> Any:
+        optimizer = self._engine.optimizer
+        return optimizer.state if self.stage == 0 else optimizer.optimizer.state
+
+    def _steps_taken(self) -> float:
+        state = self._adam_state.get(self._flat_parameters[0], {})
+        return float(state.get("step", 0.0))
+
+    def _create_optimizer_state(self, steps: float) -> None:
+        # DeepSpeed has none before its first step, and its setters need it to exist.
+        for flat in self._flat_parameters:
+            self._adam_state[flat] = {
+                "step": torch.tensor(steps, dtype=torch.float32),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _get_moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
+        if not self._adam_state.get(self._flat_parameters[0]):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            return torch.zeros(shape, dtype=torch.float32, device=self.mesh.device)
+        if self.stage == 0:
+            return self._adam_state[parameter][key].detach().clone()
+        whole = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None
+        return whole.detach().clone()
+
+    def _set_moment(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
+        value = value.to(self.mesh.device)
+        if self.stage == 0:
+            self._adam_state[parameter][key].copy_(value)
+        else:
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    @contextlib.contextmanager
+    def _gathered(self, parameter: torch.nn.Parameter) -> Iterator[None]:
+        if self.stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield
+        else:
+            yield
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
+        if self.references is not None:
+            self.references.flush()
+        self._engine.destroy()
+
+
+class _ModelParallelUnit:
+    """The mesh in the words in which DeepSpeed asks for it."""
+
+    def __init__(self, mesh: Mesh):
+        self._dp, self._tp = mesh.dp, mesh.tp
+
+    def get_data_parallel_group(self, **_: Any) -> Any:
+        return self._dp.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return torch.distributed.get_process_group_ranks(self._dp.group)
+
+    def get_data_parallel_rank(self) -> int:
+        return self._dp.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._dp.size
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tp.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tp.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tp.size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+
+def leave() -> None:
+    """Leave the process group and have DeepSpeed forget it, so that another run can follow."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    leave_mesh()

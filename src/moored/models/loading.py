@@ -1,0 +1,350 @@
+"""From a folder to the frozen base on this rank: quantised, its share of it, the head in place.
+
+Two ways lead to the same base: weights are streamed from safetensors tensor by tensor
+(`weights.py`), or, where a checkpoint needs conversions that only transformers knows, loaded by it.
+"""
+
+# transformers and accelerate are typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import get_hf_quantizer
+
+from moored.config import ModelConfig, ParallelConfig
+from moored.distributed.mesh import Mesh, is_lost_peer
+from moored.models import quantized_cache
+from moored.models.base import resolve_dtype
+from moored.models.forward import install_head, require_same_by_tokens
+from moored.models.linear4bit import make_zero_safe
+from moored.models.tensor_parallel import Layout, Sharding, layout_of, require_per_token
+from moored.models.weights import AfterModule, Files, Loader
+from moored.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def load_base(
+    path: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    after: AfterModule | None = None,
+) -> tuple[nn.Module, Sharding | None]:
+    """The frozen base from a local folder, quantised as the recipe says, head in place.
+
+    Args:
+        path: the folder.
+        config: how it is held.
+        mesh: the processes; the model is spread over its tensor-parallel axis.
+        parallel: how it is spread.
+        after: called with each module's path and the module, once its weights are there.
+
+    Returns:
+        The Hugging Face causal language model, and how it is spread (None on one rank).
+
+    Raises:
+        UserError: the architecture cannot be loaded or spread, or computes its logits in a way
+            that the head does not know.
+    """
+    dtype = resolve_dtype(config, mesh.device)
+    with _failures_named(config, mesh.device):
+        hf_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+        _without_dropout(hf_config)
+        quantization = _quantization(hf_config, config, dtype)
+        causal_lm, sharding, absent = _stream(
+            path, hf_config, config, mesh, parallel, dtype, quantization, after
+        )
+        if causal_lm is None:
+            if config.cache_quantized:
+                log.warning("model.cache_quantized: not for a checkpoint that needs conversion")
+            causal_lm, absent = _by_transformers(
+                path, hf_config, config, mesh.device, dtype, quantization
+            )
+            if after is not None:
+                for name, module in causal_lm.named_modules():
+                    after(name, module)
+    if absent:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: {len(absent)} tensors are missing from its "
+            f"weights (first: {absent[0]}), and would be random: copy or download the model again"
+        )
+    causal_lm.requires_grad_(False)
+    causal_lm.config.use_cache = False
+    num_layers = make_zero_safe(causal_lm, dtype)
+    if config.quantization == "nf4":
+        _require_quantized(causal_lm, num_layers)
+    if sharding is not None:
+        sharding.connect(causal_lm)
+    install_head(causal_lm, mesh.device, sharding)
+    if sharding is not None and sharding.sequence_parallel:
+        require_same_by_tokens(causal_lm, mesh.device, sharding)
+    return causal_lm, sharding
+
+
+@contextlib.contextmanager
+def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]:
+    label = f"model.name_or_path={config.name_or_path}"
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(
+            f"{label}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{label}: does not fit into the memory of {device} "
+            f"({str(error).splitlines()[0][:160]}): free it, or take nf4 or a smaller model"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        if is_lost_peer(error):
+            raise
+        raise UserError(
+            f"{label}: its weights are broken or not those of its config.json "
+            f"({str(error).splitlines()[0]}): copy or download the model again"
+        ) from error
+
+
+# ---------------------------------------------------------------- streamed
+
+
+def _stream(
+    path: Path,
+    hf_config: Any,
+    config: ModelConfig,
+    mesh: Mesh,
+    parallel: ParallelConfig,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+    after: AfterModule | None,
+) -> tuple[Any, Sharding | None, list[str]]:
+    """The model with this rank's slices, its sharding, and what is missing.
+
+    The model is None where only transformers can load the checkpoint.
+    """
+    files = Files(path)
+    if not files.names and mesh.tp.size == 1:
+        return None, None, []
+    causal_lm = _without_weights(path, hf_config, config, dtype)
+    convertible = any(isinstance(module, Conv1D) for module in causal_lm.modules())
+    unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
+    if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
+        return None, None, []
+    sharding = None
+    if mesh.tp.size > 1:
+        _require_own_names(causal_lm, files, unknown, convertible=convertible)
+        layout = _layout(causal_lm, config, parallel, mesh.tp.size)
+        sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
+    quantizer = _quantizer(hf_config, quantization, mesh.device)
+    if quantizer is not None:
+        quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
+    if sharding is not None:
+        sharding.narrow(causal_lm)
+    loader = Loader(
+        files=files,
+        dtype=dtype,
+        device=mesh.device,
+        double=config.double_quantization,
+        layout=sharding.layout if sharding else None,
+        axis=mesh.tp,
+        whole_scales=parallel.quantization_statistics == "whole",
+        keep_fp32=frozenset(causal_lm._keep_in_fp32_modules_strict or ()),
+    )
+    if config.cache_quantized and config.quantization == "nf4":
+        absent = quantized_cache.load(causal_lm, loader, path, mesh, after)
+    else:
+        absent = loader.load(causal_lm, after)
+    causal_lm.tie_weights(missing_keys=absent, recompute_mapping=False)
+    if quantizer is not None:
+        quantizer.postprocess_model(causal_lm)
+    causal_lm.eval()
+    return causal_lm, sharding, sorted(absent)
+
+
+def _require_own_names(
+    causal_lm: Any, files: Files, unknown: set[str], *, convertible: bool
+) -> None:
+    """Slices are read by the model's own names, from safetensors."""
+    remedy = (
+        "load it by transformers and save it by save_pretrained(FOLDER, save_original_format=False)"
+    )
+    label = f"parallel.tensor_parallel_degree: {type(causal_lm).__name__}"
+    if not files.names:
+        raise UserError(
+            f"{label}: the folder has no safetensors, of which slices are read: {remedy}"
+        )
+    tied = causal_lm.all_tied_weights_keys  # target -> source; either may be in the files
+    absent = sorted(unknown - tied.keys() - set(tied.values()))
+    if absent or convertible:
+        what = f"{len(absent)} tensors (first: {absent[0]})" if absent else "some tensors"
+        raise UserError(
+            f"{label}: {what} are not in its files as the model names and lays them out, so that "
+            f"they are missing, or need a conversion: {remedy}"
+        )
+
+
+def require_layout(path: Path, config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a degree that the model cannot be spread over; no weights are read.
+
+    Raises:
+        UserError: see `layout_of` and `require_architecture`.
+    """
+    causal_lm = require_architecture(path, config)
+    _layout(causal_lm, config, parallel, parallel.tensor_parallel_degree)
+
+
+def require_architecture(path: Path, config: ModelConfig) -> Any:
+    """The model without its weights.
+
+    Raises:
+        UserError: transformers does not know it, or its own code cannot be had or may not be run.
+    """
+    with _failures_named(config, torch.device("cpu")):
+        hf_config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=config.trust_remote_code
+        )
+        return _without_weights(path, hf_config, config, torch.float32)
+
+
+def _layout(causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int) -> Layout:
+    layout = layout_of(causal_lm, degree, in_blocks=config.quantization == "nf4")
+    if parallel.sequence_parallel:
+        require_per_token(causal_lm, layout)
+    return layout
+
+
+def _without_weights(path: Path, hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The architecture with every parameter on `meta`, and its buffers where they belong."""
+    with accelerate.init_empty_weights(include_buffers=False), no_init_weights():
+        causal_lm: Any = transformers.AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=None if config.attention == "auto" else config.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if (path / transformers.utils.GENERATION_CONFIG_NAME).is_file():
+        causal_lm.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return causal_lm
+
+
+def _quantizer(hf_config: Any, quantization: dict[str, Any], device: torch.device) -> Any:
+    """Transformers' own quantiser, which knows what stays out of 4 bits; None without one."""
+    return get_hf_quantizer(
+        hf_config, quantization.get("quantization_config"), {"": device}, True, {}
+    )[0]
+
+
+# ---------------------------------------------------------------- by transformers
+
+
+def _by_transformers(
+    path: Path,
+    hf_config: Any,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
+) -> tuple[Any, list[str]]:
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # may return a pair
+    causal_lm, loaded = load(
+        path,
+        config=hf_config,
+        dtype=dtype,
+        attn_implementation=None if config.attention == "auto" else config.attention,
+        trust_remote_code=config.trust_remote_code,
+        device_map={"": device},
+        output_loading_info=True,
+        **quantization,
+    )
+    absent = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    return causal_lm, sorted(absent)
+
+
+# ---------------------------------------------------------------- what it must be
+
+
+def _quantization(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What to tell transformers of it; nothing where the checkpoint is in NF4 already.
+
+    Raises:
+        UserError: the checkpoint is quantised otherwise than the recipe says.
+    """
+    label = f"model.name_or_path={config.name_or_path}"
+    own: Any = getattr(hf_config, "quantization_config", None)
+    if own is None:
+        if config.quantization == "none":
+            return {}
+        return {
+            "quantization_config": transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=config.double_quantization,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        }
+    own = own if isinstance(own, dict) else own.to_dict()
+    if not (own.get("load_in_4bit") and own.get("bnb_4bit_quant_type") == "nf4"):
+        bits = "8-bit " if own.get("load_in_8bit") else ""
+        raise UserError(
+            f"{label}: its weights are quantised already ({bits}{own.get('quant_method')}), and "
+            "not to NF4: give the unquantised model"
+        )
+    if config.quantization != "nf4":
+        raise UserError(f"{label}: its weights are in NF4 already: set model.quantization to nf4")
+    double = bool(own.get("bnb_4bit_use_double_quant"))
+    if double != config.double_quantization:
+        raise UserError(
+            f"{label}: its weights are in NF4 already, {'with' if double else 'without'} double "
+            f"quantisation: set model.double_quantization to {str(double).lower()}"
+        )
+    return {}
+
+
+def _without_dropout(hf_config: Any) -> None:
+    """The base is frozen: its own dropout would only part the policy from the reference."""
+    for part in {id(part): part for part in (hf_config, hf_config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _require_quantized(causal_lm: Any, num_layers: int) -> None:
+    """A 4-bit base must be one: some architectures have layers that bitsandbytes passes by."""
+    name = type(causal_lm).__name__
+    if num_layers == 0:
+        raise UserError(
+            f"{name}: none of its layers can be held in 4 bits: set model.quantization to none"
+        )
+    vocabulary = [causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()]
+    known = {id(p) for module in vocabulary if module is not None for p in module.parameters()}
+    large = {
+        key: p.numel() * p.element_size()
+        for key, p in causal_lm.named_parameters()
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in known
+    }
+    states = (getattr(p, "quant_state", None) for p in causal_lm.parameters())
+    packed = sum(state.shape.numel() // 2 for state in states if state is not None)
+    if sum(large.values()) > 0.1 * packed:
+        log.warning(
+            "%s: %.2f GB in %d tensors are not held in 4 bits (first: %s), beside %.2f GB that are",
+            name,
+            sum(large.values()) / 1e9,
+            len(large),
+            next(iter(large)),
+            packed / 1e9,
+        )

@@ -1,0 +1,341 @@
+"""The policy: the frozen base with its adapters, and one forward for backbone and head.
+
+Nothing here knows ZeRO, optimizers or files of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moored.config import Config
+from moored.data.batch import Batch, answer_offsets
+from moored.distributed.mesh import Mesh
+from moored.loss.divergence import Direction
+from moored.loss.head import Head, attach_gradient
+from moored.loss.weighting import CEWeighting, KLWeighting
+from moored.models.adapters import add_adapters, product_norm
+from moored.models.attention import attend_by_sample
+from moored.models.base import resolve_dtype
+from moored.models.elsewhere import require_language_model, require_measurable
+from moored.models.forward import final_hidden, probe_batch
+from moored.models.loading import load_base
+from moored.models.reference import dropout_off, of_base, require_identity
+from moored.models.saved import open_adapter
+from moored.models.tensor_parallel import Sharding
+from moored.models.zero import Partition
+from moored.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossArguments:
+    """What turns hidden states into the loss of one micro-batch.
+
+    Attributes:
+        ce_scale: factor of the summed cross-entropy, 1 / (targets of the global batch).
+        kl_scale: factor of the summed KL, weight / (KL positions of the global batch).
+        direction: `forward`, `reverse` or `jsd`.
+        mask_target: whether the target is removed from both distributions (TMKL).
+        temperature: divides the logits of the KL.
+        ce_weighting: how targets weigh in the cross-entropy, see `divergence.Objective`.
+        kl_weighting: how positions weigh in the KL.
+        first_tokens: targets at the start of each answer whose KL has a factor of its own.
+        first_tokens_factor: that factor.
+        l2_scale: factor of the squared norm of the adapter's product.
+    """
+
+    ce_scale: float
+    kl_scale: float = 0.0
+    direction: Direction = "forward"
+    mask_target: bool = True
+    temperature: float = 1.0
+    ce_weighting: CEWeighting = "uniform"
+    kl_weighting: KLWeighting = "uniform"
+    first_tokens: int = 0
+    first_tokens_factor: float = 1.0
+    l2_scale: float = 0.0
+
+
+class PolicyModel(nn.Module):
+    """Backbone and head in one module, so that one forward gathers both under ZeRO-3.
+
+    Attributes:
+        causal_lm: the PEFT model around the Hugging Face causal language model.
+        compute_dtype: the dtype of the base's activations; adapters are kept in fp32.
+        sharding: how the model is spread over ranks; None on one.
+        partition: of the base's layers under ZeRO-3; None where every rank has them whole.
+        head: from hidden states to losses, the module in lm_head's place; or, where a saved adapter
+            brings an lm_head of its own, one for the policy with the base's beside it.
+    """
+
+    def __init__(
+        self,
+        causal_lm: PeftModel,
+        compute_dtype: torch.dtype,
+        sharding: Sharding | None = None,
+        partition: Partition | None = None,
+        head: Head | None = None,
+    ):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.compute_dtype = compute_dtype
+        self.sharding, self.partition = sharding, partition
+        self.own_head = head
+
+    @property
+    def head(self) -> Head:
+        """The module in lm_head's place, or the policy's own."""
+        if self.own_head is not None:
+            return self.own_head
+        base: Any = self.causal_lm.get_base_model()
+        head = base.get_output_embeddings()
+        assert isinstance(head, Head)
+        return head
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        reference_hidden: torch.Tensor | None = None,
+        loss: LossArguments | None = None,
+        drift: bool = False,
+        num_spots: int = 0,
+        generate: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the backbone, and what follows it.
+
+        All uses pass through here because ZeRO-3 hangs its bookkeeping on the module's call.
+
+        Args:
+            batch: B x L tokens with N targets.
+            reference_hidden: the base's final hidden states at the targets, [N, D].
+            loss: if given, compute the loss.
+            drift: if true, compare policy and reference instead.
+            num_spots: with `drift`, look at as many targets that drift most, few of each row.
+            generate: if given, arguments of Hugging Face's `generate`; `batch` is ignored.
+
+        Returns:
+            By default the final hidden states at the targets, [N, D]; with `loss` the pair
+            (loss, LossSums); with `drift` a DriftSums; with `generate` token ids.
+        """
+        with torch.autocast(
+            self.head.weight.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.compute_dtype == torch.bfloat16,
+            cache_enabled=False,
+        ):
+            if generate is not None:
+                return self.causal_lm.generate(**generate)
+            hidden = final_hidden(self.causal_lm.get_base_model(), batch)
+        if drift:
+            assert reference_hidden is not None
+            return self.head(
+                hidden,
+                reference_hidden,
+                batch.targets,
+                drift=True,
+                num_spots=num_spots,
+                spot_groups=batch.target_index // batch.input_ids.shape[1],
+            )
+        if loss is None:
+            return hidden
+        grad_hidden, sums = self.head(
+            hidden,
+            reference_hidden,
+            batch.targets,
+            kl_mask=batch.kl_mask,
+            ce_scale=loss.ce_scale,
+            kl_scale=loss.kl_scale,
+            direction=loss.direction,
+            mask_target=loss.mask_target,
+            temperature=loss.temperature,
+            ce_weighting=loss.ce_weighting,
+            kl_weighting=loss.kl_weighting,
+            kl_weights=_kl_weights(batch, loss),
+        )
+        total = attach_gradient(hidden, grad_hidden, sums)
+        if loss.l2_scale:
+            total = total + loss.l2_scale * product_norm(self.causal_lm)
+        return total, sums
+
+    @torch.no_grad()
+    def product_norm(self) -> float:
+        """Squared Frobenius norm of what the adapters add, over all layers."""
+        return product_norm(self.causal_lm).item()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by name, in the model's order."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+
+def _kl_weights(batch: Batch, loss: LossArguments) -> torch.Tensor | None:
+    """[N] weights of the KL by the place of a target in its answer."""
+    if not loss.first_tokens:
+        return None
+    is_first = answer_offsets(batch.target_index) < loss.first_tokens
+    return torch.where(is_first, loss.first_tokens_factor, 1.0)
+
+
+def load_policy(
+    path: Path,
+    config: Config,
+    mesh: Mesh,
+    adapter: Path | None = None,
+    *,
+    to_measure: bool = True,
+) -> PolicyModel:
+    """Base, head and adapters, with the reference proved to be the base.
+
+    Args:
+        path: a local folder with the model.
+        config: the recipe.
+        mesh: the processes; the model is spread over its tensor-parallel axis. Collective.
+        adapter: a PEFT folder whose adapter is loaded; None makes a fresh one by the recipe.
+        to_measure: whether `forward` is called; else PEFT's own forward alone, which knows more.
+
+    Raises:
+        UserError: see `load_base`, `add_adapters`; the adapters change the base; packing would
+            let samples see each other.
+    """
+    if adapter is not None:
+        (require_measurable if to_measure else require_language_model)(adapter)
+    partition = _partition(config, mesh, adapter)
+    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel, partition)
+    dtype = resolve_dtype(config.model, mesh.device)
+    vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
+    batch = probe_batch(vocab_size, mesh.device)
+    pristine = _pristine_hidden(causal_lm, batch, dtype)
+    if config.data.packing or config.model.attention == "flash_attention_2":  # rows of several
+        option = "data.packing" if config.data.packing else "model.attention"
+        _require_isolation(causal_lm, batch, pristine, dtype, vocab_size, option)
+    if config.data.packing:
+        again = partial(_pristine_hidden, causal_lm, batch, dtype)
+        attend_by_sample(causal_lm, pristine, again)
+    head = None
+    if adapter is None:
+        label = f"{config.adapter.family} with init {config.adapter.init}"
+        model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
+    else:
+        label = str(adapter)
+        opened = open_adapter(causal_lm, adapter, sharding)
+        model, head = opened.model, opened.head
+        if partition is not None and (head is not None or getattr(model, "replaced", ())):
+            raise UserError(
+                f"parallel.zero_stage: {adapter} has weights in place of the base's own, which "
+                "ZeRO-3 cannot cut: measure it with parallel.zero_stage=2"
+            )
+        made_for = model.peft_config["default"].base_model_name_or_path
+        if made_for and made_for != config.model.name_or_path:
+            log.warning(
+                "%s was trained on %s, but is measured on %s",
+                adapter,
+                made_for,
+                config.model.name_or_path,
+            )
+    policy = PolicyModel(model, dtype, sharding, partition, head)
+    policy.train()
+    off = of_base(policy, batch)
+    require_identity(pristine, off, adapter=label, where="before training")
+    if adapter is None and config.adapter.family != "dora":
+        with torch.no_grad(), dropout_off(policy):
+            _require_neutral(policy(batch), off, label)
+    train = config.train
+    _set_checkpointing(policy.causal_lm, train.gradient_checkpointing, train.checkpointed_layers)
+    return policy
+
+
+def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | None:
+    """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
+    if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
+        return None
+    use_dora = config.adapter.family == "dora"
+    if adapter is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
+            use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)
+    return None if use_dora else Partition(config, mesh)
+
+
+def _require_neutral(on: torch.Tensor, off: torch.Tensor, adapter: str) -> None:
+    if not torch.equal(on, off):
+        raise UserError(
+            f"adapter {adapter}: a fresh adapter already changes the model's output (by "
+            f"{(on.double() - off.double()).abs().max().item():.3g}), so training would not "
+            "start at the base: use adapter.init: default"
+        )
+
+
+def _pristine_hidden(causal_lm: nn.Module, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    on_bf16 = torch.autocast(
+        batch.input_ids.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16
+    )
+    with torch.no_grad(), dropout_off(causal_lm), on_bf16:
+        return final_hidden(causal_lm, batch)
+
+
+def _require_isolation(
+    causal_lm: Any,
+    batch: Batch,
+    pristine: torch.Tensor,
+    dtype: torch.dtype,
+    vocab_size: int,
+    option: str,
+) -> None:
+    """Change the first packed sample; the second one's hidden states must not move."""
+    ids = batch.input_ids.clone()
+    ids[:, :8] = (ids[:, :8] + 1) % vocab_size
+    fields = {name: getattr(batch, name) for name in Batch.__slots__}
+    moved = _pristine_hidden(causal_lm, Batch(**{**fields, "input_ids": ids}), dtype)
+    first, second = (moved - pristine).float().abs().amax(dim=1).split(4)
+    if second.max() > 1e-3 * pristine.float().abs().max() or not first.max() > 0:
+        raise UserError(
+            f"{option}: {type(causal_lm).__name__} lets packed samples see each other (attention "
+            f"{causal_lm.config._attn_implementation}): set data.packing to false, and "
+            "model.attention not to flash_attention_2, which packs them always"
+        )
+
+
+def num_checkpointed(fraction: float, num_layers: int) -> int:
+    """How many of the layers, the first ones, are recomputed in the backward."""
+    return math.ceil(round(fraction * num_layers, 9))
+
+
+def _set_checkpointing(model: PeftModel, kind: str, fraction: float) -> None:
+    if kind == "none":
+        return
+    causal_lm: Any = model.get_base_model()
+    if "gradient_checkpointing_kwargs" not in inspect.signature(
+        causal_lm.gradient_checkpointing_enable
+    ).parameters or not getattr(causal_lm, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"train.gradient_checkpointing: {type(causal_lm).__name__} does not support it: "
+            "set it to none"
+        )
+    reentrant = kind == "reentrant"
+    causal_lm.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    if reentrant:
+        # A reentrant segment has a backward only if its input requires grad.
+        causal_lm.enable_input_require_grads()
+    layers = [m for m in causal_lm.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if fraction < 1 and not layers:
+        raise UserError(
+            f"train.checkpointed_layers: {type(causal_lm).__name__} recomputes all layers or none: "
+            "set it to 1"
+        )
+    # The last ones keep theirs: those are given up first, before any layer is recomputed.
+    for layer in layers[num_checkpointed(fraction, len(layers)) :]:
+        layer.gradient_checkpointing = False

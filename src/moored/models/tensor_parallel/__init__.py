@@ -1,0 +1,27 @@
+"""One model spread over the ranks of a tensor-parallel group.
+
+`layout.py` says who holds what, `regions.py` moves activations, `sharding.py` puts both to work
+on a model, `adapters.py` on what PEFT adds to it, `traffic.py` counts what is sent.
+"""
+
+from moored.models.tensor_parallel.layout import (
+    NF4_BLOCK,
+    Layout,
+    Sharded,
+    Split,
+    layout_of,
+    require_per_token,
+)
+from moored.models.tensor_parallel.sharded_adapters import whole_adapters
+from moored.models.tensor_parallel.sharding import Sharding
+
+__all__ = [
+    "NF4_BLOCK",
+    "Layout",
+    "Sharded",
+    "Sharding",
+    "Split",
+    "layout_of",
+    "require_per_token",
+    "whole_adapters",
+]

@@ -1,0 +1,221 @@
+"""A model whose layers are spread over ranks: sizes, hooks, and the adapters on it.
+
+The layers stay what they were (bitsandbytes', torch's, PEFT's), only smaller; what is sent is sent
+by hooks around them. Column layers share one entrance per region, so that a region costs one sum
+in the forward and one in the backward. An adapter's matrix that every rank holds has its gradient
+summed, the others are cut like the layer they adapt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moored.distributed.mesh import Axis
+from moored.loss.divergence import VocabShard
+from moored.models.tensor_parallel import regions
+from moored.models.tensor_parallel.layout import Layout, Sharded, Split
+from moored.models.tensor_parallel.sharded_adapters import adopt_row_layer
+from moored.utils.errors import UserError
+
+_ADAPTER = re.compile(
+    r"^(?:causal_lm\.)?base_model\.model\.(?P<path>.+)\.lora_(?P<part>A|B|magnitude_vector)\b"
+)
+
+
+class Sharding:
+    """One model's layout, seen from one rank.
+
+    Attributes:
+        layout: which rank holds what.
+        axis: the tensor-parallel axis.
+        sequence_parallel: residual stream and norms are dealt out by tokens, too.
+    """
+
+    def __init__(self, layout: Layout, axis: Axis, *, sequence_parallel: bool = False):
+        self.layout, self.axis, self.sequence_parallel = layout, axis, sequence_parallel
+        self._sequence = regions.Sequence(axis)
+        self._handles: list[RemovableHandle] = []
+
+    # -- the base ---------------------------------------------------------------------------
+
+    def narrow(self, causal_lm: nn.Module) -> None:
+        """Give every sharded layer the sizes of this rank's share; the weights come later."""
+        for path, layer in self.layout.layers.items():
+            module: Any = causal_lm.get_submodule(path)
+            size = layer.split.sizes[self.axis.rank]
+            for kind, parameter in list(module.named_parameters(recurse=False)):
+                split = self.layout.of_parameter(f"{path}.{kind}")
+                is_packed = kind == "weight" and isinstance(module, bnb.nn.Linear4bit)
+                if split is not None and not is_packed:
+                    shape = list(parameter.shape)
+                    shape[split.dim] = size
+                    empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
+                    module.register_parameter(kind, nn.Parameter(empty, requires_grad=False))
+            if isinstance(module, nn.Embedding):
+                module.num_embeddings, module.padding_idx = size, None
+            elif layer.split.dim == 0:
+                module.out_features = size
+            else:
+                module.in_features = size
+                if self.axis.rank:  # in the sum, the first rank's share carries the bias
+                    module.register_parameter("bias", None)
+
+    def connect(self, causal_lm: nn.Module) -> None:
+        """Put the hooks around the layers, or around the adapters that they are in by now."""
+        while self._handles:
+            self._handles.pop().remove()
+        for path in self.layout.regions:
+            self._before(causal_lm.get_submodule(path), self._enter)
+        for path, layer in self.layout.layers.items():
+            module = causal_lm.get_submodule(path)
+            if layer.style == "vocabulary":
+                if isinstance(module, nn.Embedding):
+                    self._connect_embedding(module, layer.split)
+                continue
+            if layer.style == "split":
+                self._before(module, partial(regions.part, axis=self.axis, split=layer.split))
+            if layer.style == "gathered":
+                self._after(module, partial(regions.join, axis=self.axis, split=layer.split))
+            elif layer.sums_output:
+                self._after(module, self._leave)
+        if self.sequence_parallel:
+            stack: Any = causal_lm.get_submodule(self.layout.stack)
+            self._before(stack[0], self._sequence.deal)
+            self._after(stack[-1], self._sequence.collect)
+
+    @contextlib.contextmanager
+    def without_sequence_parallelism(self, causal_lm: nn.Module) -> Iterator[None]:
+        """Run the body with every rank's residual stream whole."""
+        self.sequence_parallel = False
+        self.connect(causal_lm)
+        try:
+            yield
+        finally:
+            self.sequence_parallel = True
+            self.connect(causal_lm)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        return self._sequence.enter(x) if self.sequence_parallel else regions.enter(x, self.axis)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        return self._sequence.leave(x) if self.sequence_parallel else regions.leave(x, self.axis)
+
+    def _before(self, module: nn.Module, move: regions.Move) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (move(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": move(kwargs["hidden_states"])}
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, move: regions.Move) -> None:
+        def hook(_: nn.Module, _args: Any, output: Any) -> Any:
+            return (move(output[0]), *output[1:]) if isinstance(output, tuple) else move(output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _connect_embedding(self, module: nn.Embedding, split: Split) -> None:
+        """Look up the rows held here, and let every other rank's be zeros in the sum."""
+        start, stop = split.range_of(self.axis.rank)
+        elsewhere: list[Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            (ids,) = args
+            elsewhere.append((ids < start) | (ids >= stop))
+            return ((ids - start).masked_fill(elsewhere[-1], 0),)
+
+        def after(_: nn.Module, _args: Any, rows: Tensor) -> Tensor:
+            return self.axis.sum(rows.masked_fill(elsewhere.pop().unsqueeze(-1), 0))
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after))
+
+    def vocabulary(self, lm_head: nn.Module, causal_lm: nn.Module) -> VocabShard:
+        """The rows of the head that this rank holds."""
+        path = next(path for path, module in causal_lm.named_modules() if module is lm_head)
+        split = self.layout.layers[path].split
+        return VocabShard(*split.range_of(self.axis.rank), split.whole, self.axis.group)
+
+    # -- adapters ---------------------------------------------------------------------------
+
+    def split_of(self, name: str) -> Split | None:
+        """How a parameter of the adapter is cut; None where every rank holds all of it.
+
+        Args:
+            name: as in the policy, in the PEFT model or in a saved adapter.
+        """
+        layer, part = self._adapted(name)
+        if layer is None or layer.sums_output != (part == "A"):
+            return None
+        return layer.split
+
+    def _adapted(self, name: str) -> tuple[Sharded | None, str]:
+        match = _ADAPTER.match(name)
+        if match is None:
+            raise ValueError(f"{name} is no parameter of a LoRA adapter")
+        return self.layout.layers.get(match["path"]), match["part"]
+
+    def local(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor of the adapter.
+
+        Raises:
+            ValueError: it has another size than the layout says.
+        """
+        split = self.split_of(name)
+        if split is None:
+            return whole
+        if whole.shape[split.dim] != split.whole:
+            raise ValueError(f"{name} has shape {tuple(whole.shape)}, not {split.whole} wide")
+        start, stop = split.range_of(self.axis.rank)
+        return whole.narrow(split.dim, start, stop - start).contiguous()
+
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        """The whole tensor from every rank's part. Collective."""
+        split = self.split_of(name)
+        return local if split is None else self.axis.concatenate(local, split.dim, split.sizes)
+
+    def adopt(self, causal_lm: nn.Module) -> None:
+        """Take up the adapters that PEFT has put in, which have this rank's sizes already.
+
+        Raises:
+            UserError: an adapter whose result is not the same when it is spread.
+        """
+        for path, module in causal_lm.named_modules():
+            if not isinstance(module, lora.LoraLayer):
+                if hasattr(module, "base_layer"):
+                    kind = type(module).__name__
+                    raise UserError(
+                        f"adapter: {kind} cannot be spread over ranks: use lora, or "
+                        "parallel.tensor_parallel_degree 1"
+                    )
+                continue
+            if any(module.lora_bias.values()):
+                raise UserError(
+                    "adapter: lora_bias cannot be spread over ranks: leave it out, or use "
+                    "parallel.tensor_parallel_degree 1"
+                )
+            layer = self.layout.layers.get(path)
+            if layer is not None and layer.sums_output:
+                adopt_row_layer(module, self.axis, layer.split)
+            parameters: Any = module
+            for name, parameter in parameters.named_parameters():
+                full = f"base_model.model.{path}.{name}"
+                if "lora_" in name and self._has_partial_gradient(full):
+                    parameter.register_hook(self.axis.sum)
+        self.connect(causal_lm)
+
+    def _has_partial_gradient(self, name: str) -> bool:
+        layer, _ = self._adapted(name)
+        if layer is None:
+            return self.sequence_parallel  # it has seen this rank's tokens only
+        return self.split_of(name) is None

@@ -1,0 +1,272 @@
+"""From safetensors into a model without weights, one tensor at a time, this rank's slices only.
+
+Linear layers are quantised on the way, in pieces, so that a process never holds more than what it
+keeps and one tensor. Nothing is known here of architectures: names and shapes are the model's.
+"""
+
+# safetensors and bitsandbytes are untyped in parts.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from moored.distributed.mesh import Axis
+from moored.models import nf4
+from moored.models.tensor_parallel import Layout, Split
+from moored.utils.progress import Phase
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIECE = {"cpu": 2**20, "cuda": 2**24}  # elements that are cast and quantised at a time
+AfterModule = Callable[[str, nn.Module], None]
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+class Files:
+    """The tensors of a folder with safetensors, by name.
+
+    A file is mapped only while one tensor is read, so that its pages count for no longer.
+
+    Attributes:
+        names: of all tensors; empty where the folder has no safetensors.
+    """
+
+    def __init__(self, folder: Path):
+        self._of: Mapping[str, Path] = {}
+        if (folder / INDEX).is_file():
+            weight_map = json.loads((folder / INDEX).read_text()).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise OSError(f"{INDEX} has no weight_map")
+            self._of = {name: folder / file for name, file in weight_map.items()}
+        elif (folder / SINGLE).is_file():
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                self._of = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
+        self.names = frozenset(self._of)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """A slice object of one tensor: `get_shape()` and indexing."""
+        try:
+            with safe_open(self._of[name], framework="pt") as file:
+                yield file.get_slice(name)
+        except FileNotFoundError as error:
+            raise OSError(f"{self._of[name].name} is missing, which should hold {name}") from error
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, which is not read."""
+        with self.open(name) as stored:
+            return list(stored.get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Of a tensor, by safetensors' name for it; it is not read."""
+        with self.open(name) as stored:
+            return stored.get_dtype()
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of its own, all of it."""
+        with self.open(name) as stored:
+            return _slice(stored, None, 0).clone()
+
+
+class ShapeError(RuntimeError):
+    """A tensor of another shape than the model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loader:
+    """Puts the tensors of a folder into a model on `meta`.
+
+    Attributes:
+        files: the tensors.
+        dtype: of everything that is not packed.
+        device: where it goes.
+        double: whether scales are quantised, too.
+        layout: which rank holds what; None for the whole model on every rank.
+        axis: the tensor-parallel axis.
+        whole_scales: under double quantisation, cut the scales of the whole (bit-identical on
+            every mesh, in fp32); else each rank quantises those of its own slice.
+        keep_fp32: parts of names that stay in fp32.
+    """
+
+    files: Files
+    dtype: torch.dtype
+    device: torch.device
+    double: bool
+    layout: Layout | None
+    axis: Axis
+    whole_scales: bool = True
+    keep_fp32: frozenset[str] = frozenset()
+
+    def load(self, model: nn.Module, after: AfterModule | None = None) -> set[str]:
+        """Fill the model.
+
+        Args:
+            model: on `meta`, with this rank's sizes.
+            after: called with each module's path and the module, once it is filled.
+
+        Returns:
+            The names of parameters that have no tensor, still on `meta`: tied ones, or missing.
+
+        Raises:
+            ShapeError: a tensor has another shape than the model's.
+            OSError, SafetensorError: a file cannot be read.
+        """
+        absent: set[str] = set()
+        sizes = [sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()]
+        with Phase("loading the base", sum(sizes), "weights") as phase:
+            for (path, module), size in zip(model.named_modules(), sizes, strict=True):
+                absent |= self._load_module(module, path)
+                if after is not None:
+                    after(path, module)
+                phase.advance(size)
+        return absent
+
+    def _load_module(self, module: nn.Module, path: str) -> set[str]:
+        absent: set[str] = set()
+        for kind, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{path}.{kind}" if path else kind
+            if name not in self.files.names:
+                absent.add(name)
+            elif isinstance(module, bnb.nn.Linear4bit) and kind == "weight":
+                self._load_packed(module, path)
+            else:
+                self._load_plain(module, kind, name, parameter)
+        for kind, buffer in list(module.named_buffers(recurse=False)):
+            name = f"{path}.{kind}" if path else kind
+            if name in self.files.names:
+                buffer = self.files.whole(name).to(buffer.dtype)
+            module.register_buffer(
+                kind,
+                buffer.to(self.device),
+                persistent=kind not in module._non_persistent_buffers_set,
+            )
+        return absent
+
+    def _split(self, name: str) -> Split | None:
+        return self.layout.of_parameter(name) if self.layout else None
+
+    def _load_plain(self, module: nn.Module, kind: str, name: str, parameter: Tensor) -> None:
+        split = self._split(name)
+        dtype = torch.float32 if any(p in name for p in self.keep_fp32) else self.dtype
+        with self.files.open(name) as stored:
+            expected = list(parameter.shape)
+            if split is not None:
+                expected[split.dim] = split.whole
+            _require_shape(name, stored.get_shape(), expected)
+            tensor = _slice(stored, split, self.axis.rank)
+            tensor = tensor.to(device=self.device, dtype=dtype, copy=True).contiguous()
+        setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+
+    # -- 4-bit layers -----------------------------------------------------------------------
+
+    def _load_packed(self, layer: bnb.nn.Linear4bit, path: str) -> None:
+        name = f"{path}.weight"
+        split = self._split(name)
+        whole = [layer.out_features, layer.in_features]
+        if split is not None:
+            whole[split.dim] = split.whole
+        if f"{path}.{_STATE}" in self.files.names:
+            codes, state = self._cut_quantised(path, (whole[0], whole[1]), split)
+        else:
+            codes = self._quantise(name, (whole[0], whole[1]), split)
+            state = self._state(codes, split)
+        nf4.install(layer, codes.packed, state)
+
+    def _quantise(self, name: str, whole: tuple[int, int], split: Split | None) -> nf4.Codes:
+        rows, columns = _ranges(whole, split, self.axis.rank)
+        shape = (rows[1] - rows[0], columns[1] - columns[0])
+        with self.files.open(name) as stored:
+            _require_shape(name, stored.get_shape(), list(whole))
+            pieces = (
+                stored[rows[0] + a : rows[0] + b, columns[0] : columns[1]]
+                for a, b in nf4.rows_of(shape, PIECE.get(self.device.type, 2**20))
+            )
+            return nf4.quantize(pieces, shape, self.dtype, self.device)
+
+    def _state(self, codes: nf4.Codes, split: Split | None) -> Any:
+        if split is None or not (self.double and self.whole_scales):
+            return nf4.state_of(codes, self.dtype, double=self.double)
+        mine = _as_blocks(codes, split)
+        per_rank = [size * mine.shape[split.dim] // codes.shape[split.dim] for size in split.sizes]
+        whole = self.axis.concatenate(mine, split.dim, per_rank)
+        rounded = nf4.rounded(whole.flatten()).view_as(whole)
+        start = sum(per_rank[: self.axis.rank])
+        own = rounded.narrow(split.dim, start, per_rank[self.axis.rank]).contiguous().flatten()
+        return nf4.state_of(nf4.Codes(codes.packed, own, codes.shape), self.dtype, double=False)
+
+    def _cut_quantised(
+        self, path: str, whole: tuple[int, int], split: Split | None
+    ) -> tuple[nf4.Codes, Any]:
+        """Codes that a checkpoint holds already; cut with their scales in fp32."""
+        name = f"{path}.weight"
+        parts = {
+            key.removeprefix(f"{path}."): self.files.whole(key)
+            for key in self.files.names
+            if key.startswith(f"{name}.")
+        }
+        state: Any = bnb_functional.QuantState.from_dict(parts, device=self.device)
+        _require_shape(name, list(state.shape), list(whole))
+        with self.files.open(name) as stored:
+            if split is None:
+                packed = stored[:].to(self.device, copy=True)
+                return nf4.Codes(packed, state.absmax, whole), state
+            if whole[1] % 2 or state.blocksize != nf4.BLOCK:
+                raise ShapeError(
+                    f"{name} is packed in blocks of {state.blocksize} over {whole[1]} columns, "
+                    "which cannot be cut"
+                )
+            packed = stored[:].view(torch.uint8).view(whole[0], -1)
+            rows, columns = _ranges(whole, split, self.axis.rank)
+            mine = packed[rows[0] : rows[1], columns[0] // 2 : columns[1] // 2]
+            mine = mine.to(self.device, copy=True).contiguous().view(-1, 1)
+        scales = state.absmax
+        if state.nested:
+            scales = bnb_functional.dequantize_blockwise(scales, state.state2) + state.offset
+        shape = (rows[1] - rows[0], columns[1] - columns[0])
+        if split.dim == 0:
+            first = rows[0] * whole[1] // nf4.BLOCK
+            own = scales[first : first + shape[0] * shape[1] // nf4.BLOCK]
+        else:
+            by_row = scales.view(whole[0], -1)
+            own = by_row[:, columns[0] // nf4.BLOCK : columns[1] // nf4.BLOCK]
+        codes = nf4.Codes(mine, own.contiguous().flatten().float(), shape)
+        return codes, nf4.state_of(codes, self.dtype, double=False)
+
+
+def _as_blocks(codes: nf4.Codes, split: Split) -> Tensor:
+    """Scales in a shape that can be joined along the split dimension."""
+    return codes.scales if split.dim == 0 else codes.scales.view(codes.shape[0], -1)
+
+
+def _ranges(
+    whole: tuple[int, int], split: Split | None, rank: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """This rank's rows and columns."""
+    ranges = [(0, whole[0]), (0, whole[1])]
+    if split is not None:
+        ranges[split.dim] = split.range_of(rank)
+    return ranges[0], ranges[1]
+
+
+def _slice(stored: Any, split: Split | None, rank: int) -> Tensor:
+    if split is None:
+        return stored[:] if stored.get_shape() else stored[...]
+    start, stop = split.range_of(rank)
+    return stored[start:stop] if split.dim == 0 else stored[:, start:stop]
+
+
+def _require_shape(name: str, stored: list[int], expected: list[int]) -> None:
+    if list(stored) != list(expected):
+        raise ShapeError(f"{name} has shape {stored}, but config.json says {expected}")

@@ -1,0 +1,203 @@
+"""`moored prepare`: fetch, verify, tokenise and keep; then prove that no network is needed.
+
+How tokens are kept is `data/kept.py`'s matter, what a model is made from `sources/`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from moored.config import Config
+from moored.data import by_domain, check_data, load_samples, retention_samples
+from moored.data.token_cache import tokens_folder
+from moored.distributed.mesh import alone
+from moored.models.base import locate
+from moored.models.reference_cache import FACTS, references_folder
+from moored.prepare.base_generation import draw
+from moored.prepare.fetch_weights import verify
+from moored.prepare.items import Item, require_model, size_of
+from moored.prepare.references import fill, require_fillable
+from moored.utils import atomic_dir
+from moored.utils.environment import launched
+from moored.utils.errors import MooredError, UserError, UserErrors
+from moored.utils.log import redact
+from moored.utils.progress import watch
+
+log = logging.getLogger(__name__)
+DAY = 86400.0  # seconds
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
+}
+
+
+def run(config: Config, *, only_check: bool = False, num_ranks: int | None = None) -> None:
+    """Bring everything that a recipe needs to this machine's caches, and prove it.
+
+    Args:
+        config: the recipe.
+        only_check: fetch and keep nothing; prove only.
+        num_ranks: also fill the reference cache for a run on so many data-parallel ranks.
+
+    Raises:
+        UserError: something cannot be had, is broken, or would need a network in a job.
+    """
+    os.umask(0o077)
+    world = launched().world_size
+    if world > 1:
+        raise UserError(
+            f"{world} processes were started, but prepare works alone: start it without torchrun, "
+            "or with srun --ntasks=1"
+        )
+    if num_ranks is not None:
+        require_fillable(config)
+    _require_local(config)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if not only_check:
+        _fetch(config, console, num_ranks)
+    for item in prove(config):
+        identity = item.identity if len(item.identity) < 50 else item.identity[:23]
+        size, note = readable(item.num_bytes), f"  {item.note}" if item.note else ""
+        console.print(f"{item.what:<20} {item.where}  {size}  {identity}{note}")
+    console.print("a process without a network found all of it", style="green")
+
+
+def prove(config: Config) -> list[Item]:
+    """Have a fresh process without a network find everything.
+
+    Raises:
+        UserErrors: what it could not find, in its words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(config.dump_yaml(), encoding="utf-8")
+        done = watch(
+            [sys.executable, "-P", "-m", "moored.prepare.offline", str(recipe)],
+            "a process without a network looks for all of it",
+            env=os.environ | OFFLINE,
+        )
+    try:
+        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        problems, items = said["problems"], [Item(**item) for item in said["items"]]
+    except (ValueError, KeyError, IndexError, TypeError):
+        log.debug("%s", done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MooredError(f"the process without a network broke down: {redact(last)}") from None
+    if problems:
+        raise UserErrors([f"without a network: {problem}" for problem in problems])
+    return items
+
+
+def prune(days: float) -> None:
+    """Remove tokens and hidden states that nothing has used for so many days.
+
+    And what killed processes left of them.
+
+    Raises:
+        UserError: a folder cannot be removed.
+    """
+    before, freed, left = time.time() - days * DAY, 0, 0
+    folders = (tokens_folder(), references_folder())
+    for path in (path for at in folders if at.is_dir() for path in sorted(at.iterdir())):
+        if not path.is_dir():
+            continue
+        try:
+            size = size_of(path)
+            if _last_used(path) > before or not _removed(path):
+                left += size
+                continue
+        except FileNotFoundError:  # somebody else was faster
+            continue
+        freed += size
+        print(f"removed {path} ({readable(size)})")
+    where = " and ".join(map(str, folders))
+    print(f"freed {readable(freed)}; {readable(left)} are left in {where}")
+
+
+def readable(num_bytes: int) -> str:
+    """A number of bytes, for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} bytes"
+
+
+def _require_local(config: Config) -> None:
+    problems = [
+        f"{place}.{index}.streaming: reads {source.hub} from the hub while it trains, which "
+        "needs a network: remove streaming, or give a local copy as path"
+        for place, sources in config.sources().items()
+        for index, source in enumerate(sources)
+        if source.streaming and source.hub and not Path(source.hub).exists()
+    ]
+    if problems:
+        raise UserErrors(problems)
+
+
+def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
+    """The order of a run: data first, since that is soon found wrong."""
+    check_data(config)
+    located = locate(config.model, alone())
+    require_model(located.source.path, config)
+    found = verify(located.source.path)
+    hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""
+    console.print(f"{located.source.origin}: {found.num_files} weight files verified{hashed}")
+    tokenizer, size = located.tokenizer, located.vocab_size
+    for place, sources in config.sources().items():
+        load_samples(sources, tokenizer, config.data, size, section=place, keep=True)
+    for folder in draw(config, located):
+        facts = atomic_dir.read_manifest(folder)
+        count, texts = facts["num_tokens"], facts["num_texts"]
+        console.print(f"{folder}: {count:,} tokens of the base's own, in {texts:,} texts")
+    for place, corpus in config.corpora().items():
+        if corpus.builtin != "base-samples":
+            section, _, name = place.rpartition(".")
+            # A budget's probe is one text, whatever its domains.
+            parts = by_domain(name, corpus) if section == "retention" else {name: corpus}
+            for part, of in parts.items():
+                retention_samples(part, of, tokenizer, keep=True, place=place)
+    if num_ranks is not None:
+        cache = fill(config, located, num_ranks=num_ranks)
+        count, size = cache.num_computed, readable(size_of(cache.folder))
+        console.print(f"{cache.folder}: {size}; {count:,} micro-batches of the base were computed")
+    total = sum(size_of(path) for path in tokens_folder().glob("[!.]*"))
+    console.print(
+        f"{tokens_folder()}: {readable(total)} of tokens, of all recipes (`moored prepare "
+        "--prune DAYS` removes what nothing has read for so long)"
+    )
+
+
+def _last_used(path: Path) -> float:
+    """Unix seconds; of what a killed process left, when it was made."""
+    marks = [path / name for name in (atomic_dir.MANIFEST, FACTS) if (path / name).is_file()]
+    return (*marks, path)[0].stat().st_mtime
+
+
+def _removed(path: Path) -> bool:
+    """Remove a folder, unless a process makes it, or waits to, just now."""
+    name = path.name.rsplit(".", 2)[0] if path.name.startswith(".") else f".{path.name}"
+    lock = path.with_name(f"{name}.lock")
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            shutil.rmtree(path)
+            lock.unlink(missing_ok=True)
+    except filelock.Timeout:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {error.strerror or error}") from error
+    return True

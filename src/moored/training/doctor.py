@@ -1,0 +1,228 @@
+"""Looks at the machine and at a recipe before a run: what is there, what would go wrong.
+
+Everything found is printed; nothing is trained and no run directory is written.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from rich.console import Console
+from rich.text import Text
+
+from moored.config import Config, DataConfig
+from moored.data import HeldSource, SampleSet, check_data, load_samples, turn_ends
+from moored.data.batch import Sample
+from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
+from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.evaluation.evaluate import build_suite
+from moored.loss.weighting import NUM_TOPS
+from moored.models.base import locate
+from moored.models.loading import require_layout
+from moored.models.policy import PolicyModel, load_policy, num_checkpointed
+from moored.models.untrained import in_words, untrained
+from moored.training.step import CE_WEIGHTINGS
+from moored.utils.errors import UserError
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
+GIB = 2**30
+
+
+def run(config: Config | None) -> None:
+    """Check the machine and, with a recipe, its data, its model and the reference's identity.
+
+    Under torchrun the rendezvous and the ranks' agreement are checked too. What a run would bear,
+    but not end well with, is said last.
+
+    Raises:
+        UserError: the first thing that would stop a run.
+    """
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    if config is None:
+        mesh = start_mesh()
+    else:
+        mesh = start_mesh(
+            degree_for(config.parallel.tensor_parallel_degree),
+            wait_seconds=config.parallel.rendezvous_seconds,
+            folder=config.output.dir,
+        )
+    try:
+        if mesh.is_main:
+            _machine(console, config)
+        _rendezvous(console, mesh)
+        warnings = [] if config is None else _recipe(console, config, mesh)
+        if mesh.is_main:
+            for line in warnings:
+                console.print(f"warning     {line}", style="yellow")
+            if not warnings:
+                console.print("all is well", style="green")
+    finally:
+        leave_mesh()
+
+
+def _machine(console: Console, config: Config | None) -> None:
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            raise UserError(f"{package} is not installed: pip install {package}") from None
+    memory = psutil.virtual_memory()
+    folder = config.output.dir if config is not None else Path.cwd()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    console.print(f"python      {platform.python_version()} ({sys.executable})")
+    console.print(f"packages    {', '.join(versions)}")
+    console.print(
+        f"machine     {psutil.cpu_count()} CPUs, {memory.total / GIB:.1f} GiB memory "
+        f"({memory.available / GIB:.1f} free), {free / GIB:.1f} GiB disk free at {folder}"
+    )
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            console.print(
+                f"gpu {index}       {properties.name}, {properties.total_memory / GIB:.0f} GiB, "
+                f"compute capability {properties.major}.{properties.minor}"
+            )
+    else:
+        console.print("gpu         none: training runs in fp32 on the CPU")
+    if free < GIB:
+        raise UserError(f"{folder} has {free / GIB:.2f} GiB free: a run needs 1 GiB at least")
+
+
+def _rendezvous(console: Console, mesh: Mesh) -> None:
+    ones = mesh.world.sum(torch.ones(1, device=mesh.device)).item()
+    if ones != mesh.world.size:
+        raise UserError(f"an all-reduce over {mesh.world.size} ranks summed to {ones}")
+    if mesh.is_main:
+        console.print(f"processes   {mesh.world.size}, all-reduce works on {mesh.device.type}")
+
+
+def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
+    """What is printed of a recipe; warnings come back."""
+    check_data(config)
+    located = locate(config.model, mesh)
+    source, tokenizer = located.source, located.tokenizer
+    samples = load_samples(config.data.train, tokenizer, config.data, located.vocab_size)
+    held_out = load_samples(
+        config.data.eval, tokenizer, config.data, located.vocab_size, section="data.eval"
+    )
+    ends = turn_ends(samples, tokenizer, config.data.max_length)
+    suite = build_suite(config, located, mesh)
+    if mesh.is_main:
+        console.print(f"model       {config.model.name_or_path} from {source.origin}")
+        _show(console, samples, tokenizer, config.data)
+        if config.data.eval:
+            _show(console, held_out, tokenizer, config.data)
+        named = ", ".join(f"{end.token} ({end.count})" for end in ends) or "no token of their own"
+        console.print(f"ends        of what is learned: {named}")
+        for name, text in suite.retention.items():
+            scored = sum(batch.num_targets for batch in text.batches)
+            console.print(f"retention   {name}: {scored} scored tokens on this rank")
+    degree = config.parallel.tensor_parallel_degree
+    if degree > mesh.tp.size:
+        require_layout(source.path, config.model, config.parallel)
+        if mesh.is_main:
+            console.print(f"sharding    over {degree} ranks is possible; here the model is whole")
+    policy = load_policy(source.path, config, mesh)
+    if mesh.is_main:
+        trained = sum(_whole_size(policy, name) for name in policy.trainable())
+        console.print(
+            f"adapter     {trained:,} parameters; with adapters off the model is its base"
+        )
+        if policy.sharding is not None:
+            console.print(f"sharding    {_sharded(policy, config, mesh)}")
+    found = untrained(policy.head, ends, mesh.tp)
+    return [in_words(one, tokenizer, config.model.name_or_path) for one in found]
+
+
+def _whole_size(policy: PolicyModel, name: str) -> int:
+    parameter = policy.get_parameter(name)
+    split = policy.sharding.split_of(name) if policy.sharding is not None else None
+    if split is None:
+        return parameter.numel()
+    return parameter.numel() // parameter.shape[split.dim] * split.whole
+
+
+def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
+    """What this rank holds, and what a micro-batch of full length sends."""
+    length, rows = config.data.max_length, config.train.micro_batch_size
+    num_kl = rows * length if config.regularizer.is_divergent else 0
+    batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
+    sent = micro_batch_traffic(spread_of(policy, config, mesh), batch)
+    packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)
+    return (
+        f"rank 0 of {mesh.tp.size} holds {packed / 1e6:,.1f} MB of 4-bit weights; a micro-batch of "
+        f"{rows} x {length} tokens sends {sum(s.wire_bytes(mesh.tp.size) for s in sent) / 1e6:,.1f}"
+        f" MB per rank in {sum(s.count for s in sent)} collectives"
+    )
+
+
+def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
+    """What `traffic.py` needs to know of a model that is spread over ranks."""
+    assert policy.sharding is not None
+    of_adapters = policy.trainable().items()
+    hf_config: Any = policy.causal_lm.get_base_model().config
+    num_layers: int = hf_config.get_text_config().num_hidden_layers
+    return Spread(
+        degree=mesh.tp.size,
+        hidden_size=hf_config.get_text_config().hidden_size,
+        num_layers=num_layers,
+        activation_bytes=policy.compute_dtype.itemsize,
+        shared_adapter_sizes=[
+            p.numel() for name, p in of_adapters if policy.sharding.split_of(name) is None
+        ],
+        sequence_parallel=config.parallel.sequence_parallel,
+        checkpointing=config.train.gradient_checkpointing,
+        num_recomputed=num_checkpointed(config.train.checkpointed_layers, num_layers),
+        chunk_tokens=policy.head.chunk_tokens_for(10**6),
+        direction=config.regularizer.direction,
+        is_warm=config.regularizer.temperature != 1.0,
+        ce_tops=NUM_TOPS * (CE_WEIGHTINGS.get(config.regularizer.kind) == "entropy"),
+        kl_tops=NUM_TOPS * (config.regularizer.token_weighting == "entropy"),
+    )
+
+
+def _show(console: Console, samples: SampleSet, tokenizer: Any, data: DataConfig) -> None:
+    """Of each source what there is and what was left out, and one sample of it as it is learned."""
+    for index, source in enumerate(samples.sources):
+        is_held = isinstance(source, HeldSource)
+        first = source if is_held else source.block(0)
+        if not first:
+            raise UserError(f"{samples.section}.{index}: holds no sample any more")
+        counted = f"{len(first)} samples, {first.num_tokens} tokens, {first.num_targets} learned"
+        if not is_held:
+            counted = f"streamed; its first block has {counted}"
+        console.print(f"{samples.section}.{index:<2}{source.name}: {counted}")
+        drops = first.drops
+        left_out = drops.reasons(data)
+        left_out += [f"{drops.truncated} cut to {data.max_length} tokens"] * bool(drops.truncated)
+        console.print(f"            left out: {', '.join(left_out) or 'nothing'}")
+        for note in [*drops.notes(), *[drops.split_note] * bool(drops.split)]:
+            console.print(f"            {note}", style="yellow")
+        console.print("            one of them, what is learned in green and between « and »:")
+        console.print(_coloured(first[0], tokenizer))
+
+
+def _coloured(sample: Sample, tokenizer: transformers.PreTrainedTokenizerBase) -> Text:
+    text = Text("            ")
+    # Runs of tokens: a character may be spread over several. The first is predicted by nothing.
+    learned = sample.label_mask & (np.arange(len(sample)) > 0)
+    cuts = np.flatnonzero(np.diff(learned)) + 1
+    runs = zip(np.split(sample.input_ids, cuts), np.split(learned, cuts), strict=True)
+    for tokens, is_learned in runs:
+        words = str(tokenizer.decode(tokens))
+        text.append(
+            f"«{words}»" if is_learned[0] else words, style="bold green" if is_learned[0] else "dim"
+        )
+    return text

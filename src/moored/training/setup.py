@@ -1,0 +1,209 @@
+"""The parts of a run, put together before its first step: data, model, engine, newest checkpoint.
+
+What is done with them is `train.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from moored.config import Config
+from moored.data import Ahead, TrainStream, check_data, load_samples, turn_ends
+from moored.data.batch import Batch
+from moored.distributed.mesh import Mesh
+from moored.evaluation.evaluate import Suite, build_suite
+from moored.evaluation.generate import Answered
+from moored.models.base import Located, locate
+from moored.models.engine import Engine
+from moored.models.policy import PolicyModel, load_policy
+from moored.models.untrained import in_words, untrained
+from moored.tracking import Tracker
+from moored.tracking.run_directory import RunDirectory
+from moored.training import checkpoint
+from moored.training.forgetting_budget import Controller
+from moored.training.lifecycle import require_same
+from moored.training.step import StepStats
+from moored.utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FEW_MEASUREMENTS = 15  # of a budget's probe
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """Everything the loop needs, built once before the first step."""
+
+    config: Config
+    mesh: Mesh
+    directory: RunDirectory
+    tracker: Tracker
+    located: Located
+    policy: PolicyModel
+    engine: Engine
+    stream: Ahead
+    replay: TrainStream | None
+    suite: Suite
+    controller: Controller | None
+    probe_references: list[torch.Tensor] = field(default_factory=list)  # of the budget's probe
+    num_steps: int
+    step: int = 0
+    train_seconds: float = 0.0
+    train_tokens: int = 0
+    refused_in_a_row: int = 0
+    last_loss: float = float("nan")
+    regularized: StepStats | None = None  # of the newest update with a divergence
+    saved_step: int = 0  # of the newest checkpoint
+    signals: list[int] = field(default_factory=list)
+    base_answered: Answered | None = None  # by the base, once known
+    alone: bool = True  # not an arm of a comparison, which prints one table for all
+
+
+def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
+    """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
+    check_data(config)
+    located = locate(config.model, mesh)
+    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
+    stream = TrainStream(config, located.tokenizer, samples)
+    suite = build_suite(config, located, mesh)
+    num_steps = stream.total_steps()
+    _require_length(config, num_steps)
+    regularizer = config.regularizer
+    replay = None
+    if regularizer.kind == "replay":
+        replay = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, num_steps)
+    controller = _controller(config, num_steps)
+    require_same(
+        mesh,
+        config=config.fingerprint(),
+        data=stream.fingerprint(),
+        replay=replay.fingerprint() if replay else "",
+    )
+    tracker.dataset(
+        name=samples.name,
+        digest=stream.fingerprint(),
+        num_samples=samples.num_samples,
+        num_tokens=samples.num_tokens,
+    )
+    tracker.event("sources", sources=samples.describe())
+    if replay is not None:
+        tracker.event("replayed_sources", sources=replay.samples.describe())
+
+    ends = turn_ends(samples, located.tokenizer, config.data.max_length)
+    if mesh.is_main:
+        directory.update_state(turn_ends=[asdict(end) for end in ends])
+
+    policy = load_policy(located.source.path, config, mesh)
+    for found in untrained(policy.head, ends, mesh.tp):
+        line = in_words(found, located.tokenizer, config.model.name_or_path)
+        log.log(logging.WARNING if mesh.is_main else logging.DEBUG, "%s", line)
+    found = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
+    name = mesh.world.broadcast(None if found is None else str(found))
+    newest = None if name is None else Path(name)
+    if newest is not None:
+        checkpoint.load_adapter(newest, policy)
+    engine = Engine(policy, config, mesh)
+    engine.keep_references(config, located.source.revision, located.vocab_size)
+    one = Run(
+        config=config,
+        mesh=mesh,
+        directory=directory,
+        tracker=tracker,
+        located=located,
+        policy=policy,
+        engine=engine,
+        stream=Ahead(stream, num_steps, prepare=_read_ahead(engine, config)),
+        replay=replay,
+        suite=suite,
+        controller=controller,
+        num_steps=num_steps,
+    )
+    if newest is not None:
+        _resume(one, newest)
+    return one
+
+
+def _require_length(config: Config, num_steps: int) -> None:
+    """Refuse what a run of so many steps would never reach; of `train.steps` the recipe knows."""
+    optim, regularizer = config.optim, config.regularizer
+    for key, value, is_beyond, never in (
+        (
+            "optim.warmup_steps",
+            optim.warmup_steps,
+            optim.warmup_steps >= num_steps,
+            "the learning rate would never reach its peak",
+        ),
+        (
+            "regularizer.warmup_steps",
+            regularizer.warmup_steps,
+            regularizer.has_schedule and regularizer.warmup_steps >= num_steps,
+            "the weight would never be reached",
+        ),
+        (
+            "regularizer.every",
+            regularizer.every,
+            regularizer.is_divergent and regularizer.every > num_steps,
+            "the divergence would never act",
+        ),
+    ):
+        if is_beyond:
+            raise UserError(
+                f"{key}={value}, but the run has {num_steps} steps, so {never}: lower it, or train "
+                "longer"
+            )
+
+
+def _controller(config: Config, num_steps: int) -> Controller | None:
+    """Of the recipe's budget; says so where it will measure too seldom."""
+    budget = config.regularizer.budget
+    if budget is None:
+        return None
+    number = num_steps // budget.every
+    if budget.every > 1 and number < FEW_MEASUREMENTS:
+        log.warning(
+            "regularizer.budget.every=%d: only %d measurements in %d steps, so the weight may not "
+            "reach the budget: lower it to %d",
+            budget.every,
+            number,
+            num_steps,
+            max(1, num_steps // 20),
+        )
+    controller = Controller(budget, config.regularizer.weight)
+    if controller.weight != config.regularizer.weight:
+        log.warning(
+            "regularizer.weight=%g is outside the bounds of its budget: it starts at %g; see "
+            "budget.min_weight and max_weight",
+            config.regularizer.weight,
+            controller.weight,
+        )
+    return controller
+
+
+def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
+    """What is done with the next step's batches while this one is computed."""
+    if engine.references is None or not config.regularizer.is_divergent:
+        return len
+    return engine.references.read_ahead
+
+
+def _resume(run: Run, folder: Path) -> None:
+    state = checkpoint.read_state(folder)
+    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
+    checkpoint.require_same_base(folder, state, scales)
+    run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
+    run.stream.load_state_dict(state["cursor"])
+    if run.replay is not None:
+        run.replay.load_state_dict(state["replay_cursor"])
+    if run.controller is not None:
+        run.controller.load_state_dict(state["controller"])
+    run.step = run.saved_step = state["step"]
+    run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
+    run.refused_in_a_row = state["refused_in_a_row"]
+    run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
+    run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
+    log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)

@@ -1,0 +1,185 @@
+"""One optimizer update, from micro-batches to new adapters.
+
+No logging and no files: what happened is returned as StepStats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moored.config import OptimConfig, Regularizer
+from moored.data.batch import Batch
+from moored.distributed.mesh import Mesh
+from moored.loss.weighting import CEWeighting
+from moored.models.engine import Engine
+from moored.models.policy import LossArguments
+
+# How kinds that weigh targets by what the policy says of them do it.
+CE_WEIGHTINGS: dict[str, CEWeighting] = {"asft": "probability", "eaft": "entropy"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one update saw and did; means are over the global batch.
+
+    Attributes:
+        loss: what was descended, nats per token: weighted ce + weight * (kl or penalty).
+        ce: cross-entropy, nats per target token.
+        kl: the regulariser's divergence, nats per KL position; None when the step needs none.
+        penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
+            the replayed text, nats per token (replay); None without one.
+        weight: of the divergence or penalty in this update.
+        num_targets: target tokens of the global batch.
+        num_tokens: real (unpadded) tokens of the global batch.
+        grad_norm: global gradient norm before clipping; not finite if the update was refused.
+        learning_rate: of this update.
+        applied: whether the adapters were changed.
+    """
+
+    loss: float
+    ce: float
+    kl: float | None
+    penalty: float | None
+    weight: float
+    num_targets: int
+    num_tokens: int
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """The learning rate of update `step` (from 0) of `num_steps`; a pure function."""
+    peak, rise, end = optim.learning_rate, optim.warmup_steps, optim.min_lr_ratio
+    return _scheduled(step, num_steps, peak, optim.schedule, rise, end)
+
+
+def needs_kl(step: int, regularizer: Regularizer) -> bool:
+    """Whether update `step` (from 0) computes the regulariser; the same on every rank.
+
+    The last of every k: at the very first there is nothing to hold, policy and base are equal.
+    """
+    return regularizer.is_divergent and (step + 1) % regularizer.every == 0
+
+
+def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
+    """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
+    peak, rise, end = regularizer.weight, regularizer.warmup_steps, regularizer.end_ratio
+    return _scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
+
+
+def _scheduled(
+    step: int, num_steps: int, peak: float, schedule: str, warmup_steps: int, end_ratio: float
+) -> float:
+    """A linear rise to `peak`, then its schedule towards `end_ratio` times that."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    if schedule == "constant":
+        factor = 1.0
+    elif schedule == "linear":
+        factor = 1.0 - progress
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return peak * (end_ratio + (1.0 - end_ratio) * factor)
+
+
+def dropout_seed(seed: int, step: int, batch: Batch) -> int:
+    """The seed of a micro-batch's adapter dropout: a function of what it holds, not of its rank."""
+    text = f"{seed}:{step}:{'|'.join(batch.sample_ids)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    mesh: Mesh,
+    *,
+    step: int,
+    regularizer: Regularizer,
+    learning_rate: float,
+    seed: int,
+    weight: float | None = None,
+    replayed: Sequence[Batch] = (),
+) -> StepStats:
+    """Forward, backward and update over this rank's micro-batches of one global batch.
+
+    Args:
+        engine: the policy under ZeRO.
+        batches: this rank's micro-batches; every rank has the same number of them.
+        mesh: the processes.
+        step: the update's number, from 0.
+        regularizer: what is added to the cross-entropy.
+        learning_rate: of this update.
+        seed: of the adapter's dropout.
+        weight: of the regulariser in this update; None: the recipe's.
+        replayed: this rank's micro-batches of replayed text, of which the same holds.
+    """
+    # 1. Denominators over the whole global batch, before any forward.
+    counts = torch.tensor(
+        [
+            sum(batch.num_targets for batch in batches),
+            sum(batch.num_kl for batch in batches),
+            sum(batch.num_tokens for batch in batches),
+            sum(batch.num_targets for batch in replayed),
+        ],
+        dtype=torch.float64,
+        device=mesh.device,
+    )
+    num_targets, num_kl, num_tokens, num_replayed = (int(n) for n in mesh.dp.sum(counts).tolist())
+    weight = regularizer.weight if weight is None else weight
+    with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
+    # A KL on every k-th step with k times the weight has the same expectation.
+    kl_weight = weight * regularizer.every if with_kl else 0.0
+    of_task = LossArguments(
+        ce_scale=1.0 / max(1, num_targets),
+        kl_scale=kl_weight / max(1, num_kl),
+        direction=regularizer.direction,
+        mask_target=regularizer.kind == "tmkl",
+        temperature=regularizer.temperature,
+        ce_weighting=CE_WEIGHTINGS.get(regularizer.kind, "uniform"),
+        kl_weighting=regularizer.token_weighting,
+        first_tokens=regularizer.first_tokens or 0,
+        first_tokens_factor=regularizer.first_tokens_factor,
+        l2_scale=weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0,
+    )
+    of_replay = LossArguments(ce_scale=weight / max(1, num_replayed))
+    work = [(batch, of_task) for batch in batches] + [(batch, of_replay) for batch in replayed]
+    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    for i, (host_batch, loss_arguments) in enumerate(work):
+        batch, is_task = host_batch.to(mesh.device), loss_arguments is of_task
+        # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
+        reference_hidden = engine.reference(host_batch) if with_kl and is_task else None
+        # 3. Policy and head in one module forward; the gradient is formed there.
+        torch.manual_seed(dropout_seed(seed, step, batch))
+        loss, sums = engine.forward(batch, reference_hidden, loss_arguments)
+        engine.backward(loss, last=i == len(work) - 1)
+        found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum]).to(totals)
+        if is_task:
+            totals[:3] += found
+        else:
+            totals[0] += found[0]
+            totals[3] += found[1]
+    penalty = engine.policy.product_norm() if is_l2 else None
+    # 4. A poisoned update is refused on every rank alike.
+    loss_sum, ce_sum, kl_sum, replay_sum = mesh.dp.sum(totals).tolist()
+    grad_norm = engine.step(learning_rate)
+    if replayed:
+        penalty = replay_sum / max(1, num_replayed)
+    return StepStats(
+        loss=loss_sum + (weight * penalty if is_l2 and penalty is not None else 0.0),
+        ce=ce_sum / max(1, num_targets),
+        kl=kl_sum / max(1, num_kl) if with_kl else None,
+        penalty=penalty,
+        weight=kl_weight if regularizer.is_divergent else weight,
+        num_targets=num_targets,
+        num_tokens=num_tokens,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        applied=math.isfinite(grad_norm),
+    )

@@ -1,0 +1,405 @@
+"""The run: resume, step, save, track, evaluate, stop.
+
+No maths: an update is `step.py`'s, a figure is `evaluate.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from moored.config import Config
+from moored.data.batch import Batch
+from moored.distributed.mesh import peak_memory_bytes
+from moored.evaluation.build_report import Training, to_report
+from moored.evaluation.evaluate import Evaluation, Suite, evaluate, measure
+from moored.evaluation.generate import Answered
+from moored.evaluation.report import rise_pct, show, write
+from moored.models.engine import leave
+from moored.tracking.journal import metrics
+from moored.tracking.run_directory import heartbeat, path_of
+from moored.training import checkpoint
+from moored.training import metrics as measures
+from moored.training.lifecycle import (
+    asked_to_stop,
+    ending,
+    failures_named,
+    met,
+    open_together,
+    signals_seen,
+    start_tracking,
+)
+from moored.training.setup import Run, assemble
+from moored.training.step import StepStats, learning_rate_at, train_step, weight_at
+from moored.utils.errors import (
+    EvaluationFailedError,
+    PeerLostError,
+    PreemptedError,
+    TrainingRefusedError,
+    UserError,
+)
+from moored.utils.log import setup
+from moored.utils.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: Config,
+    *,
+    restart: bool = False,
+    path: Path | None = None,
+    arm: str | None = None,
+    parent: Path | None = None,
+    base_answered: Answered | None = None,
+) -> Path:
+    """Train one recipe from its newest checkpoint, or from the start, to the end.
+
+    The same call on every process. A finished run is left as it is.
+
+    Args:
+        config: the recipe.
+        restart: remove what an earlier run of this recipe left.
+        path: the run directory; by default `output.dir` / `name`.
+        arm: the name of this run in its report; by default the regulariser's kind.
+        parent: run directory of the comparison that this run belongs to.
+        base_answered: by the base, where an earlier run of the same recipe had it answer.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        MooredError: see its subclasses; `exit_code` says which kind.
+    """
+    os.umask(0o077)
+    mesh = met(config)
+    path = (path or path_of(config)).absolute()
+    with contextlib.ExitStack() as stack:
+        if parent is None:
+            stack.callback(leave)
+        directory, attempt = open_together(stack, config, path, mesh, restart=restart)
+        setup(mesh.world.rank, path)
+        if directory.state().get("status") == "done":
+            log.info("%s is finished already: --restart starts over", path)
+            return path
+        tracker = start_tracking(config, path, attempt, mesh, parent)
+        stack.enter_context(ending(directory, tracker, mesh))
+        signals = stack.enter_context(signals_seen())
+        one = assemble(config, mesh, directory, tracker)
+        one.alone, one.base_answered, one.signals = parent is None, base_answered, signals
+        stack.callback(one.engine.close)
+        stack.callback(one.stream.close)
+        _train(one)
+        _export(one)
+        _evaluate_and_report(one, arm or config.regularizer.kind)
+        _tell_references(one)
+        _require_budget(one)
+    return path
+
+
+def _train(run: Run) -> None:
+    """The loop."""
+    config, mesh, engine = run.config, run.mesh, run.engine
+    if mesh.is_main:
+        run.directory.update_state(num_steps=run.num_steps)
+    if run.step == 0 and config.evaluation.before:
+        before = _measure(run, run.suite, base=True)
+        run.base_answered = before.answered
+        run.tracker.metrics(run.step, measures.of_evaluation(before))
+    if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
+        _evaluate(run)
+    share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
+    with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
+        while run.step < run.num_steps:
+            batches = run.stream.next_step(**share)
+            started = time.perf_counter()
+            stats = train_step(
+                engine,
+                batches,
+                mesh,
+                step=run.step,
+                regularizer=config.regularizer,
+                learning_rate=learning_rate_at(run.step, run.num_steps, config.optim),
+                seed=config.train.seed,
+                weight=_weight(run),
+                replayed=run.replay.next_step(**share) if run.replay else (),
+            )
+            seconds = time.perf_counter() - started
+            run.step += 1
+            run.train_seconds += seconds
+            run.train_tokens += stats.num_tokens
+            run.last_loss = stats.loss
+            _track_step(run, stats, seconds)
+            progress.update(
+                loss=stats.loss,
+                ce=stats.ce,
+                kl=stats.kl,
+                tokens_per_second=run.train_tokens / run.train_seconds,
+            )
+            _require_finite(run, stats, batches)
+            if run.step % config.parallel.replica_check_every == 0:
+                engine.require_equal_replicas()
+            _steer(run)
+            if run.step % config.train.save_every == 0 or run.step == run.num_steps:
+                _save(run)
+            _stop_if_asked(run)
+            if _evaluates_now(run):
+                _evaluate(run)
+
+
+def _stop_if_asked(run: Run) -> None:
+    """Where any rank got a signal, save and leave on all of them. Called every step and batch.
+
+    Says too that the run is alive, to those who would take over its lock.
+    """
+    if run.mesh.is_main:
+        heartbeat(run.directory)
+    if not asked_to_stop(run.mesh, run.signals):
+        return
+    if run.saved_step < run.step:
+        _save(run)
+    saved = f"step {run.saved_step} is saved in" if run.saved_step else "nothing is saved yet in"
+    raise PreemptedError(
+        f"stopped by a signal after step {run.step} of {run.num_steps}; {saved} "
+        f"{run.directory.path}: start the same command again to go on"
+    )
+
+
+def _weight(run: Run) -> float:
+    """The regulariser's, in the next update."""
+    if run.controller is not None:
+        return run.controller.weight
+    return weight_at(run.step, run.num_steps, run.config.regularizer)
+
+
+def _steer(run: Run) -> None:
+    """Measure what the budget's probe has lost, every so many steps, and move the weight."""
+    controller = run.controller
+    if controller is None or run.suite.probe is None:
+        return
+    if run.step % controller.budget.every and run.step != run.num_steps:
+        return
+    # Not to be stopped in between: a run that goes on must not go on without this measurement.
+    found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
+    rise = rise_pct(found.base_ppl, found.policy_ppl)
+    assert rise is not None
+    controller.update(found.kl if controller.budget.by_drift else rise)
+    run.tracker.metrics(run.step, measures.of_budget(controller))
+    ended = run.step == run.num_steps  # then it is exported and reported before it is refused
+    if controller.is_lost and not ended and controller.budget.when_broken == "stop":
+        _save(run)
+        raise TrainingRefusedError(f"{controller.verdict(run.step)}; the last step is saved")
+
+
+def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
+    if stats.kl is not None:
+        run.regularized = stats
+    if run.step % run.config.train.log_every and run.step != run.num_steps:
+        return
+    kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
+    spent = {"seconds": seconds, "peak_memory_bytes": peak}
+    values = measures.of_step(stats, kind, **spent, regularized=run.regularized)
+    run.tracker.metrics(run.step, values)
+
+
+def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> None:
+    """Count refused updates; stop when too many follow each other."""
+    if stats.applied:
+        run.refused_in_a_row = 0
+        return
+    run.refused_in_a_row += 1
+    run.tracker.event("update_refused", step=run.step, loss=stats.loss)
+    samples = [name for batch in batches for name in batch.sample_ids]
+    log.warning(
+        "step %d: the gradient is not finite (loss %.4g): update refused; samples of this rank: %s",
+        run.step,
+        stats.loss,
+        ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if samples[20:] else ""),
+    )
+    limit = run.config.train.max_nonfinite_updates
+    if run.refused_in_a_row >= limit:
+        raise TrainingRefusedError(
+            f"{limit} updates in a row had a non-finite gradient (last at step {run.step}): lower "
+            "optim.learning_rate, or look at the data of these steps; the adapter is as it was "
+            "before them"
+        )
+
+
+def _tell_references(run: Run) -> None:
+    """Say how often the cache saved this rank a forward of the base."""
+    references = run.engine.references
+    if references is None:
+        return
+    num_read, num_computed = references.num_read, references.num_computed
+    run.tracker.event("reference_cache", read=num_read, computed=num_computed)
+    log.info(
+        "reference cache: %d of %d micro-batches read from %s",
+        num_read,
+        num_read + num_computed,
+        references.folder,
+    )
+
+
+def _require_budget(run: Run) -> None:
+    """Say whether the budget was held; where the recipe says so, end as refused if it was not."""
+    controller = run.controller
+    if controller is None:
+        return
+    verdict = controller.verdict(run.step)
+    if controller.is_held:
+        log.info(verdict)
+    elif controller.budget.when_broken == "continue":
+        log.warning(verdict)
+    else:
+        raise TrainingRefusedError(f"{verdict}; the adapter is in {run.directory.adapter}")
+
+
+def _save(run: Run) -> None:
+    started = time.perf_counter()
+    if run.engine.references is not None:
+        run.engine.references.flush()
+    saved = checkpoint.Checkpoint(
+        step=run.step,
+        optimizer=run.engine.optimizer_tensors(),
+        state={
+            "cursor": run.stream.state_dict(),
+            "replay_cursor": run.replay.state_dict() if run.replay else None,
+            "controller": run.controller.state_dict() if run.controller else None,
+            "train_seconds": run.train_seconds,
+            "train_tokens": run.train_tokens,
+            "refused_in_a_row": run.refused_in_a_row,
+            "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
+            "seed": run.config.train.seed,
+            "world_size": run.mesh.world.size,
+            "scales": checkpoint.scales_of(run.config, run.mesh.tp.size),
+        },
+    )
+    is_saved = True
+    if run.mesh.is_main:
+        folder = checkpoint.folder_of(run.directory.checkpoints, run.step)
+        try:
+            base, ours = run.config.model.name_or_path, run.directory.require_owned
+            checkpoint.write(folder, saved, run.policy.causal_lm, base, require_owned=ours)
+            checkpoint.prune(run.directory.checkpoints, run.config.train.keep_checkpoints)
+            run.directory.update_state(step=run.step)
+            run.tracker.event("checkpoint", step=run.step, seconds=time.perf_counter() - started)
+        except OSError as error:
+            # A full disk must not end the run: the previous checkpoint still stands.
+            log.warning("checkpoint of step %d was not written: %s", run.step, error)
+            run.tracker.event("checkpoint_failed", step=run.step, error=str(error))
+            is_saved = False
+    if run.mesh.world.broadcast(is_saved):
+        run.saved_step = run.step
+
+
+def _export(run: Run) -> None:
+    """The final adapter, written and read back before anything else can fail."""
+    tensors = run.engine.adapter_tensors()
+    error: BaseException | None = None
+    if run.mesh.is_main:
+        try:
+            base, ours = run.config.model.name_or_path, run.directory.require_owned
+            folder, model = run.directory.adapter, run.policy.causal_lm
+            checkpoint.replace_adapter(folder, tensors, model, base, require_owned=ours)
+        except OSError as caught:
+            error = UserError(
+                f"{run.directory.adapter}: the adapter could not be written: {caught}: make room "
+                "and start the same command again"
+            )
+    run.mesh.together(error)
+    run.tracker.artifact(run.directory.adapter, "adapter")
+    run.tracker.register("adapter")
+    log.info("adapter written to %s", run.directory.adapter)
+
+
+def _measure(run: Run, suite: Suite, *, base: bool = False, pinpoint: bool = False) -> Evaluation:
+    return evaluate(
+        run.engine,
+        suite,
+        run.mesh,
+        tokenizer=run.located.tokenizer,
+        config=run.config.evaluation,
+        base=base,
+        pinpoint=pinpoint,
+        poll=partial(_stop_if_asked, run),
+    )
+
+
+def _evaluates_now(run: Run) -> bool:
+    every = run.config.evaluation.every
+    return bool(every) and run.step % every == 0 and 0 < run.step < run.num_steps
+
+
+def _was_evaluated(run: Run) -> bool:
+    """Whether an earlier start has measured the adapter of this step. Collective."""
+    found = metrics(run.directory.path) if run.mesh.is_main else {}
+    known = [found[name] for name in found if name.startswith(("eval/", "retention/"))]
+    is_known = any(step == run.step for points in known for step, _ in points)
+    return run.mesh.world.broadcast(is_known)
+
+
+def _evaluate(run: Run) -> None:
+    """On the way: without what has to be generated."""
+    evaluation = _measure(run, run.suite.without_prompts())
+    run.tracker.metrics(run.step, measures.of_evaluation(evaluation))
+
+
+def _evaluate_and_report(run: Run, name: str) -> None:
+    """Measure the adapter that was exported; a failure here must not cost it."""
+    log.info("evaluating the adapter against its base")
+    training = Training(
+        num_steps=run.step,
+        seconds=run.train_seconds,
+        tokens=run.train_tokens,
+        final_loss=run.last_loss if math.isfinite(run.last_loss) else None,
+        peak_memory_bytes=peak_memory_bytes(run.mesh.device),
+        **({} if run.controller is None else run.controller.outcome()),
+    )
+    if run.mesh.is_main:
+        run.directory.update_state(training=asdict(training))
+    try:
+        with failures_named(run.mesh):
+            after = _measure(run, run.suite, pinpoint=True)
+            if run.suite.asks and run.base_answered is None:
+                base = _measure(run, run.suite.only_prompts(), base=True)
+                run.base_answered = base.answered
+            run.tracker.metrics(run.step, measures.of_evaluation(after))
+            error: BaseException | None = None
+            if run.mesh.is_main:
+                try:
+                    _report(run, name, after, training)
+                except Exception as caught:
+                    error = caught
+            run.mesh.together(error)
+    except (PreemptedError, PeerLostError):
+        raise
+    except Exception as error:
+        raise EvaluationFailedError(
+            f"the adapter is in {run.directory.adapter}, but its evaluation failed: {error}: "
+            f"mend it and run `moored evaluate {run.directory.path}`"
+        ) from error
+
+
+def _report(run: Run, name: str, after: Evaluation, training: Training) -> None:
+    report = to_report(
+        run.config,
+        run.located.source,
+        name,
+        after,
+        training,
+        base_answered=run.base_answered,
+        num_prompts=len(run.suite.prompts),
+        trained_by=run.config,
+    )
+    write(report, run.directory.report, curves={name: metrics(run.directory.path)})
+    run.tracker.artifact(run.directory.report, "report")
+    if run.alone:
+        show(report, sys.stdout)

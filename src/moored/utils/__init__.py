@@ -1,0 +1,1 @@
+"""What every room may use: errors, logging, progress, versions, whole folders, the environment."""

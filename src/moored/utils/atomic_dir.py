@@ -1,0 +1,198 @@
+"""Folders that are whole or absent: made once under a lock, sealed by a manifest, verified on use.
+
+What lies in such a folder is its maker's business; no format is known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from moored.utils.errors import UserError
+from moored.utils.progress import WATCH_SECONDS, Phase
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+BLOCK_BYTES = 2**20  # read at a time
+LOCK_SECONDS = 3600.0  # a peer that downloads and converts may take long, but not for ever
+
+
+def make_once(
+    folder: Path, make: Callable[[Path], dict[str, Any]], *, timeout: float = LOCK_SECONDS
+) -> dict[str, Any]:
+    """Have `folder` whole: as it lies there if it verifies, else newly made.
+
+    Several processes may call this at once, on one machine or over a shared file system: one makes
+    it, the others wait. Where the file system has no working locks, each makes its own copy and
+    the first one stays; no reader ever sees half a folder.
+
+    Args:
+        folder: what shall exist in the end.
+        make: fills the empty folder it is given and returns facts (JSON-able) for the manifest.
+        timeout: seconds to wait for another process.
+
+    Returns:
+        The manifest: `files` (size and SHA-256 of each) and the facts.
+
+    Raises:
+        UserError: the lock or the folder cannot be had.
+    """
+    if fault_of(folder) is None:
+        return read_manifest(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", timeout=timeout)
+        with _held(lock, folder, timeout):
+            fault = fault_of(folder)
+            if fault is not None:
+                if folder.exists():
+                    log.warning("%s is broken (%s): making it again", folder, fault)
+                _make(folder, make)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}: free space there, or set "
+            "MOORED_CACHE to a writable folder"
+        ) from error
+    return read_manifest(folder)
+
+
+def _make(folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
+    with publishing(folder) as (new, facts):
+        facts.update(make(new))
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Fill an empty folder, which is sealed and gets its name when the body ends well.
+
+    Where another process was first, its copy stays.
+
+    Yields:
+        The folder to fill, and facts for the manifest, to be filled, too.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        new, facts = Path(temporary) / "new", dict[str, Any]()
+        new.mkdir(mode=0o700)
+        yield new, facts
+        seal(new, facts)
+        if fault_of(folder) is None:
+            return
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(new, folder)
+        fsync_directory(folder.parent)
+
+
+@contextlib.contextmanager
+def _held(lock: filelock.BaseFileLock, folder: Path, timeout: float):
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("another process makes %s: waiting for it", folder)
+        if not _waited(lock, folder, timeout):
+            raise UserError(
+                f"{lock.lock_file} has been held for {timeout:.0f} s: end the process that makes "
+                f"{folder.name}, or remove the lock if there is none"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _waited(lock: filelock.BaseFileLock, folder: Path, timeout: float) -> bool:
+    """Whether the lock could be had in time."""
+    until = time.monotonic() + timeout
+    with Phase(f"waiting for another process that makes {folder.name}") as phase:
+        while (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=min(left, WATCH_SECONDS))
+                return True
+            phase.tick()
+    return False
+
+
+def seal(folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Flush every file below `folder` and write the manifest over them, and over `facts`."""
+    files: dict[str, dict[str, Any]] = {}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    with hashing("hashing what was written", paths) as phase:
+        for path in paths:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path, phase)}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({**(facts or {}), "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    for child in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        fsync_directory(child)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a sealed folder."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a sealed folder cannot be trusted; None when every byte is as it was written.
+
+    Everything is read: safetensors itself loads a flipped bit without a word.
+    """
+    try:
+        files = read_manifest(folder)["files"]
+        if not files:
+            return "its manifest names no files"
+        size = sum(expected["bytes"] for expected in files.values())
+        with Phase(f"verifying {folder.name}", size / 1e9, "GB") as phase:
+            for name, expected in files.items():
+                path = folder / name
+                if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+                    return f"{name} leads out of it"
+                if path.stat().st_size != expected["bytes"]:
+                    return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+                if sha256(path, phase) != expected["sha256"]:
+                    return f"{name} has other content than was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def hashing(what: str, paths: Iterable[Path], times: int = 1) -> Phase:
+    """What `sha256` tells of how far the files are read, in GB; each is read so many `times`."""
+    return Phase(what, times * sum(path.stat().st_size for path in paths) / 1e9, "GB")
+
+
+def sha256(path: Path, phase: Phase | None = None) -> str:
+    """Of a file's content, in hex; the phase is told how many GB of it are read."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+            if phase is not None:
+                phase.advance(size / 1e9)
+    return digest.hexdigest()
+
+
+def fsync_directory(path: Path) -> None:
+    """Make what was created or renamed inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
