@@ -49,7 +49,7 @@ def main() -> None:
     add_option(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("a CUDA GPU is needed; on a CPU: benchmarks/head.py")
+        raise SystemExit("a CUDA GPU is needed; on a CPU: benchmarks/head_cost.py")
     found: list[dict[str, Any]] = []
     for shape in args.shape:
         found.append(measure(*map(int, shape.split(",")), args.samples, args.only))

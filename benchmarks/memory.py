@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from fresh import output_of
 from outcome import Bar, Panel, add_option, write
-from step import ARMS, SIZES, recipe, write_data, write_model
+from step_cost import ARMS, SIZES, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile
 
 VARIED = {

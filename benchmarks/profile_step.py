@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import ARMS, SIZES, add_options, recipe, write_data, write_model
+from step_cost import ARMS, SIZES, add_options, recipe, write_data, write_model
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import moored.training.train

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from step import ROOT, SIZES, recipe, write_data, write_model
+from step_cost import ROOT, SIZES, recipe, write_data, write_model
 
 IMPORTS = "import torch, transformers, peft, deepspeed, bitsandbytes"
 

@@ -272,7 +272,7 @@ class Start:
             "WORLD_SIZE": str(sum(slots)),
             "MASTER_ADDR": first.rpartition("@")[2] if first else "127.0.0.1",
             "MASTER_PORT": str(FIRST_PORT + zlib.crc32(self.id.encode()) % NUM_PORTS),
-            "MOORED_MEETING": self.id,
+            "MOORED_RENDEZVOUS": self.id,
             "MOORED_MEETING_SECRET": secrets.token_hex(32),  # sent on stdin, never in a command
             "MOORED_LAUNCH": self.id,
         }

@@ -13,11 +13,11 @@ from moored.evaluation.report import (
     ArmResult,
     BaseResult,
     Blocks,
-    Choice,
     Report,
-    Spot,
     Stretch,
+    TokenChoice,
     TokenDrift,
+    TokenExample,
     Where,
     increase_intervals,
     increase_pct,
@@ -102,7 +102,7 @@ def measured(
 
 def where(token: str = " the", num_spots: int = 2) -> Where:
     """One text's drift, taken apart."""
-    spot = Spot(
+    spot = TokenExample(
         sample="window-7",
         context="def read(path):\n    with open",
         target=token,
@@ -110,9 +110,9 @@ def where(token: str = " the", num_spots: int = 2) -> Where:
         base=0.7,
         adapted=0.1,
         choices=[
-            Choice(token=token, base=0.7, adapted=0.1),
-            Choice(token="\n", base=0.2, adapted=0.6),
-            Choice(token=" a", base=0.05, adapted=0.25),
+            TokenChoice(token=token, base=0.7, adapted=0.1),
+            TokenChoice(token="\n", base=0.2, adapted=0.6),
+            TokenChoice(token=" a", base=0.05, adapted=0.25),
         ],
     )
     return Where(

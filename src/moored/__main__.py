@@ -1,6 +1,6 @@
 """`python -m moored`: the command line, also where the script is not on the PATH.
 
-The commands themselves are in `cli.py`.
+The commands themselves are in `cli/`.
 """
 
 from __future__ import annotations

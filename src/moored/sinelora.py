@@ -9,7 +9,7 @@ and B [out, r],
     dW = (alpha / r) * sin(omega * B A) / sqrt(in)
 
 elementwise on the product: "Efficient Learning with Sine-Activated Low-Rank Matrices", arXiv
-2403.19243, as its authors' code has it (github.com/samy-ji/Sine-Low-Rank, `sinlora.py`: scale
+2403.19243, as its authors' code has it (github.com/samy-ji/Sine-Low-Rank: scale
 `lora_alpha / r`, gain `1 / sqrt(in_features)`). B = 0 at first, so that dW = 0. The rank of dW is
 not bounded by r; a small product is plain LoRA's times omega / sqrt(in).
 """

@@ -13,7 +13,7 @@ from distributed.runner import run_distributed
 from moored.config import Config, load_config
 from moored.distributed.mesh import alone
 from moored.evaluation.report import Report
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.reference_cache import references_folder
 from moored.prepare import references
 from moored.tracking.journal import metrics, read_journal
@@ -136,7 +136,9 @@ def test_samples_serve_in_the_next_epoch_and_on_another_mesh(tmp_path: Path) -> 
 
 def fill(_rank: int, _world_size: int, config: Config, num_ranks: int) -> int:
     # As `moored prepare --references` does, without its fetching and proving.
-    return references.fill(config, locate(config.model, alone()), num_ranks=num_ranks).num_computed
+    return references.fill(
+        config, resolve_base(config.model, alone()), num_ranks=num_ranks
+    ).num_computed
 
 
 def test_what_was_prepared_is_what_a_run_computes(tmp_path: Path) -> None:

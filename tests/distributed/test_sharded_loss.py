@@ -1,7 +1,7 @@
 """The loss on shards of the vocabulary equals the loss on the whole: values, gradients, traffic.
 
 Each test spawns one group of gloo processes; every rank compares its own part with the fp64 dense
-reference, and the parent compares the ranks' values bit by bit. Bounds as in unit/test_head.py:
+reference, and the parent compares the ranks' values bit by bit. Bounds as in loss/test_head.py:
 the arithmetic's own, the same as unsharded, since rows are put together in fp64.
 """
 
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dense_reference import dense_logits, dense_loss, many_digits, per_row
 from distributed.runner import run_distributed
 from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
 from moored.loss.tmkl import VocabShard, tmkl_loss
-from reference import dense_logits, dense_loss, many_digits, per_row
 
 DIRECTIONS = ("forward", "reverse", "jsd")
 U32, U64 = 2.0**-24, 2.0**-53
@@ -71,7 +71,7 @@ def make(
 
 
 def bound(h: Tensor, h0: Tensor, weight: Tensor) -> float:
-    """As in unit/test_head.py, in units of u."""
+    """As in unit/loss/test_head.py, in units of u."""
     h, h0, weight = h.double(), h0.double(), weight.double()
     logits = h @ weight.T
     spread = (logits.amax(1) - logits.amin(1)).amax() + 3 * ((h0 - h) @ weight.T).abs().amax()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from dense_reference import dense_loss
 from distributed.runner import run_distributed
 from distributed.test_zero import build, by_case, global_batch, step_once
 from moored.config import Config, load_config
@@ -28,7 +29,6 @@ from moored.models.forward import final_hidden
 from moored.models.linear4bit import FrozenLinear4bit
 from moored.models.policy import LossArguments, PolicyModel, load_policy
 from moored.models.reference import adapters_off
-from reference import dense_loss
 from tiny import ALONE, tiny_recipe, write_recipe
 
 STEPS = 5

@@ -27,7 +27,7 @@ from moored.data import TrainStream
 from moored.data.batch import Batch, Sample, batches_of
 from moored.distributed.mesh import Mesh, start_mesh
 from moored.models import loading
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import LossArguments, load_policy
 from moored.training.step import StepStats, train_step
@@ -87,7 +87,7 @@ def step_once(engine: Engine, mesh: Mesh, config: Config, step: int) -> StepStat
 def replayed_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     if config.regularizer.kind != "replay":
         return []
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     stream = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, STEPS)
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ PAGES = sorted(
     for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")]
     if not p.relative_to(ROOT).parts[0].startswith(".")
 )
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"<!-- ran:(\w+) -->\n```json\n(.*?)\n```\n```text\n(.*?)\n```", DATA, re.S)
 TEMPLATES = dict(re.findall(r"<!-- template:(\w+) -->\n```jinja\n(.*?)```", DATA, re.S))
@@ -89,6 +93,42 @@ def test_links_lead_somewhere(page):
         assert to.exists(), f"{target} in {page}"
         if anchor:
             assert anchor in anchors(to), f"{target} in {page}"
+
+
+def named_files() -> list[tuple[str, str]]:
+    """Where, and which file of the project is named: on pages, in docstrings and comments."""
+    found: list[tuple[str, str]] = []
+    for page in PAGES:
+        if page.name != "CHANGELOG.md":  # what is told of the past
+            text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+            found += [(page.name, name) for name in re.findall(r"`([\w./-]+\.(?:py|j2))`", text)]
+    for file in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "launch").glob("_*.py")]):
+        text = file.read_text(encoding="utf-8")
+        said = [node for node in ast.walk(ast.parse(text)) if isinstance(node, DOCUMENTED)]
+        words = [ast.get_docstring(node) or "" for node in said] + re.findall(r"#.*", text)
+        where = file.relative_to(ROOT).as_posix()
+        found += [(where, n) for w in words for n in re.findall(r"(?<![\w*/.])[\w./-]+\.py\b", w)]
+    return found
+
+
+def test_every_file_that_is_named_exists_and_is_the_only_one():
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    files = [f"/{name}" for name in files.stdout.split("\n") if (ROOT / name).is_file()]
+    files = files or [f"/{p.relative_to(ROOT)}" for p in ROOT.rglob("*.py")]
+    named = named_files()
+    assert len(named) > 100
+    fits = {(where, name): [f for f in files if f.endswith(f"/{name}")] for where, name in named}
+    assert {key: found for key, found in fits.items() if len(found) != 1} == {}
+
+
+def test_no_two_files_and_no_two_classes_of_the_package_have_one_name():
+    files = [p for p in (ROOT / "src").rglob("*.py") if not p.name.startswith("__")]
+    names = Counter(p.name for p in files)
+    trees = [ast.parse(p.read_text(encoding="utf-8")) for p in files]
+    names += Counter(n.name for tree in trees for n in tree.body if isinstance(n, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_variable_that_is_read_is_listed():

@@ -1,7 +1,7 @@
 """The command line: its commands by name, its errors as one line each, its exit codes.
 
-What a command takes is in `commands/`. Nothing slow is imported before it is needed: `--help`
-answers at once, also on a login node.
+What a command takes is in `cluster.py` and `runs.py`. Nothing slow is imported before it is needed:
+`--help` answers at once, also on a login node.
 """
 
 from __future__ import annotations

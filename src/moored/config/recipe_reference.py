@@ -21,8 +21,8 @@ from moored.config.section import Section
 _HEAD = """# Recipes: every option
 
 Written from the schema by `python -m moored.config.recipe_reference > docs/recipe.md`; a test holds
-it true. A recipe is strict YAML: an unknown key, or an option that would have no effect, is an error
-with a suggestion. [data.md](data.md) says what the rows of a data set look like and which of their
+it true. A recipe is strict YAML: an unknown key, or an option without effect, is an error with a
+suggestion. [data.md](data.md) says what the rows of a data set look like and which of their
 tokens are learned.
 
 `moored train RECIPE.yaml optim.learning_rate=1e-4` overrides any option by its dotted key

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
         prompts,
         retention_samples,
     )
-    from moored.data.prefetch import Ahead
+    from moored.data.prefetch import Prefetcher
     from moored.data.records import check_data
     from moored.data.samples import SampleSet, load_samples, pad_token_id
     from moored.data.stream import TrainStream
 
 _ROOMS = {
-    "Ahead": "ahead",
+    "Prefetcher": "ahead",
     "BaseIdentity": "drawn",
     "HeldSource": "encode",
     "TurnEnd": "ends",
@@ -49,9 +49,9 @@ _ROOMS = {
 }
 
 __all__ = [
-    "Ahead",
     "BaseIdentity",
     "HeldSource",
+    "Prefetcher",
     "Prompt",
     "SampleSet",
     "TrainStream",

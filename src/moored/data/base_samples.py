@@ -1,6 +1,6 @@
 """Texts that the base itself wrote, as tokens: where they are kept, and read as samples.
 
-What draws them loads the base, and is `prepare/drawing.py`. They stand in for the data that the
+What draws them loads the base, and is `base_generation.py`. They stand in for the data that the
 base was trained on, which nobody has: for x drawn from the base, the mean of log p(x) - log q(x), q
 the policy, is the KL from base to policy over whole texts, by definition; so the drift measured on
 them is how far the policy left its base where the base itself goes. (Samples of the model in place
@@ -71,7 +71,7 @@ def drawn_samples(name: str, corpus: Corpus, base: BaseIdentity, *, label: str) 
         UserError: they were not drawn yet.
     """
     folder = drawn_folder(corpus, base)
-    if (fault := atomic_dir.fault_of(folder)) is not None:
+    if (fault := atomic_dir.verify(folder)) is not None:
         why = f"{folder} is broken ({fault})" if folder.exists() else "they are not drawn yet"
         raise UserError(
             f"{label}.builtin=base-samples: {why}: run `moored prepare` with this recipe once, "

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from moored.data.chat_layout import Layout, chat_layouts, plain_layout
-from moored.data.stops import Stops
+from moored.data.chat_layout import ChatLayout, chat_layouts, plain_layout
+from moored.data.stops import StopStrings
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.utils.errors import UserError
 
@@ -72,7 +72,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder
         self._special = {i for i, token in added.items() if token.special} | {self.eos}
         starts = {self._bos} - {self.eos}  # no turn ends with the start of the next text
-        self.stops = Stops(
+        self.stops = StopStrings(
             [self._text_of(i) for i in sorted(self._special - starts)],
             [token.content for i, token in added.items() if i not in self._special],
         )
@@ -116,7 +116,7 @@ class ChatEncoder:
         *,
         learned: Sequence[bool] | None = None,
         split: bool = False,
-    ) -> list[Layout]:
+    ) -> list[ChatLayout]:
         """The conversation as one or several samples, as `chat_layout.chat_layouts` says.
 
         Raises:
@@ -126,11 +126,11 @@ class ChatEncoder:
             self._template, messages, tools, self.stops, learned=learned, split=split
         )
 
-    def plain_layout(self, prompt: str, completion: str) -> Layout:
+    def plain_layout(self, prompt: str, completion: str) -> ChatLayout:
         """A text that no template lays out; all but the prompt is learned."""
         return plain_layout(prompt + completion, len(prompt), self.stops)
 
-    def encode(self, layouts: Sequence[Layout], *, chat: bool = True) -> list[Tokens | str]:
+    def encode(self, layouts: Sequence[ChatLayout], *, chat: bool = True) -> list[Tokens | str]:
         """Tokenises layouts; in the place of one that cannot be masked exactly, says why.
 
         Args:
@@ -227,7 +227,7 @@ class ChatEncoder:
         return ids, offsets
 
     def _mask(
-        self, layout: Layout, ids: list[int], offsets: list[tuple[int, int]], *, chat: bool
+        self, layout: ChatLayout, ids: list[int], offsets: list[tuple[int, int]], *, chat: bool
     ) -> Tokens:
         mask = np.zeros(len(ids), dtype=bool)
         starts = np.array([start for start, _ in offsets], dtype=np.int64)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moored.data.stops import Stops
+from moored.data.stops import StopStrings
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.data.turn_words import content_of, holds, said_before, said_more, unsaid, words_of
 
@@ -28,7 +28,7 @@ _OPENED = 64  # characters before an answer in which a generation prompt may ope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ChatLayout:
     """One sample as text.
 
     Attributes:
@@ -47,22 +47,22 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def plain_layout(text: str, start: int, stops: Stops) -> Layout:
+def plain_layout(text: str, start: int, stops: StopStrings) -> ChatLayout:
     """A text that no template lays out, learned from `start` on."""
     end = stops.closing(text, start)
     stop = len(text) if end is None else end
-    return Layout(text=text[:stop], spans=((start, stop),), is_closed=end is not None)
+    return ChatLayout(text=text[:stop], spans=((start, stop),), is_closed=end is not None)
 
 
 def chat_layouts(
     template: ChatTemplate,
     messages: Sequence[Message],
     tools: Tools,
-    stops: Stops,
+    stops: StopStrings,
     *,
     learned: Sequence[bool] | None = None,
     split: bool = False,
-) -> list[Layout]:
+) -> list[ChatLayout]:
     """A conversation as samples in which every learned answer is learned once.
 
     Args:
@@ -87,7 +87,7 @@ def chat_layouts(
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and (learned is None or learned[index])
     ]
-    layouts: list[Layout] = []
+    layouts: list[ChatLayout] = []
     last = len(messages) - 1
     while waiting:
         found = {index: chat.answer(index, last) for index in reversed(waiting)}
@@ -125,14 +125,14 @@ class _Answer:
     text: str | None = None
 
 
-def _layout(text: str, answers: Sequence[_Answer], last: int) -> Layout:
+def _layout(text: str, answers: Sequence[_Answer], last: int) -> ChatLayout:
     text = answers[-1].text or text
     spans = tuple(span for answer in answers for span in answer.spans)
     noted = {
         "empty_reasoning": any(answer.has_empty_reasoning for answer in answers),
         "open_turns": not all(answer.is_closed for answer in answers[:-1]),
     }
-    return Layout(
+    return ChatLayout(
         text=text[: spans[-1][1]],
         spans=spans,
         is_closed=answers[-1].is_closed,
@@ -149,7 +149,7 @@ class _Chat:
         template: ChatTemplate,
         messages: Sequence[Message],
         tools: Tools,
-        stops: Stops,
+        stops: StopStrings,
         split: bool,
     ):
         self.template, self.messages, self.tools = template, messages, tools

@@ -30,7 +30,7 @@ UNKNOWN_FLAGS = (
 )
 
 Kind = Literal["messages", "prompt_completion", "text"]
-Layout = Literal["messages", "prompt_completion", "text", "sharegpt", "alpaca"]
+RowLayout = Literal["messages", "prompt_completion", "text", "sharegpt", "alpaca"]
 COLUMNS: Mapping[Kind, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),

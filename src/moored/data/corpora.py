@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from moored.config.inputs import KNOWN_TEXTS
-from moored.data.files import Reader, Row, missing_problem, open_one, text_problem
+from moored.data.files import Row, SourceReader, missing_problem, open_one, text_problem
 from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MOST_DOMAINS = 20  # of one corpus: a report must stay one that a person reads
 def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
     """The documents of a retention corpus, in order; blank ones are left out.
 
-    Of `base-samples` there are none: they are tokens, and `drawn.py`'s matter.
+    Of `base-samples` there are none: they are tokens, and `base_samples.py`'s matter.
 
     Raises:
         UserError: it cannot be found or read, or holds no text.
@@ -86,7 +86,7 @@ def _domain(row: Row, field: str | None) -> str | None:
     return str(value).strip() or None if isinstance(value, (str, int)) else None
 
 
-def _reader(corpus: Corpus, label: str, problems: list[str]) -> Reader | None:
+def _reader(corpus: Corpus, label: str, problems: list[str]) -> SourceReader | None:
     known = KNOWN_TEXTS.get(corpus.builtin or "")
     hub, subset, split = (known or corpus).hub, (known or corpus).subset, (known or corpus).split
     columns = tuple(filter(None, (corpus.text_field, corpus.domain_field)))
@@ -95,7 +95,9 @@ def _reader(corpus: Corpus, label: str, problems: list[str]) -> Reader | None:
     )
 
 
-def _documents(corpus: Corpus, label: str, reader: Reader | None, problems: list[str]) -> list[str]:
+def _documents(
+    corpus: Corpus, label: str, reader: SourceReader | None, problems: list[str]
+) -> list[str]:
     documents: list[str] = []
     for row in reader.rows() if reader else ():
         text = row.value.get("text" if row.plain else corpus.text_field)

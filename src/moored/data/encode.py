@@ -20,7 +20,7 @@ import numpy as np
 
 from moored.data.batch import Sample
 from moored.data.chat import ChatEncoder, Tokens
-from moored.data.chat_layout import Layout
+from moored.data.chat_layout import ChatLayout
 from moored.data.records import Record, read_template
 from moored.data.template import TemplateError
 from moored.utils.errors import UserError, UserErrors
@@ -84,7 +84,7 @@ class Encoder:
                     part = "" if is_whole else f".{layout.turn}"
                     yield f"{record.sample_id}{part}", record, next(encoded[chat])
 
-    def _layouts(self, record: Record) -> tuple[list[Layout] | str, bool]:
+    def _layouts(self, record: Record) -> tuple[list[ChatLayout] | str, bool]:
         """A record's samples as text or what is wrong, and whether the template wrote them."""
         if record.kind == "text":
             return [self.chat.plain_layout("", record.text)], False
@@ -144,7 +144,7 @@ class Encoder:
 NOTHING = Tokens(input_ids=np.zeros(0, np.int32), label_mask=np.zeros(0, bool))  # to learn
 
 
-def _laid(found: list[Layout] | str) -> list[Layout]:
+def _laid(found: list[ChatLayout] | str) -> list[ChatLayout]:
     return [] if isinstance(found, str) else found
 
 

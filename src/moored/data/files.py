@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class SourceReader:
     """One source, found but not yet read.
 
     Attributes:
@@ -102,7 +102,9 @@ class Reader:
             yield Row(key=name, where=f"{shown}:1", problem=problem)
 
 
-def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -> list[Reader]:
+def open_sources(
+    sources: Sequence[Source], section: str, problems: list[str]
+) -> list[SourceReader]:
     """Finds the files of each source; what cannot be found goes to `problems`.
 
     Args:
@@ -110,7 +112,7 @@ def open_sources(sources: Sequence[Source], section: str, problems: list[str]) -
         section: their place in the recipe, for messages: `data.train`.
         problems: one line each is appended.
     """
-    readers: list[Reader] = []
+    readers: list[SourceReader] = []
     names: set[str] = set()
     for index, source in enumerate(sources):
         label = f"{section}.{index}"
@@ -199,7 +201,7 @@ def open_one(
     by_split: bool = False,
     streaming: bool = False,
     limit: int | None = None,
-) -> Reader | None:
+) -> SourceReader | None:
     """Finds one source; None where it cannot be found, with a line in `problems`.
 
     Args:
@@ -223,7 +225,7 @@ def open_one(
             return None
         split = split or "train"
         base = "/".join(part for part in (hub.strip("/").split("/")[-1], subset, split) if part)
-        return Reader(
+        return SourceReader(
             label=label,
             name=_unique(base, names),
             hub=hub,
@@ -242,7 +244,7 @@ def open_one(
         return None
     name = _unique(Path(path).name, names)
     files = tuple((file, name if file == Path(path) else f"{name}/{rest}") for file, rest in found)
-    return Reader(
+    return SourceReader(
         label=label,
         name=name,
         files=files,
@@ -263,7 +265,7 @@ def _unique(base: str, names: set[str]) -> str:
     return name
 
 
-def _hub_rows(reader: Reader, skip: int, stop: int | None) -> Iterator[Row]:
+def _hub_rows(reader: SourceReader, skip: int, stop: int | None) -> Iterator[Row]:
     dataset = hub_dataset(reader)
     features = getattr(dataset, "features", None)  # of a stream they may not be known
     schema = features.arrow_schema if features is not None else None
@@ -298,7 +300,7 @@ _HUB_FIX = (
 )
 
 
-def hub_dataset(reader: Reader) -> Any:
+def hub_dataset(reader: SourceReader) -> Any:
     """The data set itself, from its cache or the hub; raises UserError where it cannot be had."""
     import datasets
 

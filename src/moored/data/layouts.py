@@ -19,7 +19,7 @@ from moored.data.columns import (
     PARTS,
     UNKNOWN_FLAGS,
     VERDICTS,
-    Layout,
+    RowLayout,
 )
 from moored.data.files import missing_problem
 from moored.data.nested import UNREAD, holds_text, kind_of
@@ -39,7 +39,7 @@ class Cells:
         unread: columns with text that are not among them.
     """
 
-    layout: Layout
+    layout: RowLayout
     values: dict[str, Any]
     columns: dict[str, str]
     unread: tuple[str, ...]
@@ -86,7 +86,7 @@ def cells_of(row: Mapping[str, Any], source: Source, label: str) -> Cells | list
     )
 
 
-def _refused(others: Mapping[str, Any], layout: Layout, label: str) -> Iterator[str]:
+def _refused(others: Mapping[str, Any], layout: RowLayout, label: str) -> Iterator[str]:
     """Columns that are not read and cannot be passed over."""
     if not others:
         return
@@ -124,17 +124,17 @@ def _is_given(cell: Any) -> bool:
     return cell is UNREAD or (isinstance(cell, list | dict | bytes) and bool(cell))
 
 
-def _layout(value: dict[str, Any], source: Source, label: str) -> Layout | list[str]:
+def _layout(value: dict[str, Any], source: Source, label: str) -> RowLayout | list[str]:
     if source.format != "auto":
         return source.format
     mapped = source.fields.values()
-    columns: dict[Layout, list[str]] = {
+    columns: dict[RowLayout, list[str]] = {
         kind: [source.fields.get(name, name) for name in names] for kind, names in COLUMNS.items()
     }
     columns["sharegpt"] = [name for name in CONVERSATIONS if name not in mapped]
     if all(name in value and name not in mapped for name in ALPACA):
         columns["alpaca"] = list(ALPACA)
-    found: dict[Layout, list[str]] = {}
+    found: dict[RowLayout, list[str]] = {}
     for layout, names in columns.items():
         full = [name for name in names if value.get(name)]
         if full and (layout != "alpaca" or len(full) == len(ALPACA)):
@@ -158,7 +158,7 @@ def _layout(value: dict[str, Any], source: Source, label: str) -> Layout | list[
     ]
 
 
-def _ambiguous(found: Mapping[Layout, list[str]], label: str) -> str:
+def _ambiguous(found: Mapping[RowLayout, list[str]], label: str) -> str:
     shown = " and ".join(repr(names[0]) for names in found.values())
     formats = [layout for layout in found if layout not in ("sharegpt", "alpaca")]
     if len(formats) == len(found):

@@ -10,7 +10,7 @@ from moored.data.batch import Batch
 from moored.data.stream import TrainStream
 
 
-class Ahead:
+class Prefetcher:
     """A stream that is one step ahead of its reader; its cursor is the reader's.
 
     Args:

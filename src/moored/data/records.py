@@ -19,8 +19,8 @@ import jinja2
 from moored.data.columns import Kind
 from moored.data.corpora import resolve_text
 from moored.data.files import (
-    Reader,
     Row,
+    SourceReader,
     display,
     open_sources,
     text_problem,
@@ -72,7 +72,7 @@ class Record:
 
 
 def read_records(
-    reader: Reader, source: Source, problems: list[str], *, skip: int = 0
+    reader: SourceReader, source: Source, problems: list[str], *, skip: int = 0
 ) -> Iterator[Record]:
     """The valid records of a source after the first `skip` rows; the others go to `problems`."""
     before = len(problems)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moored.data.batch import Sample
 from moored.data.encode import Drops, Encoder, HeldSource, build
-from moored.data.files import Reader, Row, open_sources
+from moored.data.files import Row, SourceReader, open_sources
 from moored.data.records import Record, parse, read_records
 from moored.data.token_cache import source_tokens
 from moored.utils.errors import UserError, UserErrors
@@ -36,7 +36,7 @@ class StreamedSource:
     what proves unusable later is dropped and counted.
     """
 
-    def __init__(self, reader: Reader, source: Source, encoder: Encoder, problems: list[str]):
+    def __init__(self, reader: SourceReader, source: Source, encoder: Encoder, problems: list[str]):
         self.name = reader.name
         self.reader = reader
         self.source = source

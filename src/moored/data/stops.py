@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 
-class Stops:
+class StopStrings:
     """The tokens at which a model can be made to stop, found in text.
 
     Args:

@@ -27,7 +27,7 @@ import numpy as np
 from moored.data.batch import Sample
 from moored.data.chat import ChatEncoder, Tokens
 from moored.data.encode import Drops, Encoder, Flat, HeldSource, build
-from moored.data.files import Reader, hub_dataset
+from moored.data.files import SourceReader, hub_dataset
 from moored.data.records import read_records
 from moored.utils import atomic_dir
 from moored.utils.errors import UserError
@@ -75,7 +75,12 @@ def tokens_folder() -> Path:
 
 
 def source_tokens(
-    reader: Reader, source: Source, encoder: Encoder, problems: list[str], *, keep: bool = False
+    reader: SourceReader,
+    source: Source,
+    encoder: Encoder,
+    problems: list[str],
+    *,
+    keep: bool = False,
 ) -> HeldSource:
     """A source's tokens: from the cache, else newly made, and kept if it is worth it.
 
@@ -154,7 +159,7 @@ def corpus_tokens(
     return list(_kept(f"retention.{name}", key, flat, [], must=keep))
 
 
-def content(reader: Reader) -> Content | None:
+def content(reader: SourceReader) -> Content | None:
     """What the files of a source hold, of a hub data set those in its cache.
 
     None where that cannot be told: a file that cannot be read, or rows that are in no file.

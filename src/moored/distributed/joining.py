@@ -1,6 +1,6 @@
 """How the processes of a run become one group: rank 0's store, who has come, and who belongs.
 
-The only caller of `init_process_group`. Where the ranks meet is `meeting.py`'s, how they are
+The only caller of `init_process_group`. Where the ranks meet is `rendezvous.py`'s, how they are
 arranged `mesh.py`'s. torch's store takes anybody's word, and gloo anybody's connection: what guards
 a run is that rank 0 is found by a proof, that the group's members prove themselves once it is made,
 and that nothing they send is ever run. SECURITY.md says what remains.
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from moored.distributed import rendezvous, secret
 from moored.distributed.secret import Key
 from moored.distributed.waiting import Waiting, ranks
-from moored.utils.environment import Launched
+from moored.utils.environment import RankInfo
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ STORE_SECONDS = 60.0  # for one answer of the store, once it is known to be ther
 LAST_SECONDS = 1.0  # in which the others read why rank 0 leaves
 
 
-class Group(Protocol):
+class ProcessGroup(Protocol):
     """An axis of the mesh, as far as its members prove themselves over it."""
 
     @property
@@ -57,7 +57,7 @@ class Group(Protocol):
 
 @contextlib.contextmanager
 def joined(
-    place: Launched,
+    place: RankInfo,
     backend: str,
     *,
     timeout_seconds: float,
@@ -120,7 +120,7 @@ def joined(
         ) from error
 
 
-def prove(group: Group, key: Key) -> None:
+def prove(group: ProcessGroup, key: Key) -> None:
     """Every member of a group shows that it has the secret, in answer to what all others drew.
 
     Raises:
@@ -147,7 +147,7 @@ def _seconds(seconds: float) -> timedelta:
 
 
 def _store(
-    place: Launched, waiting: Waiting, stack: contextlib.ExitStack, folder: Path | None
+    place: RankInfo, waiting: Waiting, stack: contextlib.ExitStack, folder: Path | None
 ) -> tuple[Any, Key | None]:
     """The store of this start's ranks, and the key by which they know each other."""
     if not place.meeting:
@@ -183,7 +183,7 @@ def _where(listening: socket.socket) -> tuple[str, int]:
     return ("127.0.0.1" if host == "0.0.0.0" else host), port
 
 
-def _store_of_launcher(place: Launched, waiting: Waiting) -> Any:
+def _store_of_launcher(place: RankInfo, waiting: Waiting) -> Any:
     """The store at the launcher's own port: torchrun's, or one of rank 0."""
     assert place.address is not None
     (port,) = place.ports
@@ -213,7 +213,7 @@ def _tcp_store(host: str, port: int, listening: socket.socket | None = None) -> 
     )
 
 
-def _gather_all(store: Any, place: Launched, waiting: Waiting) -> None:
+def _gather_all(store: Any, place: RankInfo, waiting: Waiting) -> None:
     """Until every rank has reached the store; each says for whom it waits.
 
     Raises:

@@ -1,7 +1,7 @@
 """Which processes work together, along which axis, and on which device.
 
-What the launcher said is read by `launched.py`, the group of all processes is made by `joining.py`.
-Nothing here knows a model or a recipe.
+What the launcher said is read by `environment.py`, the group of all processes is made by
+`joining.py`. Nothing here knows a model or a recipe.
 """
 
 # torch.distributed is typed in part only.
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from moored.distributed.joining import joined, prove
 from moored.distributed.plain import decoded, encoded
-from moored.utils.environment import launched, rendezvous_seconds
+from moored.utils.environment import rank_info, rendezvous_seconds
 from moored.utils.errors import UserError
 
 RENDEZVOUS_SECONDS = 600.0  # until every process must have come: some are slow to start
@@ -179,7 +179,7 @@ class Mesh:
         """Whether this process is the one that prints, tracks and writes shared files."""
         return self.world.rank == 0
 
-    def together(self, error: BaseException | None) -> None:
+    def raise_on_all_ranks(self, error: BaseException | None) -> None:
         """Raise on every rank when any rank has failed, so that none waits for another.
 
         Args:
@@ -208,9 +208,9 @@ class Mesh:
                 yield
             except Exception as caught:
                 error = caught
-            self.together(error)
+            self.raise_on_all_ranks(error)
         else:
-            self.together(None)
+            self.raise_on_all_ranks(None)
             yield
 
 
@@ -276,7 +276,7 @@ def start_mesh(
         UserError: the environment is incomplete, the world does not divide, not all processes came,
             or a stranger is among them.
     """
-    place, wait_seconds = launched(), rendezvous_seconds(wait_seconds)
+    place, wait_seconds = rank_info(), rendezvous_seconds(wait_seconds)
     if place.world_size % tensor_parallel_degree:
         raise UserError(
             f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
@@ -325,7 +325,7 @@ def _arranged(tensor_parallel_degree: int, device: torch.device, first: bool) ->
 
 def degree_for(wanted: int) -> int:
     """The degree to measure with: 1 in a process alone, which then holds the whole model."""
-    return wanted if launched().world_size > 1 else 1
+    return wanted if rank_info().world_size > 1 else 1
 
 
 _LOST_PEER = re.compile(

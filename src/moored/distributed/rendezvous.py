@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 
 from moored.distributed.secret import Key
 from moored.distributed.waiting import Waiting
-from moored.utils.environment import Launched
+from moored.utils.environment import RankInfo
 
 ASK_SECONDS = 3.0  # for an answer: something else may listen there, and say nothing for ever
 PAUSE_SECONDS = 0.2
@@ -36,7 +36,7 @@ LONGEST = 400  # characters of a line; ours have 150
 FIRST, OTHER = "rank 0", "another rank"
 
 
-def host(place: Launched) -> tuple[socket.socket, socket.socket]:
+def host(place: RankInfo) -> tuple[socket.socket, socket.socket]:
     """Rank 0: a listening socket to be asked at, and one for the store.
 
     They listen where the others look for them, and nowhere else.
@@ -56,13 +56,13 @@ def host(place: Launched) -> tuple[socket.socket, socket.socket]:
     raise OSError("none of these ports is free on this node")
 
 
-def address_of(place: Launched) -> str:
+def address_of(place: RankInfo) -> str:
     """Where the others look for rank 0."""
     assert place.address is not None
     return "127.0.0.1" if place.one_machine else place.address
 
 
-def _addresses(place: Launched) -> Iterator[str]:
+def _addresses(place: RankInfo) -> Iterator[str]:
     """Where rank 0 may listen, the narrowest first that the others can reach."""
     name = address_of(place)
     with contextlib.suppress(ValueError):
@@ -84,7 +84,7 @@ def _listen(where: str, port: int) -> socket.socket:
     return socket.create_server((where, port), family=family, backlog=1024)
 
 
-def answer(server: socket.socket, place: Launched, port: int, key: Key) -> threading.Thread:
+def answer(server: socket.socket, place: RankInfo, port: int, key: Key) -> threading.Thread:
     """Rank 0: say in a thread where the store is, until every other rank has proved itself."""
     serving = _serve(server, place, port, key)
     thread = threading.Thread(target=asyncio.run, args=(serving,), name="meeting", daemon=True)
@@ -92,7 +92,7 @@ def answer(server: socket.socket, place: Launched, port: int, key: Key) -> threa
     return thread
 
 
-async def _serve(server: socket.socket, place: Launched, port: int, key: Key) -> None:
+async def _serve(server: socket.socket, place: RankInfo, port: int, key: Key) -> None:
     """All who ask are heard at once, so that nobody who says nothing holds up the others."""
     missing = set(range(1, place.world_size))
     complete = asyncio.Event()
@@ -114,7 +114,7 @@ async def _serve(server: socket.socket, place: Launched, port: int, key: Key) ->
         await complete.wait()
 
 
-def find(place: Launched, key: Callable[[], Key | None], waiting: Waiting) -> tuple[str, int]:
+def find(place: RankInfo, key: Callable[[], Key | None], waiting: Waiting) -> tuple[str, int]:
     """Every other rank: host and port of rank 0's store.
 
     Args:
@@ -146,7 +146,7 @@ def find(place: Launched, key: Callable[[], Key | None], waiting: Waiting) -> tu
     raise AssertionError("there is no port")
 
 
-def _first_at(place: Launched, strangers: set[int], *, is_known: bool) -> str:
+def _first_at(place: RankInfo, strangers: set[int], *, is_known: bool) -> str:
     whom = f"rank 0 at {address_of(place)}:{','.join(map(str, place.ports))}"
     if not is_known:
         return f"{whom}, which has not left the secret by which they know each other"
@@ -156,7 +156,7 @@ def _first_at(place: Launched, strangers: set[int], *, is_known: bool) -> str:
     return whom
 
 
-def _ask(place: Launched, port: int, key: Key) -> tuple[str, int] | None:
+def _ask(place: RankInfo, port: int, key: Key) -> tuple[str, int] | None:
     """Where the store is, from who listens at a port; None: he is not rank 0."""
     deadline, mine = time.monotonic() + ASK_SECONDS, secrets.token_hex(16)
     with socket.create_connection((address_of(place), port), timeout=ASK_SECONDS) as connection:

@@ -3,7 +3,7 @@
 `launch/` and the scripts of jobs make it anew for every start and hand it on in the environment,
 which other users cannot read; where nobody did, rank 0 makes it, and leaves it to the others in a
 file of mode 600. It stands in no command line, log, journal or script. What is proved with it is
-`meeting.py`'s.
+`rendezvous.py`'s.
 """
 
 from __future__ import annotations

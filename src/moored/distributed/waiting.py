@@ -1,6 +1,6 @@
 """What a process says while it waits for the others of its run, and for how long it does.
 
-How they find each other is `meeting.py`'s and `joining.py`'s.
+How they find each other is `rendezvous.py`'s and `joining.py`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Collection
 
-from moored.utils.environment import RENDEZVOUS_VARIABLE, Launched
+from moored.utils.environment import RENDEZVOUS_VARIABLE, RankInfo
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ OPTION = "parallel.rendezvous_seconds"
 class Waiting:
     """The patience of one process: all that it waits for together takes `seconds` at most."""
 
-    def __init__(self, place: Launched, seconds: float):
+    def __init__(self, place: RankInfo, seconds: float):
         self._place, self._seconds = place, seconds
         self._began = time.monotonic()
         self._silence, self._next = FIRST_SECONDS, self._began + FIRST_SECONDS

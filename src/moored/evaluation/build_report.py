@@ -23,7 +23,7 @@ from moored.models.hub import ResolvedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainedRun:
     """What training cost, for the report; zeros for an adapter that came from elsewhere."""
 
     num_steps: int = 0
@@ -41,7 +41,7 @@ def to_report(
     source: ResolvedModel,
     name: str,
     after: Evaluation,
-    training: Training,
+    training: TrainedRun,
     *,
     base_answered: Answered | None,
     num_prompts: int,
@@ -120,7 +120,7 @@ def to_report(
 
 
 def _identity(
-    measured_by: Config, trained_by: Config | None, training: Training, scale: float | None
+    measured_by: Config, trained_by: Config | None, training: TrainedRun, scale: float | None
 ) -> dict[str, Any]:
     """Fields of `ArmResult` that say what the adapter is, and what came of its budget."""
     if trained_by is None:

@@ -15,7 +15,7 @@ import torch
 
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
-from moored.evaluation.report import Choice, Spot, Stretch, TokenDrift, Where
+from moored.evaluation.report import Stretch, TokenChoice, TokenDrift, TokenExample, Where
 from moored.loss.drift import MOST_PER_GROUP, DriftSums
 
 EDGES = (16, 64, 256)  # tokens of context that part the stretches
@@ -36,7 +36,7 @@ class _Found:
     choices: list[list[Any]]  # token, the base's probability, the policy's
 
 
-class Collector:
+class DriftCollector:
     """Adds up the drift of one text on this rank.
 
     Args:
@@ -163,9 +163,9 @@ def _worst(spots: list[_Found], most: int) -> list[_Found]:
     return kept
 
 
-def _spot(found: _Found, tokenizer: Any) -> Spot:
+def _spot(found: _Found, tokenizer: Any) -> TokenExample:
     ordered = sorted(found.choices, key=lambda choice: (-choice[1], choice[0]))
-    return Spot(
+    return TokenExample(
         sample=found.sample,
         context=tokenizer.decode(found.context),
         target=tokenizer.decode([found.target]),
@@ -173,7 +173,7 @@ def _spot(found: _Found, tokenizer: Any) -> Spot:
         base=found.base,
         adapted=found.adapted,
         choices=[
-            Choice(token=tokenizer.decode([token]), base=base, adapted=adapted)
+            TokenChoice(token=tokenizer.decode([token]), base=base, adapted=adapted)
             for token, base, adapted in ordered
         ],
     )

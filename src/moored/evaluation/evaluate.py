@@ -27,7 +27,7 @@ from moored.data import (
 )
 from moored.data.batch import Batch, Sample
 from moored.distributed.mesh import Mesh
-from moored.evaluation.drift_examples import Collector
+from moored.evaluation.drift_examples import DriftCollector
 from moored.evaluation.generate import Answered, answer_all
 from moored.evaluation.instructions.ask import instruction_prompts
 from moored.evaluation.report import (
@@ -36,7 +36,7 @@ from moored.evaluation.report import (
     Where,
 )
 from moored.loss.drift import DriftSums
-from moored.models.base import Located, require_positions
+from moored.models.base import BaseFiles, require_positions
 from moored.models.engine import Engine
 from moored.utils.progress import Phase
 
@@ -76,7 +76,7 @@ class TextFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class EvalText:
     """One text as this rank's batches of it, with the order of its samples.
 
     Attributes:
@@ -102,11 +102,11 @@ class Suite:
         probe: the text of the forgetting budget; None without one.
     """
 
-    adaptation: Text | None
-    retention: Mapping[str, Text]
+    adaptation: EvalText | None
+    retention: Mapping[str, EvalText]
     prompts: Sequence[Prompt]
     instructions: Sequence[Prompt]
-    probe: Text | None = None
+    probe: EvalText | None = None
 
     @property
     def asks(self) -> bool:
@@ -132,7 +132,7 @@ class Evaluation:
     answered: Answered
 
 
-def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
+def build_suite(config: Config, located: BaseFiles, mesh: Mesh) -> Suite:
     """Read and tokenise everything that will be evaluated.
 
     Raises:
@@ -149,10 +149,10 @@ def build_suite(config: Config, located: Located, mesh: Mesh) -> Suite:
         "vocab_size": vocab_size,
     }
 
-    def text(samples: Sequence[Sample], *, last_words: bool = False) -> Text:
+    def text(samples: Sequence[Sample], *, last_words: bool = False) -> EvalText:
         ids = [sample.sample_id for sample in samples]
         batches = eval_batches(samples, **deal)
-        return Text(batches=batches, sample_ids=ids, last_words=last_words)
+        return EvalText(batches=batches, sample_ids=ids, last_words=last_words)
 
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     adaptation = None
@@ -215,7 +215,7 @@ def evaluate(
     retention: dict[str, TextFigures] = {}
     where: dict[str, Where] = {}
     for name, text in suite.retention.items():
-        collector = Collector(config.num_examples) if pinpoint else None
+        collector = DriftCollector(config.num_examples) if pinpoint else None
         what = f"measuring retention.{name} ({both})"
         retention[name] = of(text, collector=collector, what=what)
         if collector is not None:
@@ -236,11 +236,11 @@ def evaluate(
 
 def measure(
     engine: Engine,
-    text: Text,
+    text: EvalText,
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
-    collector: Collector | None = None,
+    collector: DriftCollector | None = None,
     what: str = "measuring the budget's probe",
 ) -> TextFigures:
     """Policy and base on one text, of which each rank has its batches. Collective.
@@ -282,7 +282,7 @@ def sample_sums(
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
     references: list[torch.Tensor] | None = None,
-    collector: Collector | None = None,
+    collector: DriftCollector | None = None,
 ) -> dict[str, list[float]]:
     """`SUMS` over the targets of each sample, of all ranks' batches (see `measure`). Collective."""
     mine: dict[str, list[float]] = {}

@@ -17,11 +17,11 @@ from typing import Any
 
 from moored.config import Config, load_config
 from moored.distributed.mesh import Mesh, degree_for, start_mesh
-from moored.evaluation.build_report import Training, to_report
+from moored.evaluation.build_report import TrainedRun, to_report
 from moored.evaluation.evaluate import Evaluation, build_suite, evaluate
 from moored.evaluation.report import Figures, Report, labels_of, merge, show, write
 from moored.models.adapters import require_scale, scaled
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.engine import Engine, leave
 from moored.models.policy import load_policy
 from moored.tracking.journal import metrics
@@ -188,7 +188,7 @@ def _harness() -> Any:
 
 def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: Any) -> Report:
     config = target.config
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     suite = build_suite(config, located, mesh)
     policy = load_policy(located.source.path, config, mesh, adapter=target.adapter)
     engine = Engine(policy, config, mesh)
@@ -229,7 +229,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
             located.source,
             _at_scale(target.name, scale),
             after,
-            Training(**training),
+            TrainedRun(**training),
             base_answered=base_answered,
             num_prompts=len(suite.prompts),
             trained_by=target.trained_by,

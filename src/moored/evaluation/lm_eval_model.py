@@ -27,7 +27,7 @@ from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import SUMS, sample_sums
 from moored.evaluation.generate import continuations
-from moored.models.base import Located
+from moored.models.base import BaseFiles
 from moored.models.engine import Engine
 from moored.utils.errors import UserError
 from moored.utils.progress import Phase
@@ -139,7 +139,7 @@ class HarnessModel(TemplateLM):
         arm: what the policy is called where it is said how far this is.
     """
 
-    def __init__(self, engine: Engine, located: Located, mesh: Mesh, *, rows: int):
+    def __init__(self, engine: Engine, located: BaseFiles, mesh: Mesh, *, rows: int):
         """As what the harness asks.
 
         Args:

@@ -28,7 +28,13 @@ from moored.export.adapter_folder import (
     require_free_name,
     write_facts,
 )
-from moored.export.resolve_target import ADAPTER, Given, base_of, open_given, warn_of_another_base
+from moored.export.resolve_target import (
+    ADAPTER,
+    ExportInput,
+    base_of,
+    open_input,
+    warn_of_another_base,
+)
 from moored.export.verification import (
     Agreement,
     Outputs,
@@ -42,8 +48,8 @@ from moored.export.verification import (
     trained_outputs,
 )
 from moored.models.adapters import require_scale, write_scaled
-from moored.models.base import Located, locate, resolve_dtype
-from moored.utils.environment import launched
+from moored.models.base import BaseFiles, resolve_base, resolve_dtype
+from moored.utils.environment import rank_info
 from moored.utils.errors import UserError
 from moored.utils.versions import versions_of
 
@@ -67,11 +73,11 @@ class Export:
         tokenizer: what is saved beside it.
     """
 
-    given: Given
+    given: ExportInput
     adapter: Path
     scale: float
     config: Config
-    located: Located
+    located: BaseFiles
     mesh: Mesh
     probe: Probe
     trained: Outputs
@@ -112,12 +118,12 @@ def run_command(
         UserError: the run is none or not finished, `to` is in use, the disk or the memory is too
             small, the base cannot be had, or the verification failed; then `to` is not made.
     """
-    if launched().world_size > 1:
+    if rank_info().world_size > 1:
         raise UserError(
-            f"moored export works in one process, not in {launched().world_size}: start it "
+            f"moored export works in one process, not in {rank_info().world_size}: start it "
             "without torchrun, deepspeed or srun"
         )
-    to, given = to.absolute(), open_given(path, recipe, report)
+    to, given = to.absolute(), open_input(path, recipe, report)
     base = base_of(given.config, base, merged=merged)
     if scale is not None:
         require_scale(scale)
@@ -132,7 +138,7 @@ def run_command(
 
 
 def _make(
-    given: Given,
+    given: ExportInput,
     mesh: Mesh,
     folder: Path,
     work: Path,
@@ -140,7 +146,7 @@ def _make(
     scale: float | None,
 ) -> None:
     config, adapter = given.config, given.adapter
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     warn_of_another_base(given.run, config, located)
     source = located.source.path
     plan = None

@@ -20,7 +20,7 @@ import transformers
 from moored.config import Config
 from moored.data import load_samples, turn_ends
 from moored.export import card
-from moored.models.base import Located
+from moored.models.base import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.utils.errors import UserError
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FILE = transformers.utils.GENERATION_CONFIG_NAME
 
 
-def stops_of(run: RunDirectory | None, config: Config, located: Located) -> card.Stops:
+def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> card.Stops:
     """The ends that a run wrote down; or, where it did not, those of the recipe's data.
 
     Args:
@@ -61,7 +61,7 @@ def stops_of(run: RunDirectory | None, config: Config, located: Located) -> card
     )
 
 
-def _ends_of_base(located: Located) -> list[int]:
+def _ends_of_base(located: BaseFiles) -> list[int]:
     """At which stock `generate` stops the base."""
     path = located.source.path
     for name in (FILE, "config.json"):
@@ -73,7 +73,7 @@ def _ends_of_base(located: Located) -> list[int]:
     return [eos]
 
 
-def write_generation_config(folder: Path, located: Located, stops: card.Stops) -> None:
+def write_generation_config(folder: Path, located: BaseFiles, stops: card.Stops) -> None:
     """Write the base's `generation_config.json`, which stops at the learned ends, too.
 
     Args:
@@ -92,7 +92,7 @@ def write_generation_config(folder: Path, located: Located, stops: card.Stops) -
     (folder / FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def tokenizer_of(config: Config, located: Located, stops: card.Stops) -> Any:
+def tokenizer_of(config: Config, located: BaseFiles, stops: card.Stops) -> Any:
     """The base's, with the recipe's chat template if it has one, and the end of a turn as its end.
 
     Instruction-tuned models have it so. The end stays the base's where turns end with that, too,

@@ -1,7 +1,7 @@
 """The base with the adapter merged into it, from safetensors to safetensors, a shard at a time.
 
-What the adapter does to a tensor is `changes.py`'s, how files name it `naming.py`'s; what the
-result is worth is measured elsewhere.
+What the adapter does to a tensor is `adapter_changes.py`'s, how files name it `tensor_names.py`'s;
+what the result is worth is measured elsewhere.
 """
 
 # transformers, accelerate, PEFT and bitsandbytes are typed in part only.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.config import Config, load_config
-from moored.models.base import Located
+from moored.models.base import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.training import checkpoint
 from moored.utils import atomic_dir
@@ -26,7 +26,7 @@ FINISHED = ("done", "evaluation_failed")  # the latter has its adapter, and lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class ExportInput:
     """What is exported.
 
     Attributes:
@@ -57,7 +57,7 @@ class Given:
         return self.report / "report.json"
 
 
-def open_given(path: Path, recipe: Path | None, report: Path | None) -> Given:
+def open_input(path: Path, recipe: Path | None, report: Path | None) -> ExportInput:
     """Check what is to be exported.
 
     Raises:
@@ -68,7 +68,7 @@ def open_given(path: Path, recipe: Path | None, report: Path | None) -> Given:
         for name, value in (("--recipe", recipe), ("--report", report)):
             if value is not None:
                 raise UserError(f"{name} {value}: {path} is a run, which has its own: leave it out")
-        return Given(path=path, run=run, config=_finished(run), adapter=run.adapter)
+        return ExportInput(path=path, run=run, config=_finished(run), adapter=run.adapter)
     if not (path / ADAPTER[0]).is_file():
         raise UserError(
             f"{path} is not a run directory: name a folder that holds config.yaml and state.json, "
@@ -83,7 +83,9 @@ def open_given(path: Path, recipe: Path | None, report: Path | None) -> Given:
         raise UserError(
             f"{path / ADAPTER[1]} is missing: save the adapter again with PEFT's save_pretrained"
         )
-    given = Given(path=path, run=None, config=load_config(recipe), adapter=path, report=report)
+    given = ExportInput(
+        path=path, run=None, config=load_config(recipe), adapter=path, report=report
+    )
     file = given.report_file(1.0)
     if file is not None and not file.is_file():
         raise UserError(
@@ -158,7 +160,7 @@ def base_of(config: Config, base: str | None, *, merged: bool) -> str | None:
     return base or "w16"
 
 
-def warn_of_another_base(run: RunDirectory | None, config: Config, located: Located) -> None:
+def warn_of_another_base(run: RunDirectory | None, config: Config, located: BaseFiles) -> None:
     """Say where the base is not quite the one that the adapter was trained on."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         file = None if run is None else run.report / "report.json"

@@ -1,7 +1,7 @@
 """A model as its users load it, by stock transformers and PEFT, and its logits in a file.
 
-Run as a script by `fresh.py`; imports nothing of Moored, so that what it proves holds without it,
-but for the one module that an adapter which PEFT lacks is named to need.
+A script that `verification.py` runs; imports nothing of Moored, so that what it proves holds
+without it, but for the one module that an adapter which PEFT lacks is named to need.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an export must equal: probe rows, the trained policy's logits, and two models compared.
 
-The models to compare come from a fresh process (`stock.py`); nothing is exported here.
+The models to compare come from a fresh process (`stock_peft.py`); nothing is exported here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moored import sinelora
 from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
-from moored.models.base import Located, resolve_dtype
+from moored.models.base import BaseFiles, resolve_dtype
 from moored.models.policy import load_policy
 from moored.models.reference import adapters_off, dropout_off
 from moored.utils.errors import UserError
@@ -65,7 +65,7 @@ class Outputs:
     off: torch.Tensor | None = None
 
 
-def make_probe(config: Config, located: Located) -> Probe:
+def make_probe(config: Config, located: BaseFiles) -> Probe:
     """A little of the run's held-out data, else of a retention text, else of its training data."""
     tokenizer, size = located.tokenizer, located.vocab_size
     tries: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def make_probe(config: Config, located: Located) -> Probe:
 
 
 def trained_outputs(
-    config: Config, located: Located, mesh: Mesh, adapter: Path, probe: Probe
+    config: Config, located: BaseFiles, mesh: Mesh, adapter: Path, probe: Probe
 ) -> Outputs:
     """The logits of Moored's own policy as it was trained: its base's bits, its adapter, its dtype.
 
@@ -129,7 +129,7 @@ def needed_import(adapter: Path) -> str | None:
 
 def _logits(causal_lm: Any, probe: Probe, device: torch.device) -> torch.Tensor:
     rows = (torch.tensor([row], device=device) for row in probe.rows)
-    # As in `stock.py`: a prompt that was learned comes before the row.
+    # As in `stock_peft.py`: a prompt that was learned comes before the row.
     outs = (causal_lm(input_ids=r, use_cache=False).logits[0, -r.shape[1] :] for r in rows)
     return torch.cat([out.float().cpu() for out in outs])
 
@@ -182,13 +182,13 @@ def stock_outputs(
     # -P: the script's folder is no place to import from.
     what = "the merged model" if adapter is None else "the adapter on its base"
     done = watch(
-        [sys.executable, "-P", str(Path(__file__).with_name("stock.py"))],
+        [sys.executable, "-P", str(Path(__file__).with_name("stock_peft.py"))],
         f"a fresh process loads {what} and computes its logits",
         given=json.dumps(task),
         env=environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
     )
     if done.returncode != 0:
-        log.debug("stock.py: %s", done.stderr)
+        log.debug("stock_peft.py: %s", done.stderr)
         last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
         why = f"signal {-done.returncode}: out of memory?" if done.returncode < 0 else last.strip()
         raise UserError(

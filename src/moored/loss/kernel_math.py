@@ -1,4 +1,4 @@
-"""The arithmetic of divergence.py and contrast.py inside Triton's kernels: fp32, in registers.
+"""The arithmetic of divergence.py and softmax_pair.py inside Triton's kernels: fp32, in registers.
 
 Functions of numbers, and of sets of columns or of parts of a row. A part is to its row what a shard
 is to the vocabulary, so that all are joined by the same chain rule. kernels.py applies them.

@@ -2,8 +2,8 @@
 
 One chunk in fp32, in registers: the first pass reads each logit and leaves K numbers per token,
 the second reads each once more and writes the gradient; all that is kept of a row is five numbers.
-kernel_math.py has the arithmetic, and fused.py launches the kernels; Triton's interpreter runs them
-on a CPU, for the tests.
+kernel_math.py has the arithmetic, and triton_loss.py launches the kernels; Triton's interpreter
+runs them on a CPU, for the tests.
 
 Legend: C tokens of the chunk, v this rank's columns without padding; s the policy's logits, e the
 reference's minus the policy's; y the target's column here; p and q the probabilities.

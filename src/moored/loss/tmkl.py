@@ -1,8 +1,8 @@
 """The loss on logits: cross-entropy plus target-masked KL to a reference, `tmkl_loss`.
 
 Holds argument checks, the choice of rows, chunking, reduction and the once-differentiable result;
-a chunk's arithmetic is in divergence.py and contrast.py. The three import torch alone, and know no
-model and no config: together they can be pasted into another trainer.
+a chunk's arithmetic is in divergence.py and softmax_pair.py. The three import torch alone, and
+know no model and no config: together they can be pasted into another trainer.
 
     p~_v = exp(s_v) / sum_{u != y} exp(s_u),  q~_v likewise from t,  v != y
     loss = CE(s, y) + kl_weight * KL(q~ || p~)            ("Mask the Target", arXiv 2605.29498)

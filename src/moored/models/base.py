@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Located:
+class BaseFiles:
     """A model's files on this machine, and what the data needs of them.
 
     Attributes:
@@ -41,7 +41,7 @@ class Located:
     rotary: bool = True
 
 
-def locate(config: ModelConfig, mesh: Mesh) -> Located:
+def resolve_base(config: ModelConfig, mesh: Mesh) -> BaseFiles:
     """Find (download, convert) the model once, and read its tokenizer; no weights are loaded.
 
     Raises:
@@ -62,7 +62,7 @@ def locate(config: ModelConfig, mesh: Mesh) -> Located:
         ) from error
     positions = getattr(hf_config, "max_position_embeddings", None)
     rotary = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_theta", None)
-    return Located(
+    return BaseFiles(
         source=source,
         tokenizer=tokenizer,
         vocab_size=hf_config.vocab_size,
@@ -71,7 +71,7 @@ def locate(config: ModelConfig, mesh: Mesh) -> Located:
     )
 
 
-def require_positions(located: Located, lengths: Mapping[str, int]) -> None:
+def require_positions(located: BaseFiles, lengths: Mapping[str, int]) -> None:
     """Refuse rows that are longer than the model has positions.
 
     Rotary positions go on past the length that the model was trained with, if badly: a warning.

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO around the policy: forward, backward, update, and the state to save.
 
-Beside `partition.py` the only importer of deepspeed. No loss and no schedule is decided here.
+Beside `zero.py` the only importer of deepspeed. No loss and no schedule is decided here.
 
 Precision is ours, not DeepSpeed's: adapters, gradients and moments are fp32 (so the adapter is its
 own fp32 master), the base computes in its own dtype, and DeepSpeed's bf16 mode stays off, which

@@ -30,7 +30,7 @@ from moored.models import quantized_cache
 from moored.models.base import resolve_dtype
 from moored.models.forward import install_head, require_same_by_tokens
 from moored.models.linear4bit import make_zero_safe
-from moored.models.tensor_parallel import Layout, Sharding, layout_of, require_per_token
+from moored.models.tensor_parallel import Sharding, ShardLayout, layout_of, require_per_token
 from moored.models.weights import AfterModule, Files, Loader
 from moored.utils.errors import UserError
 
@@ -221,7 +221,9 @@ def require_architecture(path: Path, config: ModelConfig) -> Any:
         return _without_weights(path, hf_config, config, torch.float32)
 
 
-def _layout(causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int) -> Layout:
+def _layout(
+    causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int
+) -> ShardLayout:
     layout = layout_of(causal_lm, degree, in_blocks=config.quantization == "nf4")
     if parallel.sequence_parallel:
         require_per_token(causal_lm, layout)

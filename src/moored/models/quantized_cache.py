@@ -59,7 +59,7 @@ def load(
         As `Loader.load`.
     """
     folder = cache_folder() / "quantized" / _key(loader, source)
-    fault = atomic_dir.fault_of(folder)
+    fault = atomic_dir.verify(folder)
     if all(mesh.tp.gather(fault is None)):
         log.info("quantised weights from %s", folder)
         cached = dataclasses.replace(loader, files=Files(folder), layout=None)

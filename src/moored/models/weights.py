@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moored.distributed.mesh import Axis
 from moored.models import nf4
-from moored.models.tensor_parallel import Layout, Split
+from moored.models.tensor_parallel import ShardLayout, Split
 from moored.utils.progress import Phase
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -104,7 +104,7 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     double: bool
-    layout: Layout | None
+    layout: ShardLayout | None
     axis: Axis
     whole_scales: bool = True
     keep_fp32: frozenset[str] = frozenset()

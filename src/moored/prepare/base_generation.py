@@ -1,6 +1,6 @@
 """Drawing texts from the base: ancestral sampling, seeded, once, kept in the cache.
 
-How they are read is `data/drawn.py`'s matter. Works in one process, on its GPU if it has one.
+How they are read is `base_samples.py`'s matter. Works in one process, on its GPU if it has one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moored.data.chat import ChatEncoder
 from moored.data.questions import QUESTIONS
 from moored.distributed.mesh import alone
 from moored.evaluation.generate import each_token
-from moored.models.base import Located, resolve_dtype
+from moored.models.base import BaseFiles, resolve_dtype
 from moored.models.loading import load_base
 from moored.models.reference import dropout_off
 from moored.utils import atomic_dir
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ROWS = 16  # at a time; what is drawn depends on it
 
 
-def draw(config: Config, located: Located) -> list[Path]:
+def draw(config: Config, located: BaseFiles) -> list[Path]:
     """Have the texts of every corpus that is to be drawn from the base.
 
     At temperature 1 and from the whole vocabulary, so that they are what the base says, not what is
@@ -75,7 +75,7 @@ def draw(config: Config, located: Located) -> list[Path]:
     return folders
 
 
-def _load(config: Config, located: Located) -> Any:
+def _load(config: Config, located: BaseFiles) -> Any:
     mesh = alone("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_base(located.source.path, config.model, mesh, config.parallel)[0]
     # Said in full: a model's own generation_config.json may cut off unlikely tokens.
@@ -86,7 +86,7 @@ def _load(config: Config, located: Located) -> Any:
 
 
 def _rows(
-    model: Any, config: Config, located: Located, corpus: Corpus
+    model: Any, config: Config, located: BaseFiles, corpus: Corpus
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Prompts and texts until there are enough tokens; the last text is cut."""
     chat = ChatEncoder(located.tokenizer)

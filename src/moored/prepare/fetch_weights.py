@@ -1,6 +1,6 @@
 """A model's files verified: shards complete, headers readable, content as the hub says.
 
-Where the files come from is `sources/`'s matter; no weights are loaded.
+Where the files come from is `models/hub/`'s matter; no weights are loaded.
 """
 
 from __future__ import annotations

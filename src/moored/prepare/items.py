@@ -1,6 +1,6 @@
 """All that a recipe needs before its weights load, found as a run finds it: what, where, how large.
 
-Nothing is fetched that is here already, and nothing is kept; that is `command.py`'s.
+Nothing is fetched that is here already, and nothing is kept; that is `prepare_command.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moored.data.files import open_sources
 from moored.data.token_cache import content, content_of_texts
 from moored.distributed.mesh import alone
 from moored.evaluation.evaluate import build_suite
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.loading import require_architecture, require_layout
 from moored.utils import atomic_dir
 
@@ -49,7 +49,7 @@ def find_everything(config: Config) -> list[Item]:
     """
     mesh = alone()
     check_data(config)
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     require_model(located.source.path, config)
     items = [
         Item(

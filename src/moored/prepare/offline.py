@@ -1,7 +1,7 @@
 """A process without a network: `python -m moored.prepare.offline RECIPE.yaml`.
 
 In it every name lookup and every connection fails. It prints what `items.py` finds, or what is
-missing, as one JSON object. Who starts it is `command.py`.
+missing, as one JSON object. Who starts it is `prepare_command.py`.
 """
 
 from __future__ import annotations

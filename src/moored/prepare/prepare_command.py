@@ -1,6 +1,6 @@
 """`moored prepare`: fetch, verify, tokenise and keep; then prove that no network is needed.
 
-How tokens are kept is `data/kept.py`'s matter, what a model is made from `sources/`'s.
+How tokens are kept is `token_cache.py`'s matter, what a model is made from `models/hub/`'s.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moored.config import Config
 from moored.data import by_domain, check_data, load_samples, retention_samples
 from moored.data.token_cache import tokens_folder
 from moored.distributed.mesh import alone
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.reference_cache import FACTS, references_folder
 from moored.prepare.base_generation import draw
 from moored.prepare.fetch_weights import verify
 from moored.prepare.items import Item, require_model, size_of
 from moored.prepare.references import fill, require_fillable
 from moored.utils import atomic_dir
-from moored.utils.environment import launched
+from moored.utils.environment import rank_info
 from moored.utils.errors import MooredError, UserError, UserErrors
 from moored.utils.log import redact
 from moored.utils.progress import watch
@@ -56,7 +56,7 @@ def run(config: Config, *, only_check: bool = False, num_ranks: int | None = Non
         UserError: something cannot be had, is broken, or would need a network in a job.
     """
     os.umask(0o077)
-    world = launched().world_size
+    world = rank_info().world_size
     if world > 1:
         raise UserError(
             f"{world} processes were started, but prepare works alone: start it without torchrun, "
@@ -150,7 +150,7 @@ def _require_local(config: Config) -> None:
 def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
     """The order of a run: data first, since that is soon found wrong."""
     check_data(config)
-    located = locate(config.model, alone())
+    located = resolve_base(config.model, alone())
     require_model(located.source.path, config)
     found = verify(located.source.path)
     hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""

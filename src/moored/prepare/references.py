@@ -10,7 +10,7 @@ import torch
 from moored.config import Config
 from moored.data import TrainStream, load_samples
 from moored.distributed.mesh import alone
-from moored.models.base import Located
+from moored.models.base import BaseFiles
 from moored.models.forward import probe_batch
 from moored.models.policy import load_policy
 from moored.models.reference import of_base
@@ -35,7 +35,7 @@ def require_fillable(config: Config) -> None:
         )
 
 
-def fill(config: Config, located: Located, *, num_ranks: int) -> ReferenceCache:
+def fill(config: Config, located: BaseFiles, *, num_ranks: int) -> ReferenceCache:
     """Run the base over every micro-batch of a run, in one process; what is kept is passed over.
 
     It may be stopped at any point, and goes on there.

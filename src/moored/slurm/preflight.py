@@ -50,7 +50,7 @@ def check_node(run_dir: Path, out: Path, expected: Path) -> bool:
     Args:
         run_dir: the run directory of the job.
         out: folder of the verdicts; shared by the nodes.
-        expected: what was submitted (`submit/snapshot.py`).
+        expected: what was submitted (`snapshot.py`).
 
     Returns:
         Whether the verdict is `ok`.

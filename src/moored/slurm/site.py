@@ -69,7 +69,7 @@ Limit = Annotated[
 ]
 Memory = Annotated[str, _shaped(r"\d+[KMGT]?", "an amount such as 480G")]
 Variable = Annotated[str, _shaped(r"[A-Za-z_][A-Za-z0-9_]{0,100}", "the name of a variable")]
-Line = Annotated[str, _shaped(r"[^\x00-\x1f\x7f]+", "one line of text")]
+OneLine = Annotated[str, _shaped(r"[^\x00-\x1f\x7f]+", "one line of text")]
 Option = Annotated[
     str,
     _shaped(
@@ -172,8 +172,10 @@ class Environment(Section):
     """What a job loads and exports before it starts anything."""
 
     modules: list[Word] = Field(default_factory=list[str], description="for `module load`")
-    setup: list[Line] = Field(default_factory=list[str], description="lines of bash, run as given")
-    variables: dict[Variable, Line] = Field(
+    setup: list[OneLine] = Field(
+        default_factory=list[str], description="lines of bash, run as given"
+    )
+    variables: dict[Variable, OneLine] = Field(
         default_factory=dict, description="exported, such as NCCL_SOCKET_IFNAME: ib0"
     )
     pass_through: list[Variable] = Field(
@@ -181,7 +183,7 @@ class Environment(Section):
         description="names that the job gets from who submits, by SLURM and not by the script",
     )
     python: Annotated[
-        Line | None, about("interpreter on the nodes; null: the one that submits")
+        OneLine | None, about("interpreter on the nodes; null: the one that submits")
     ] = None
 
     def problems(self) -> Iterator[Problem]:
@@ -199,14 +201,16 @@ class Container(Section):
     """The image in which the ranks run, if they do."""
 
     runtime: Annotated[Literal["none", "apptainer", "pyxis"], about("what starts it")] = "none"
-    image: Annotated[Line | None, about(".sif file, or .sqsh file or registry name for pyxis")] = (
-        None
-    )
-    mounts: list[Line] = Field(
+    image: Annotated[
+        OneLine | None, about(".sif file, or .sqsh file or registry name for pyxis")
+    ] = None
+    mounts: list[OneLine] = Field(
         default_factory=list[str], description="more folders that it sees, such as /data:/data"
     )
-    options: list[Line] = Field(default_factory=list[str], description="more options of its start")
-    python: Annotated[Line, about("interpreter in the image")] = "python3"
+    options: list[OneLine] = Field(
+        default_factory=list[str], description="more options of its start"
+    )
+    python: Annotated[OneLine, about("interpreter in the image")] = "python3"
 
     def problems(self) -> Iterator[Problem]:
         """A runtime needs an image."""
@@ -248,7 +252,7 @@ class Mlflow(Section):
     """The tracking server of the site."""
 
     uri: Annotated[
-        Line | None, about("address; null: the recipe's, else mlflow.db by the runs")
+        OneLine | None, about("address; null: the recipe's, else mlflow.db by the runs")
     ] = None
 
     def problems(self) -> Iterator[Problem]:
@@ -264,7 +268,7 @@ class Mlflow(Section):
 class Site(Section):
     """A whole profile."""
 
-    description: Annotated[Line, about("for which cluster, in words")] = ""
+    description: Annotated[OneLine, about("for which cluster, in words")] = ""
     slurm: Slurm = Slurm()
     cpu_jobs: CpuJobs = CpuJobs()
     environment: Environment = Environment()

@@ -119,7 +119,7 @@ def _finite(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class JournalLine:
     """A parsed line: its record and the offset in bytes of the line after it."""
 
     record: dict[str, Any]
@@ -134,7 +134,7 @@ class Follower:
         self.offset = 0
         self.num_broken = 0
 
-    def read(self, max_bytes: int = _READ_BYTES) -> list[Line]:
+    def read(self, max_bytes: int = _READ_BYTES) -> list[JournalLine]:
         """The next lines, about `max_bytes` of them; empty at the end of the file."""
         try:
             with self.path.open("rb") as file:
@@ -146,12 +146,12 @@ class Follower:
         except FileNotFoundError:
             return []
         whole = data[: data.rfind(b"\n") + 1]
-        lines: list[Line] = []
+        lines: list[JournalLine] = []
         for raw in whole.splitlines(keepends=True):
             self.offset += len(raw)
             record = _parse(raw)
             if record is not None:
-                lines.append(Line(record=record, end=self.offset))
+                lines.append(JournalLine(record=record, end=self.offset))
             elif raw.strip():
                 self.num_broken += 1
         if whole and not lines:

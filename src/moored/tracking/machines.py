@@ -68,7 +68,7 @@ class MachineFile:
         self._file.close()
 
 
-class Collector:
+class SampleCollector:
     """Brings what the other machines' files hold into the journal, each sample once.
 
     A file may show up late, or never; a line that is torn is left out. What the journal has is
@@ -133,6 +133,6 @@ def collect_rest(run_dir: Path, attempt: int, began: float) -> None:
         return
     journal = Journal(run_dir / JOURNAL_NAME)
     try:
-        Collector(run_dir, journal, attempt, began).collect()
+        SampleCollector(run_dir, journal, attempt, began).collect()
     finally:
         journal.close()

@@ -1,6 +1,6 @@
 """The processes beside a trainer, seen from the trainer: how they are started, kept and awaited.
 
-What they do there is `beside.py`'s matter.
+What they do there is `sidecar.py`'s matter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Beside:
 
     Args:
         run_dir: the run directory.
-        role: `ship`, `sample` or `machine`; see `beside.py`.
+        role: `ship`, `sample` or `machine`; see `sidecar.py`.
         attempt: of the run.
         options: further arguments.
         log: what it says is appended to this file of the run directory.

@@ -1,7 +1,7 @@
 """Carries a run's journal into a tracking store: no duplicates, through outages, to the end.
 
 Which store that is stays open (`store.py`), and so does who runs this: a process beside the
-trainer (`beside.py`), or `moored sync` (`sync.py`).
+trainer (`sidecar.py`), or `moored sync` (`sync.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from moored.tracking.cursor import Cursor, shipping
-from moored.tracking.journal import JOURNAL_NAME, Fence, Follower, Line, first_start, is_start
+from moored.tracking.journal import (
+    JOURNAL_NAME,
+    Fence,
+    Follower,
+    JournalLine,
+    first_start,
+    is_start,
+)
 from moored.tracking.pending import items_of, send_all
 from moored.tracking.store import Point, RejectedError, StopError, Store, first_line
 
@@ -209,7 +216,7 @@ class Shipper:
 
     def _read_from_start(self, doubt: str) -> None:
         self._follower, self._fence = Follower(self._journal), Fence()
-        self._buffer: deque[Line] = deque()
+        self._buffer: deque[JournalLine] = deque()
         self._seen: dict[str, set[int]] = {}
         # Which points may be in the store without our knowledge: none, the next batch's, or all.
         self._doubt = doubt

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from moored.tracking.cursor import shipping
 from moored.tracking.journal import JOURNAL_NAME, Journal, first_start
-from moored.tracking.machines import LAST_SECONDS, Collector, MachineFile, of_host
+from moored.tracking.machines import LAST_SECONDS, MachineFile, SampleCollector, of_host
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.process import COMPLETE, INCOMPLETE, STOPPED, URI_VARIABLE
 from moored.tracking.provenance import address, scrub
@@ -158,7 +158,7 @@ def _sampling(
         yield _nothing
         return
     journal, began = Journal(run_dir / JOURNAL_NAME), first["time"]
-    others = None if host is None else Collector(run_dir, journal, attempt, began)
+    others = None if host is None else SampleCollector(run_dir, journal, attempt, began)
 
     def write(values: dict[str, float]) -> None:
         now = time.time()

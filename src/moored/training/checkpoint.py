@@ -222,9 +222,9 @@ def _write(temporary: Path, checkpoint: Checkpoint, model: PeftModel, base_name:
     atomic_dir.seal(temporary)
 
 
-def fault_of(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted; None when every byte is as it was written."""
-    fault = atomic_dir.fault_of(folder)
+    fault = atomic_dir.verify(folder)
     if fault is not None:
         return fault
     missing = FILES - atomic_dir.read_manifest(folder)["files"].keys()
@@ -238,7 +238,7 @@ def newest(checkpoints: Path) -> Path | None:
     for half in checkpoints.glob(".step-*.tmp"):  # of a writer that was killed
         shutil.rmtree(half, ignore_errors=True)
     for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        fault = fault_of(folder)
+        fault = verify(folder)
         if fault is None:
             return folder
         aside = folder.with_name(f"broken-{folder.name}")
@@ -289,6 +289,6 @@ def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints; the newest one is verified first."""
     folders = sorted(checkpoints.glob("step-*"), reverse=True)
-    if len(folders) > keep and fault_of(folders[0]) is None:
+    if len(folders) > keep and verify(folders[0]) is None:
         for folder in folders[keep:]:
             shutil.rmtree(folder, ignore_errors=True)

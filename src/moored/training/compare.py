@@ -24,7 +24,7 @@ from moored.training.lifecycle import (
     asked_to_stop,
     ending,
     met,
-    open_together,
+    open_run_on_all_ranks,
     signals_seen,
     start_tracking,
 )
@@ -50,7 +50,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
     path = (config.output.dir / config.name).absolute()
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
-        directory, attempt = open_together(
+        directory, attempt = open_run_on_all_ranks(
             stack, config, path, mesh, restart=restart, kind="comparison"
         )
         setup(mesh.world.rank, path)

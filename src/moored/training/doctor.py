@@ -26,7 +26,7 @@ from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.evaluation.evaluate import build_suite
 from moored.loss.weighting import NUM_TOPS
-from moored.models.base import locate
+from moored.models.base import resolve_base
 from moored.models.loading import require_layout
 from moored.models.policy import PolicyModel, load_policy, num_checkpointed
 from moored.models.untrained import in_words, untrained
@@ -111,7 +111,7 @@ def _rendezvous(console: Console, mesh: Mesh) -> None:
 def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     """What is printed of a recipe; warnings come back."""
     check_data(config)
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     source, tokenizer = located.source, located.tokenizer
     samples = load_samples(config.data.train, tokenizer, config.data, located.vocab_size)
     held_out = load_samples(

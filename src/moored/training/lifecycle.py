@@ -48,7 +48,7 @@ def met(config: Config) -> Mesh:
     )
 
 
-def open_together(
+def open_run_on_all_ranks(
     stack: contextlib.ExitStack,
     config: Config,
     path: Path,
@@ -76,7 +76,7 @@ def open_together(
                 )
         except (MooredError, OSError) as caught:
             error = caught if isinstance(caught, MooredError) else UserError(f"{path}: {caught}")
-    mesh.together(error)
+    mesh.raise_on_all_ranks(error)
     directory = RunDirectory(path)
     return directory, mesh.world.broadcast(directory.state().get("attempt", 1))
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from moored.config import Config
-from moored.data import Ahead, TrainStream, check_data, load_samples, turn_ends
+from moored.data import Prefetcher, TrainStream, check_data, load_samples, turn_ends
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
 from moored.evaluation.generate import Answered
-from moored.models.base import Located, locate
+from moored.models.base import BaseFiles, resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import PolicyModel, load_policy
 from moored.models.untrained import in_words, untrained
@@ -43,10 +43,10 @@ class Run:
     mesh: Mesh
     directory: RunDirectory
     tracker: Tracker
-    located: Located
+    located: BaseFiles
     policy: PolicyModel
     engine: Engine
-    stream: Ahead
+    stream: Prefetcher
     replay: TrainStream | None
     suite: Suite
     controller: Controller | None
@@ -67,7 +67,7 @@ class Run:
 def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
     """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
     check_data(config)
-    located = locate(config.model, mesh)
+    located = resolve_base(config.model, mesh)
     samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
     stream = TrainStream(config, located.tokenizer, samples)
     suite = build_suite(config, located, mesh)
@@ -117,7 +117,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         located=located,
         policy=policy,
         engine=engine,
-        stream=Ahead(stream, num_steps, prepare=_read_ahead(engine, config)),
+        stream=Prefetcher(stream, num_steps, prepare=_read_ahead(engine, config)),
         replay=replay,
         suite=suite,
         controller=controller,

@@ -19,7 +19,7 @@ from pathlib import Path
 from moored.config import Config
 from moored.data.batch import Batch
 from moored.distributed.mesh import peak_memory_bytes
-from moored.evaluation.build_report import Training, to_report
+from moored.evaluation.build_report import TrainedRun, to_report
 from moored.evaluation.evaluate import Evaluation, Suite, evaluate, measure
 from moored.evaluation.generate import Answered
 from moored.evaluation.report import rise_pct, show, write
@@ -33,7 +33,7 @@ from moored.training.lifecycle import (
     ending,
     failures_named,
     met,
-    open_together,
+    open_run_on_all_ranks,
     signals_seen,
     start_tracking,
 )
@@ -85,7 +85,7 @@ def run(
     with contextlib.ExitStack() as stack:
         if parent is None:
             stack.callback(leave)
-        directory, attempt = open_together(stack, config, path, mesh, restart=restart)
+        directory, attempt = open_run_on_all_ranks(stack, config, path, mesh, restart=restart)
         setup(mesh.world.rank, path)
         if directory.state().get("status") == "done":
             log.info("%s is finished already: --restart starts over", path)
@@ -314,7 +314,7 @@ def _export(run: Run) -> None:
                 f"{run.directory.adapter}: the adapter could not be written: {caught}: make room "
                 "and start the same command again"
             )
-    run.mesh.together(error)
+    run.mesh.raise_on_all_ranks(error)
     run.tracker.artifact(run.directory.adapter, "adapter")
     run.tracker.register("adapter")
     log.info("adapter written to %s", run.directory.adapter)
@@ -355,7 +355,7 @@ def _evaluate(run: Run) -> None:
 def _evaluate_and_report(run: Run, name: str) -> None:
     """Measure the adapter that was exported; a failure here must not cost it."""
     log.info("evaluating the adapter against its base")
-    training = Training(
+    training = TrainedRun(
         num_steps=run.step,
         seconds=run.train_seconds,
         tokens=run.train_tokens,
@@ -378,7 +378,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
                     _report(run, name, after, training)
                 except Exception as caught:
                     error = caught
-            run.mesh.together(error)
+            run.mesh.raise_on_all_ranks(error)
     except (PreemptedError, PeerLostError):
         raise
     except Exception as error:
@@ -388,7 +388,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         ) from error
 
 
-def _report(run: Run, name: str, after: Evaluation, training: Training) -> None:
+def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> None:
     report = to_report(
         run.config,
         run.located.source,

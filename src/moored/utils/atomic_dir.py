@@ -49,13 +49,13 @@ def make_once(
     Raises:
         UserError: the lock or the folder cannot be had.
     """
-    if fault_of(folder) is None:
+    if verify(folder) is None:
         return read_manifest(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", timeout=timeout)
         with _held(lock, folder, timeout):
-            fault = fault_of(folder)
+            fault = verify(folder)
             if fault is not None:
                 if folder.exists():
                     log.warning("%s is broken (%s): making it again", folder, fault)
@@ -89,7 +89,7 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         new.mkdir(mode=0o700)
         yield new, facts
         seal(new, facts)
-        if fault_of(folder) is None:
+        if verify(folder) is None:
             return
         if folder.exists():
             shutil.rmtree(folder)
@@ -149,7 +149,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def fault_of(folder: Path) -> str | None:
+def verify(folder: Path) -> str | None:
     """Why a sealed folder cannot be trusted; None when every byte is as it was written.
 
     Everything is read: safetensors itself loads a flipped bit without a word.

@@ -1,9 +1,9 @@
 """Which process of how many this is, as torchrun, deepspeed or srun say by the environment.
 
 The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, and of which job this is.
-With MOORED_MEETING, as `launch/` sets it, MASTER_PORT is the first of several ports to try; so it
-is where the processes can prove each other that they belong together, whoever started them.
-Needs no torch and starts nothing: groups are `mesh.py`'s.
+With MOORED_RENDEZVOUS, as `launch/` sets it, MASTER_PORT is the first of several ports to try; so
+it is where the processes can prove each other that they belong together, whoever started them.
+Needs no torch and starts nothing: groups are `joining.py`'s.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SECRET_FILE_VARIABLE = "MOORED_MEETING_SECRET_FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launched:
+class RankInfo:
     """This process's place among those that were started together.
 
     Attributes:
@@ -56,7 +56,7 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SlurmJob:
     """The SLURM job that this process runs in.
 
     Attributes:
@@ -68,10 +68,10 @@ class Job:
     restart: int = 0
 
 
-def slurm_job() -> Job | None:
+def slurm_job() -> SlurmJob | None:
     """The job of this process; None outside of SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
-    return Job(id=job, restart=_integer("SLURM_RESTART_COUNT", 0)) if job else None
+    return SlurmJob(id=job, restart=_integer("SLURM_RESTART_COUNT", 0)) if job else None
 
 
 def launch_id() -> str | None:
@@ -79,7 +79,7 @@ def launch_id() -> str | None:
     return os.environ.get("MOORED_LAUNCH") or None
 
 
-def launched() -> Launched:
+def rank_info() -> RankInfo:
     """Read the environment: RANK and the rest, else those of an srun step.
 
     Raises:
@@ -92,14 +92,14 @@ def launched() -> Launched:
     world_size = _integer(names["WORLD_SIZE"], 1)
     local_rank = _integer(names["LOCAL_RANK"], 0)
     if world_size == 1:
-        return Launched(rank=0, local_rank=local_rank)
+        return RankInfo(rank=0, local_rank=local_rank)
     if not 0 <= rank < world_size:
         raise UserError(
             f"{names['RANK']}={rank} is not below {names['WORLD_SIZE']}={world_size}: start all "
             "processes with one torchrun, deepspeed or srun"
         )
     address = os.environ.get("MASTER_ADDR") or (_first_host() if by_slurm else None)
-    port, meeting = _integer("MASTER_PORT", 0), os.environ.get("MOORED_MEETING", "")
+    port, meeting = _integer("MASTER_PORT", 0), os.environ.get("MOORED_RENDEZVOUS", "")
     ports = (port,) if port else ()
     one_machine = _one_host() if by_slurm else _local_size() == world_size
     if by_slurm:
@@ -115,7 +115,7 @@ def launched() -> Launched:
                 f"{names['WORLD_SIZE']}={world_size} but {name} is not set: start with torchrun, "
                 "the deepspeed launcher or srun"
             )
-    return Launched(
+    return RankInfo(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
@@ -154,7 +154,7 @@ def has_secret() -> bool:
 def own_rank() -> int:
     """This process's rank; 0 where the environment is broken, so that somebody complains."""
     try:
-        return launched().rank
+        return rank_info().rank
     except UserError:
         return 0
 

@@ -1,6 +1,6 @@
 """The errors that end a run on purpose, each with its exit code.
 
-No logic lives here: who raises them decides, and `cli.py` prints them.
+No logic lives here: who raises them decides, and `cli/` prints them.
 """
 
 from __future__ import annotations

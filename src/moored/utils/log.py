@@ -1,6 +1,6 @@
 """Logging of a process: the console, its file in the run directory, and the removal of secrets.
 
-Metrics and events are not logged here: they go to the journal (`track.py`).
+Metrics and events are not logged here: they go to the journal (`tracking/`).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _ConsoleFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "printed", False):
-            return False  # `cli.py` prints it by itself: it is for the file
+            return False  # `cli/` prints it by itself: it is for the file
         room = record.name.partition(".")[0]
         if record.name in NOISY or room in NOISY:
             return record.levelno >= logging.ERROR

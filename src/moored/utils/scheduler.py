@@ -1,6 +1,6 @@
 """What is asked of SLURM, and told to it: the only caller of its commands.
 
-What a job does is written by `submit/`; which job this process is in, `launched.py` reads.
+What a job does is written by `slurm/script.py`; in which this process is, `environment.py` reads.
 """
 
 from __future__ import annotations

@@ -18,20 +18,20 @@ from moored.evaluation.report.results import (
 )
 from moored.evaluation.report.settings import settings_of
 from moored.evaluation.report.terminal import show, table
-from moored.evaluation.report.where import Choice, Spot, Stretch, TokenDrift, Where
+from moored.evaluation.report.where import Stretch, TokenChoice, TokenDrift, TokenExample, Where
 
 __all__ = [
     "ArmResult",
     "BaseResult",
     "Blocks",
-    "Choice",
     "Figures",
     "Headline",
     "Report",
-    "Spot",
     "Stretch",
     "Tally",
+    "TokenChoice",
     "TokenDrift",
+    "TokenExample",
     "Where",
     "headline",
     "increase_intervals",

@@ -21,7 +21,7 @@ NEXT_TO_NOTHING_PCT = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Recommendation:
     """The setting to take of several.
 
     Attributes:
@@ -48,7 +48,7 @@ class Choice:
         return self.most_forgot > NEXT_TO_NOTHING_PCT
 
 
-def choose(groups: Sequence[Setting], before: float | None) -> Choice | None:
+def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | None:
     """The knee: where the share of the learning exceeds that of the forgetting by most.
 
     Shares are of the most that any setting learned (in nats per token) and forgot (in percent on
@@ -70,7 +70,7 @@ def choose(groups: Sequence[Setting], before: float | None) -> Choice | None:
         return None
     best = int(_knee(learned[:, None], forgot[:, None])[0])
     chosen = points[best][0]
-    return Choice(
+    return Recommendation(
         setting=chosen,
         adapter=chosen.median(),
         num_settings=len(points),
@@ -110,7 +110,7 @@ def _agreement(groups: Sequence[Setting], best: int) -> float | None:
     return float((chosen[1:] == best).mean())
 
 
-def recommendations(report: Report) -> tuple[Choice | None, list[str]]:
+def recommendations(report: Report) -> tuple[Recommendation | None, list[str]]:
     """The setting to take of all, and a line on it and on every adapter measured at scales."""
     every, before = settings(on_shared_corpora(report)), report.base.adaptation_ppl
     kept = [group for group in every if not any(arm.budget_held is False for arm in group.runs)]
@@ -131,7 +131,7 @@ def recommendations(report: Report) -> tuple[Choice | None, list[str]]:
     return choice, lines
 
 
-def _of_scales(choice: Choice) -> str:
+def _of_scales(choice: Recommendation) -> str:
     first = choice.setting.first
     of = f"Of {choice.num_settings} scales of the adapter ({kind_name(first.kind)})"
     scale = 1.0 if first.scale is None else first.scale
@@ -140,7 +140,7 @@ def _of_scales(choice: Choice) -> str:
     return f"{of}, {scale:g} is the knee: {_shares(choice)}{_sure(choice)}."
 
 
-def _of_settings(choice: Choice) -> str:
+def _of_settings(choice: Recommendation) -> str:
     name = clean(choice.setting.name, 40)
     of = f"Of {choice.num_settings} settings, {name}"
     take = ""
@@ -152,14 +152,14 @@ def _of_settings(choice: Choice) -> str:
     return f"{of} is the knee: {_shares(choice)}{_sure(choice)}.{take}"
 
 
-def _shares(choice: Choice) -> str:
+def _shares(choice: Recommendation) -> str:
     return (
         f"{choice.learned:.0%} of what was learned at most, with {percent(choice.forgot)} of "
         f"retention perplexity at worst, against {percent(choice.most_forgot)} at most"
     )
 
 
-def _sure(choice: Choice) -> str:
+def _sure(choice: Recommendation) -> str:
     if choice.agreement is None:
         return ""
     return f" (so in {100 * choice.agreement:.0f} of 100 resamples)"

@@ -20,7 +20,7 @@ Curves = Mapping[str, tuple[Style, Sequence[tuple[int, float]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class CurveLine:
     """A curve of one arm: pieces without gaps, as pixels."""
 
     name: str
@@ -41,8 +41,8 @@ class Panel:
     frame: Box
     x_ticks: list[Tick]
     y_ticks: list[Tick]
-    lines: list[Line]
-    limits: list[Line]
+    lines: list[CurveLine]
+    limits: list[CurveLine]
     logarithmic: bool
     num_not_finite: int
 
@@ -100,9 +100,9 @@ def panel(
     )
 
 
-def _lines(curves: Curves, x_scale: Scale, y_scale: Scale) -> list[Line]:
+def _lines(curves: Curves, x_scale: Scale, y_scale: Scale) -> list[CurveLine]:
     return [
-        Line(
+        CurveLine(
             name=name,
             style=style,
             pieces=_pieces(curve, x_scale, y_scale),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from matplotlib.ticker import MaxNLocator
 
 from moored.evaluation.report import words
-from moored.evaluation.report.choosing import Choice
+from moored.evaluation.report.choosing import Recommendation
 from moored.evaluation.report.comparing import settings
 from moored.evaluation.report.frontier_points import Span, spots_of
 from moored.evaluation.report.geometry import (
@@ -166,7 +166,7 @@ def frontier(
     height: float,
     font: float,
     head: float = 0.0,
-    choice: Choice | None = None,
+    choice: Recommendation | None = None,
 ) -> Frontier | None:
     """Lay the frontier plot out; None where no setting can be placed.
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moored.evaluation.report import bootstrap, words
-from moored.evaluation.report.choosing import Choice
+from moored.evaluation.report.choosing import Recommendation
 from moored.evaluation.report.comparing import increase_interval, settings
 from moored.evaluation.report.headline import SAME_INCREASE_POINTS, compared
 from moored.evaluation.report.results import ArmResult, Report
 from moored.evaluation.report.tables import Change, change, share_change
-from moored.evaluation.report.where import Spot, Stretch, TokenDrift, Where
+from moored.evaluation.report.where import Stretch, TokenDrift, TokenExample, Where
 
 # A page must stay one that a person reads: what is beyond is counted, and is in report.json.
 MOST_ARMS = 8
@@ -125,7 +125,7 @@ class Forgotten:
     num_texts_left: int
 
 
-def forgetting(report: Report, choice: Choice | None = None) -> tuple[list[Forgotten], int]:
+def forgetting(report: Report, choice: Recommendation | None = None) -> tuple[list[Forgotten], int]:
     """What the arms forgot, those of the headline first, and how many arms are left out.
 
     Args:
@@ -301,7 +301,7 @@ def _finite_first(tokens: Sequence[TokenDrift], most: int) -> list[TokenDrift]:
     return sorted(known, key=lambda item: -item.share)[:most]
 
 
-def _spot(spot: Spot) -> SpotCard:
+def _spot(spot: TokenExample) -> SpotCard:
     """An example; the choices are either model's first ones, and the true token in any case."""
     # A token that both prefer may stand there twice.
     pairs = dict.fromkeys((c.token, c.base, c.adapted) for c in spot.choices)
@@ -336,7 +336,7 @@ def _spot(spot: Spot) -> SpotCard:
     )
 
 
-def _is_true(pair: tuple[str, float, float], spot: Spot) -> bool:
+def _is_true(pair: tuple[str, float, float], spot: TokenExample) -> bool:
     # Several tokens may be one text; probabilities come by two ways, so they are equal but for
     # rounding.
     return pair[0] == spot.target and math.isclose(pair[1], spot.base, rel_tol=0.01, abs_tol=1e-6)

@@ -69,13 +69,13 @@ def headline(report: Report) -> Headline:
     return Headline(title=title, details=(*details, *recommendations(report)[1]))
 
 
-def compared(report: Report) -> tuple[Group, Group | None, list[Group]]:
+def compared(report: Report) -> tuple[ArmGroup, ArmGroup | None, list[ArmGroup]]:
     """The kind in focus, plain fine-tuning beside it, and the others."""
     every = settings(report)
     trained = [setting for setting in every if setting.first.scale is None]
     chosen = trained or every
     groups = [
-        Group(kind, [setting for setting in chosen if setting.first.kind == kind])
+        ArmGroup(kind, [setting for setting in chosen if setting.first.kind == kind])
         for kind in dict.fromkeys(setting.first.kind for setting in chosen)
     ]
     regularised = [group for group in groups if group.kind != "none"]
@@ -85,7 +85,7 @@ def compared(report: Report) -> tuple[Group, Group | None, list[Group]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class ArmGroup:
     """The arms of one kind, taken together."""
 
     kind: str
@@ -175,8 +175,8 @@ class Group:
 class Pair:
     """Two groups side by side, and where each is one setting the differences between them."""
 
-    focus: Group
-    plain: Group
+    focus: ArmGroup
+    plain: ArmGroup
 
     @property
     def singles(self) -> tuple[Setting, Setting] | None:
@@ -205,7 +205,7 @@ def _shown(span: Span, show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _nothing(before: float | None, group: Group) -> str | None:
+def _nothing(before: float | None, group: ArmGroup) -> str | None:
     """How to say that no arm learned; None where one did, or it is not known."""
     learned, change = group.learned, group.learned_change
     if before is None or learned is None:
@@ -220,7 +220,7 @@ def _nothing(before: float | None, group: Group) -> str | None:
     return "learned nothing that can be told from chance" if unclear else None
 
 
-def _alone(group: Group, before: float | None) -> str:
+def _alone(group: ArmGroup, before: float | None) -> str:
     learned, forgot = group.learned, group.forgot
     nothing = _nothing(before, group)
     if learned is None:

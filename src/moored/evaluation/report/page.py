@@ -18,7 +18,7 @@ import jinja2
 from moored import __version__
 from moored.evaluation.report import words
 from moored.evaluation.report.caveats import caveats
-from moored.evaluation.report.choosing import Choice, recommendations
+from moored.evaluation.report.choosing import Recommendation, recommendations
 from moored.evaluation.report.curves import Panel, panel
 from moored.evaluation.report.figures import (
     X_TITLE,
@@ -80,7 +80,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _recommended(choice: Choice | None) -> str:
+def _recommended(choice: Recommendation | None) -> str:
     if choice is None:
         return ""
     why = "the knee" if choice.is_knee else "which learned most"
@@ -90,7 +90,7 @@ def _recommended(choice: Choice | None) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("moored", "templates"),
+        loader=jinja2.PackageLoader("moored.evaluation.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

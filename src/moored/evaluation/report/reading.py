@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from moored.evaluation.report.blocks import Blocks, Columns, Tally
-from moored.evaluation.report.where import Choice, Spot, Stretch, TokenDrift, Where
+from moored.evaluation.report.where import Stretch, TokenChoice, TokenDrift, TokenExample, Where
 
 _R = TypeVar("_R")  # a dataclass
 _ColumnsT = TypeVar("_ColumnsT", bound=Columns)
@@ -29,7 +29,7 @@ _FRACTIONS = (
 _FREE_TEXT = ("token", "target", "context")
 
 
-class Reader:
+class JsonReader:
     """Parsed JSON -> dataclasses by their annotations; notes every problem with its place."""
 
     def __init__(self, problems: list[str]):
@@ -100,7 +100,7 @@ class Reader:
             "dict[str, Blocks]": lambda v, p: self.values(v, p, blocks),
             "dict[str, Where]": lambda v, p: self.values(v, p, partial(self.result, Where)),
         }
-        for kind in (Stretch, TokenDrift, Spot, Choice):
+        for kind in (Stretch, TokenDrift, TokenExample, TokenChoice):
             readers[f"list[{kind.__name__}]"] = partial(
                 self._items, read=partial(self.result, kind)
             )

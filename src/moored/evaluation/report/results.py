@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.evaluation.report.blocks import Blocks, Tally
-from moored.evaluation.report.reading import Reader, short
+from moored.evaluation.report.reading import JsonReader, short
 from moored.evaluation.report.where import Where
 from moored.utils.errors import UserError, UserErrors
 
@@ -214,7 +214,7 @@ class Report:
             UserErrors: everything that is wrong with it, one line each.
         """
         problems: list[str] = []
-        report = _read(Reader(problems), data)
+        report = _read(JsonReader(problems), data)
         if report is not None and not problems:
             problems += _contradictions(report)
         if problems or report is None:
@@ -254,7 +254,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _read(reader: Reader, data: object) -> Report | None:
+def _read(reader: JsonReader, data: object) -> Report | None:
     top = reader.mapping(data, "", ("base", "arms", "settings"))
     if top is None:
         return None

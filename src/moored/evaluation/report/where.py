@@ -43,7 +43,7 @@ class TokenDrift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class TokenChoice:
     """A token that one of the models prefers, with both models' probabilities, 0 to 1."""
 
     token: str
@@ -52,7 +52,7 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spot:
+class TokenExample:
     """A place where the drift is among the greatest.
 
     Attributes:
@@ -71,7 +71,7 @@ class Spot:
     drift: float
     base: float
     adapted: float
-    choices: list[Choice]
+    choices: list[TokenChoice]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +80,4 @@ class Where:
 
     stretches: list[Stretch]
     tokens: list[TokenDrift]
-    spots: list[Spot]
+    spots: list[TokenExample]

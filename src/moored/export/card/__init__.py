@@ -1,8 +1,8 @@
 """The forgetting card: what an adapter learned and forgot, and what it was made of.
 
 `facts.py` is the card as data and JSON, `markdown.py` the same as a page with the hub's front
-`matter.py` (`cells.py` makes names harmless), `gather.py` reads a run and a base for it, `files.py`
-writes both. Nothing is measured and no weights are loaded here.
+matter of `front_matter.py` (`markdown_escape.py` makes names harmless), `gather.py` reads a run and
+a base for it, `card_files.py` writes both. Nothing is measured and no weights are loaded here.
 """
 
 from moored.export.card.card_files import readme_of, write

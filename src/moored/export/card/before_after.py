@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from moored.evaluation.report import rise_pct
 from moored.evaluation.report.words import count, fraction, nats, percent, ppl
-from moored.export.card.facts import Card, Figures, Text
+from moored.export.card.facts import Card, Figures, TextFacts
 from moored.export.card.markdown_escape import NOT_KNOWN, code, commands, known, table, text
 
 
@@ -52,7 +52,7 @@ def figures(card: Card) -> Iterator[str]:
     yield " ".join(_caveats(card))
 
 
-def _corpus(one: Text) -> str:
+def _corpus(one: TextFacts) -> str:
     source = f" ({text(one.source, 60)})" if one.source and one.source != one.name else ""
     return f"{code(one.name, 40)}{source}"
 
@@ -62,7 +62,7 @@ def _pair(figures: Figures) -> tuple[str, str, str]:
     return known(ppl(before)), known(ppl(after)), known(percent(rise_pct(before, after)))
 
 
-def _change(one: Text) -> tuple[str, str, str]:
+def _change(one: TextFacts) -> tuple[str, str, str]:
     pct = f"**{known(percent(one.increase_pct))}**"
     if one.increase_interval_pct is not None:
         low, high = one.increase_interval_pct

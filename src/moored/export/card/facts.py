@@ -55,7 +55,7 @@ class Stops:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class TextFacts:
     """A retention corpus, scored with the base and with the adapter.
 
     Attributes:
@@ -117,7 +117,7 @@ class Figures:
     exact_match_after: float | None = None
     num_adaptation_tokens: int | None = None
     num_adaptation_prompts: int | None = None
-    retention: tuple[Text, ...] = ()
+    retention: tuple[TextFacts, ...] = ()
     budget: str | None = None
     budget_lost: float | None = None
     budget_held: bool | None = None
@@ -142,7 +142,7 @@ class Figures:
             num_adaptation_tokens=base.num_adaptation_tokens,
             num_adaptation_prompts=base.num_adaptation_prompts,
             retention=tuple(
-                Text(
+                TextFacts(
                     name=name,
                     source=sources.get(name.partition("/")[0]),  # of all its domains
                     num_tokens=base.num_tokens.get(name),
@@ -237,7 +237,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class TrainingFacts:
     """How it was trained; sections of the recipe as they took effect.
 
     Attributes:
@@ -260,7 +260,7 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class SourceFacts:
     """What was trained on; a data set.
 
     Attributes:
@@ -300,8 +300,8 @@ class Data:
         sha256: fingerprint of everything in its order, as the run's journal has it.
     """
 
-    sources: tuple[Source, ...] = ()
-    replayed: tuple[Source, ...] = ()
+    sources: tuple[SourceFacts, ...] = ()
+    replayed: tuple[SourceFacts, ...] = ()
     num_samples: int | None = None
     num_tokens: int | None = None
     sha256: str | None = None
@@ -409,7 +409,7 @@ class Card:
     figures: Figures
     base: Base
     adapter: Adapter
-    training: Training | None = None
+    training: TrainingFacts | None = None
     data: Data | None = None
     deltas: Deltas
     merged: Merged | None = None

@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 from safetensors import safe_open
 
-from moored.config import Config, Corpus, ModelConfig
-from moored.config import Source as SourceConfig
+from moored.config import Config, Corpus, ModelConfig, Source
 from moored.config.inputs import short_name
 from moored.evaluation.report import Report
 from moored.export.card.facts import (
@@ -29,8 +28,8 @@ from moored.export.card.facts import (
     Figures,
     File,
     Provenance,
-    Source,
-    Training,
+    SourceFacts,
+    TrainingFacts,
 )
 from moored.models.hub import ResolvedModel
 from moored.tracking.cursor import CURSOR_NAME
@@ -106,11 +105,11 @@ def _origin(corpus: Corpus) -> str:
 # ---------------------------------------------------------------- the run
 
 
-def of_run(run: RunDirectory, config: Config) -> tuple[Training, Data, Provenance]:
+def of_run(run: RunDirectory, config: Config) -> tuple[TrainingFacts, Data, Provenance]:
     """How a run trained, on what, and with which code; from its recipe, state and journal."""
     sections = config.resolved()
     spent = run.state().get("training") or {}
-    training = Training(
+    training = TrainingFacts(
         regularizer=_public_paths(sections["regularizer"]),
         optim=sections["optim"],
         train=sections["train"],
@@ -163,10 +162,10 @@ def _data(config: Config, events: Mapping[str, dict[str, Any]]) -> Data:
 
 
 def _sources(
-    sources: Sequence[SourceConfig], said: Sequence[Mapping[str, Any]]
-) -> tuple[Source, ...]:
+    sources: Sequence[Source], said: Sequence[Mapping[str, Any]]
+) -> tuple[SourceFacts, ...]:
     return tuple(
-        Source(
+        SourceFacts(
             name=redact(told.get("name") or public(source.path or source.hub or "")),
             hub=None if source.hub is None else hub_name(source.hub),
             revision=source.revision,

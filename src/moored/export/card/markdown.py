@@ -1,6 +1,6 @@
 """A forgetting card as a page: the README of a model on the Hugging Face hub.
 
-What it says is in `facts.py`, how names are made harmless in `cells.py`.
+What it says is in `facts.py`, how names are made harmless in `markdown_escape.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from moored.evaluation.report.words import count, duration, kind_name, ppl
 from moored.export.card.before_after import figures
-from moored.export.card.facts import Card, Delta, End, Source
+from moored.export.card.facts import Card, Delta, End, SourceFacts
 from moored.export.card.front_matter import front_matter
 from moored.export.card.markdown_escape import (
     NOT_KNOWN,
@@ -179,7 +179,7 @@ def _data(card: Card) -> Iterator[str]:
         yield table(head, [_source(source) for source in card.data.replayed], left=2)
 
 
-def _source(source: Source) -> tuple[str, ...]:
+def _source(source: SourceFacts) -> tuple[str, ...]:
     name = code(source.name, 60)
     if source.hub is not None:
         name = f"[{text(source.name, 60)}](https://huggingface.co/datasets/{source.hub})"

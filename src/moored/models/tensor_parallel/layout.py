@@ -86,7 +86,7 @@ class Sharded:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ShardLayout:
     """The whole of it.
 
     Attributes:
@@ -111,7 +111,7 @@ class Layout:
         return layer.split
 
 
-def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> Layout:
+def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> ShardLayout:
     """The layout of a Hugging Face causal language model, by its architecture's own plan.
 
     Heads are dealt out in whole key/value groups, and the columns of 4-bit layers in whole blocks;
@@ -145,10 +145,10 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> Layout:
     stacks = {_pattern(parent).split(".*")[0] for parent in regions}
     if len(stacks) != 1:
         raise model.refusal(f"its layers are in {len(stacks)} stacks, not in one")
-    return Layout(degree, layers, tuple(regions), stacks.pop())
+    return ShardLayout(degree, layers, tuple(regions), stacks.pop())
 
 
-def require_per_token(causal_lm: nn.Module, layout: Layout) -> None:
+def require_per_token(causal_lm: nn.Module, layout: ShardLayout) -> None:
     """Refuse sequence parallelism where a layer has parts, beside its regions, that may mix tokens.
 
     Raises:

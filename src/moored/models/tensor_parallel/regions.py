@@ -45,22 +45,22 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def enter(x: Tensor, axis: Axis) -> Tensor:
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
     """The same x on every rank, into layers that each use a share of it: gradients are summed."""
     return _move(x, _same, axis.sum)
 
 
-def leave(x: Tensor, axis: Axis) -> Tensor:
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
     """Each rank's share of a sum to the sum; its gradient is the same on every rank already."""
     return _move(x, axis.sum, _same)
 
 
-def join(x: Tensor, axis: Axis, split: Split) -> Tensor:
+def gather_from(x: Tensor, axis: Axis, split: Split) -> Tensor:
     """Each rank's last dimension joined; every rank goes on with all of it."""
     return _move(x, lambda y: axis.concatenate(y, -1, split.sizes), lambda g: cut(g, axis, split))
 
 
-def part(x: Tensor, axis: Axis, split: Split) -> Tensor:
+def scatter_to(x: Tensor, axis: Axis, split: Split) -> Tensor:
     """This rank's share of the last dimension of an x that is the same on every rank."""
     return _move(x, lambda y: cut(y, axis, split), lambda g: axis.concatenate(g, -1, split.sizes))
 
@@ -95,11 +95,11 @@ class Sequence:
         """Shares to whole sequences, which every rank uses in the same way."""
         return _move(x, self._all, self._mine)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to(self, x: Tensor) -> Tensor:
         """Shares to whole sequences, of whose use each rank has a share: gradients are summed."""
         return _move(x, self._all, self._my_sum)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def reduce_from(self, x: Tensor) -> Tensor:
         """Each rank's share of a sum over whole sequences to this rank's sequences of the sum."""
         return _move(x, self._my_sum, self._all)
 

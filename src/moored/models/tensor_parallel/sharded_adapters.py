@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moored.distributed.mesh import Axis
 from moored.models.tensor_parallel import regions
-from moored.models.tensor_parallel.layout import Layout, Split
+from moored.models.tensor_parallel.layout import ShardLayout, Split
 from moored.sinelora import SineLayer
 
 
@@ -43,7 +43,7 @@ def adopt_row_layer(module: lora.LoraLayer, axis: Axis, split: Split) -> None:
 
 
 def whole_adapters(
-    causal_lm: nn.Module, layout: Layout, config: LoraConfig, seed: int
+    causal_lm: nn.Module, layout: ShardLayout, config: LoraConfig, seed: int
 ) -> Mapping[str, Tensor]:
     """The adapters' matrices as PEFT draws them for the undivided model, by their paths.
 

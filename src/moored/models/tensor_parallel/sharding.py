@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from moored.distributed.mesh import Axis
 from moored.loss.divergence import VocabShard
 from moored.models.tensor_parallel import regions
-from moored.models.tensor_parallel.layout import Layout, Sharded, Split
+from moored.models.tensor_parallel.layout import Sharded, ShardLayout, Split
 from moored.models.tensor_parallel.sharded_adapters import adopt_row_layer
 from moored.utils.errors import UserError
 
@@ -41,7 +41,7 @@ class Sharding:
         sequence_parallel: residual stream and norms are dealt out by tokens, too.
     """
 
-    def __init__(self, layout: Layout, axis: Axis, *, sequence_parallel: bool = False):
+    def __init__(self, layout: ShardLayout, axis: Axis, *, sequence_parallel: bool = False):
         self.layout, self.axis, self.sequence_parallel = layout, axis, sequence_parallel
         self._sequence = regions.Sequence(axis)
         self._handles: list[RemovableHandle] = []
@@ -83,9 +83,9 @@ class Sharding:
                     self._connect_embedding(module, layer.split)
                 continue
             if layer.style == "split":
-                self._before(module, partial(regions.part, axis=self.axis, split=layer.split))
+                self._before(module, partial(regions.scatter_to, axis=self.axis, split=layer.split))
             if layer.style == "gathered":
-                self._after(module, partial(regions.join, axis=self.axis, split=layer.split))
+                self._after(module, partial(regions.gather_from, axis=self.axis, split=layer.split))
             elif layer.sums_output:
                 self._after(module, self._leave)
         if self.sequence_parallel:
@@ -105,10 +105,16 @@ class Sharding:
             self.connect(causal_lm)
 
     def _enter(self, x: Tensor) -> Tensor:
-        return self._sequence.enter(x) if self.sequence_parallel else regions.enter(x, self.axis)
+        return (
+            self._sequence.copy_to(x) if self.sequence_parallel else regions.copy_to(x, self.axis)
+        )
 
     def _leave(self, x: Tensor) -> Tensor:
-        return self._sequence.leave(x) if self.sequence_parallel else regions.leave(x, self.axis)
+        return (
+            self._sequence.reduce_from(x)
+            if self.sequence_parallel
+            else regions.reduce_from(x, self.axis)
+        )
 
     def _before(self, module: nn.Module, move: regions.Move) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
