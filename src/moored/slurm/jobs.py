@@ -27,6 +27,7 @@ from moored.tracking.run_directory import (
     RunDirectory,
     locked,
     open_run,
+    path_of,
     require_kind,
     write_atomically,
 )
@@ -146,7 +147,7 @@ def submit_run(
     Raises:
         UserError: the run is done, or queued; or SLURM refuses a job. Nothing is left in the queue.
     """
-    config, run = for_site(config, site), run_folder(config)
+    config, run = for_site(config, site), path_of(config)
     jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
     scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
     if restart and "train" not in jobs:
@@ -178,11 +179,6 @@ def submit_run(
     submitted = submit_chain(list(jobs.items()))
     remember(run, submitted, site_name=site_name, nodes=nodes, ranks=site.slurm.ranks)
     return submitted
-
-
-def run_folder(config: Config) -> Path:
-    """The run directory of a recipe."""
-    return (config.output.dir / config.name).absolute()
 
 
 def export_folder(run: Path) -> Path:

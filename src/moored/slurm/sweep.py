@@ -25,6 +25,7 @@ from moored.tracking.run_directory import (
     RunDirectory,
     locked,
     open_run,
+    path_of,
     require_kind,
     write_atomically,
 )
@@ -140,7 +141,7 @@ def array_of(
 ) -> tuple[Job, Job]:
     """The array, and the job that reports once all of it has ended, one way or another."""
     config = room.for_site(arms[0].config, site)
-    sweep = room.run_folder(config)
+    sweep = path_of(config)
     base = room.jobs_of(config, site, sweep, nodes=nodes, stages=("train", "report"))
     binds = {path for a in arms for path in room.binds_of(a.config, site)}
     array = replace(
@@ -177,7 +178,7 @@ def submit_sweep(
         UserError: the sweep is in the queue; an arm's directory holds another run; SLURM refuses.
     """
     arms = [replace(arm, config=room.for_site(arm.config, site)) for arm in arms_of(recipe, texts)]
-    sweep = room.run_folder(arms[0].config)
+    sweep = path_of(arms[0].config)
     folders = [sweep / "arms" / arm.name for arm in arms]
     due = [
         index
