@@ -49,9 +49,8 @@ from moored.export.verification import (
 )
 from moored.models.adapters import require_scale, write_scaled
 from moored.models.base import BaseFiles, resolve_base, resolve_dtype
-from moored.utils.environment import rank_info
+from moored.utils.environment import rank_info, versions_of
 from moored.utils.errors import UserError
-from moored.utils.versions import versions_of
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from moored.config import Config
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
-from moored.utils.folders import cache_folder
+from moored.utils.environment import cache_folder, versions_of
 
 log = logging.getLogger(__name__)
 FORMAT = 2
@@ -83,7 +82,7 @@ def facts_of(config: Config, revision: str, device: torch.device, probe: Tensor)
         "revision": revision,
         "parallel": {name: getattr(parallel, name) for name in spread},
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        "versions": versions_of(("torch", "transformers", "bitsandbytes")),
         "probe": hashlib.sha256(_bytes(probe.cpu())).hexdigest(),
     }
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import moored
@@ -18,8 +16,7 @@ from moored.config import Config
 from moored.config.local_files import fingerprints, input_files
 from moored.slurm.site import Site
 from moored.tracking.run_directory import RunDirectory, write_atomically
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
+from moored.utils.environment import PACKAGES, installed_versions
 
 
 def keep_recipe(config: Config, run: Path) -> None:
@@ -47,7 +44,7 @@ def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> No
     same_python = site.container.runtime == "none" and site.environment.python is None
     expected = {
         "files": fingerprints(dict.fromkeys(path for c in configs for path in input_files(c))),
-        "versions": dict(_versions()) if same_python else {},
+        "versions": installed_versions(("python", *PACKAGES)) if same_python else {},
         "gpus": site.slurm.gpus_per_node,
         "min_free_gib": site.storage.min_free_gib,
         "min_bandwidth_gbit": site.network.min_bandwidth_gbit,
@@ -55,13 +52,3 @@ def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> No
     }
     path = RunDirectory(folder).slurm / "expected.json"
     write_atomically(path, (json.dumps(expected, indent=1) + "\n").encode())
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("python", sys.version.split()[0])]
-    for name in PACKAGES:
-        try:
-            found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
-    return found

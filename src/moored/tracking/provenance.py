@@ -9,12 +9,10 @@ import contextlib
 import getpass
 import json
 import os
-import platform
 import re
 import socket
 import subprocess
 import uuid
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +21,11 @@ import psutil
 
 from moored.config import Config
 from moored.tracking.journal import JOURNAL_NAME, first_start
+from moored.utils.environment import installed_versions
 from moored.utils.log import redact
 
-PACKAGES = ("moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "mlflow")
+PACKAGES = ("python", "moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+PACKAGES += ("mlflow",)
 _GIT_SECONDS = 2.0
 # A key that names a secret. `num_memory_tokens` and `max_tokens` do not.
 _SECRET_KEY = re.compile(r"(?i)(?:^|[._-])(?:token|password|passwd|secret|api_?key|credentials?)$")
@@ -50,7 +50,7 @@ def start_fields(config: Config, run_dir: Path, uri: str, parent: Path | None) -
         "params": params(config),
         "config": scrub(config.dump_yaml(), uri),
         "tags": {name: scrub(text, uri) for name, text in _without_secrets(config.track.tags)},
-        "versions": dict(_versions()),
+        "versions": installed_versions(PACKAGES),
         "commit": _commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "user": _user(),
@@ -113,14 +113,6 @@ def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:
 
 def _without_secrets(texts: dict[str, str]) -> list[tuple[str, str]]:
     return [(k, "***" if _SECRET_KEY.search(k) and v else redact(v)) for k, v in texts.items()]
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("python", platform.python_version())]
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found.append((name, version(name)))
-    return found
 
 
 def _user() -> str | None:

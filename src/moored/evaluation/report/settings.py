@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from moored.utils.versions import version_of
+from moored.utils.environment import version_of
 
 if TYPE_CHECKING:
     from moored.config import Config
