@@ -29,10 +29,11 @@ from moored.tracking.run_directory import (
     open_run,
     path_of,
     require_kind,
-    write_atomically,
 )
 from moored.utils import scheduler
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -238,8 +239,8 @@ def require_free(folder: Path) -> None:
 def remember(folder: Path, submitted: Sequence[Submitted], **facts: Any) -> None:
     """Keep which jobs work on a run, for `moored status` and its like."""
     jobs = [asdict(job) | {"log": str(job.log)} for job in submitted]
-    text = json.dumps({"jobs": jobs, "submitted": round(time.time(), 3), **facts}, indent=1)
-    write_atomically(RunDirectory(folder).slurm / "jobs.json", f"{text}\n".encode())
+    kept = {"jobs": jobs, "submitted": round(time.time(), 3), **facts}
+    write_json(RunDirectory(folder).slurm / "jobs.json", kept)
 
 
 def remembered(folder: Path) -> list[dict[str, str]]:

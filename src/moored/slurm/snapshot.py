@@ -6,7 +6,6 @@ noticed (`preflight.py`).
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ import moored
 from moored.config import Config
 from moored.config.local_files import fingerprints, input_files
 from moored.slurm.site import Site
-from moored.tracking.run_directory import RunDirectory, write_atomically
+from moored.tracking.run_directory import RunDirectory
+from moored.utils.atomic_dir import replacing, write_atomically
 from moored.utils.environment import PACKAGES, installed_versions
+from moored.utils.json_files import write_json
 
 
 def keep_recipe(config: Config, run: Path) -> None:
@@ -32,11 +33,8 @@ def keep_code(folder: Path) -> None:
     code = RunDirectory(folder).slurm / "code"
     if source.is_relative_to(code.resolve()):
         return  # submitted by a job: it runs the copy already
-    new = code.with_name(".code.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new / "moored", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(code, ignore_errors=True)
-    new.rename(code)
+    with replacing(code) as new:
+        shutil.copytree(source, new / "moored", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> None:
@@ -50,5 +48,4 @@ def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> No
         "min_bandwidth_gbit": site.network.min_bandwidth_gbit,
         "max_clock_skew_seconds": site.network.max_clock_skew_seconds,
     }
-    path = RunDirectory(folder).slurm / "expected.json"
-    write_atomically(path, (json.dumps(expected, indent=1) + "\n").encode())
+    write_json(RunDirectory(folder).slurm / "expected.json", expected)

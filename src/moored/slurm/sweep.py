@@ -7,7 +7,6 @@ over all of them. How one job is written and submitted is `script.py`'s and `job
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +26,11 @@ from moored.tracking.run_directory import (
     open_run,
     path_of,
     require_kind,
-    write_atomically,
 )
 from moored.utils import scheduler
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
 JOURNAL = "journal.jsonl"
@@ -220,5 +220,4 @@ def submit_sweep(
 
 def _keep_arms(sweep: Path, arms: Sequence[Arm]) -> None:
     kept = [{"name": arm.name, "overrides": list(arm.overrides)} for arm in arms]
-    text = json.dumps({"arms": kept}, indent=1) + "\n"
-    write_atomically(RunDirectory(sweep).sweep_file, text.encode())
+    write_json(RunDirectory(sweep).sweep_file, {"arms": kept})

@@ -56,7 +56,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def save_adapter(
     folder: Path, tensors: dict[str, torch.Tensor], model: PeftModel, base_name: str
 ) -> None:
-    """Write an adapter that stock PEFT loads; `folder` must not exist.
+    """Write an adapter that stock PEFT loads into `folder`, which is made if it is not there.
 
     Args:
         folder: the adapter's folder.
@@ -64,7 +64,7 @@ def save_adapter(
         model: the PEFT model, for its configuration.
         base_name: what the adapter's card names as its base.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     state = _adapter_state(tensors, model)
     if not state or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter to save has no or empty tensors")
@@ -110,25 +110,20 @@ def replace_adapter(
         tensors: whole tensors by the policy's parameter names.
         model: the PEFT model, for its configuration.
         base_name: what the adapter's card names as its base.
-        require_owned: asked before the rename: raises where the run is another process's by now.
+        require_owned: called before the rename: raises where the run is another process's by now.
 
     Raises:
         OSError: it could not be written.
         RuntimeError: what was read back is not what was written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(temporary, tensors, model, base_name)
-    expected = _adapter_state(tensors, model)
-    written = load_file(temporary / "adapter_model.safetensors")
-    if written.keys() != expected.keys() or any(
-        not torch.equal(written[name], expected[name]) for name in written
-    ):
-        raise RuntimeError(f"{temporary}: the adapter read back is not the one written")
-    require_owned()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    atomic_dir.fsync_directory(folder.parent)
+    with atomic_dir.replacing(folder, before_rename=require_owned) as new:
+        save_adapter(new, tensors, model, base_name)
+        expected = _adapter_state(tensors, model)
+        written = load_file(new / "adapter_model.safetensors")
+        if written.keys() != expected.keys() or any(
+            not torch.equal(written[name], expected[name]) for name in written
+        ):
+            raise RuntimeError(f"{new}: the adapter read back is not the one written")
 
 
 def load_adapter(folder: Path, policy: PolicyModel) -> None:
@@ -197,29 +192,14 @@ def write(
         checkpoint: what is kept.
         model: the PEFT model, for the adapter's configuration.
         base_name: what the adapter's card names as its base.
-        require_owned: asked before the rename: raises where the run is another process's by now.
+        require_owned: called before the rename: raises where the run is another process's by now.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(temporary, checkpoint, model, base_name)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        raise
-    require_owned()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    atomic_dir.fsync_directory(folder.parent)
-
-
-def _write(temporary: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str) -> None:
-    temporary.mkdir(parents=True, mode=0o700)
-    masters = masters_of(checkpoint.optimizer)
-    save_adapter(temporary / "adapter", masters, model, base_name)
-    _save_tensors(checkpoint.optimizer, temporary / "optimizer.safetensors")
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    atomic_dir.seal(temporary)
+    with atomic_dir.replacing(folder, before_rename=require_owned) as new:
+        save_adapter(new / "adapter", masters_of(checkpoint.optimizer), model, base_name)
+        _save_tensors(checkpoint.optimizer, new / "optimizer.safetensors")
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        atomic_dir.seal(new)
 
 
 def verify(folder: Path) -> str | None:
