@@ -250,7 +250,10 @@ class Config(Section):
         return dump(self.resolved())
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
-        """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`."""
+        """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`.
+
+        A list of plain values is its JSON; what is empty has no key.
+        """
         out: dict[str, str | int | float | bool | None] = {}
 
         def visit(key: Key, value: Any) -> None:
@@ -262,7 +265,7 @@ class Config(Section):
                 if any(isinstance(item, dict) for item in items):
                     for index, inner in enumerate(items):
                         visit((*key, index), inner)
-                else:
+                elif items:
                     out[dotted_key(key)] = json.dumps(items)
             else:
                 out[dotted_key(key)] = value

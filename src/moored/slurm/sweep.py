@@ -209,7 +209,8 @@ def submit_sweep(
         keep_code(sweep)
         keep_expectations([arm.config for arm in arms], sweep, site)
         if first_start(sweep / JOURNAL) is None:
-            Tracker.declare(arms[0].config, sweep, arms=[arm.name for arm in arms])
+            names, configs = [arm.name for arm in arms], [arm.config for arm in arms]
+            Tracker.declare(configs[0], sweep, names, configs)
         for path, script in scripts.items():
             write_atomically(path, script.encode())
     jobs = [("report", report)] if not due else [("train", array), ("report", report)]

@@ -688,6 +688,7 @@ def test_the_full_recipe_comes_back_from_its_copy(tmp_path, tmp_path_factory):
     assert again == config
     assert config.flat()["optim.betas"] == "[0.9, 0.95]"
     assert config.flat()["data.train.1.fields.prompt"] == "question"
+    assert not {"data.train.0.fields", "data.train.0.ignore"} & config.flat().keys()  # empty
 
 
 @pytest.mark.parametrize(
