@@ -239,7 +239,7 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         return facts
     _say(export, found, f"PEFT with {module} and the trained policy")
     print(
-        f"PEFT alone does not know {export.config.adapter.family}: `import {module}` before it "
+        f"PEFT alone does not know {export.config.adapter.method}: `import {module}` before it "
         "loads this adapter, or export with --merge, which needs nothing"
     )
     return facts | {"import_first": module}
