@@ -149,9 +149,6 @@ class EvaluationConfig(Section):
     instruction_tokens: Annotated[Positive, about("tokens per answer to these")] = 256
     max_examples: Annotated[Positive | None, about("samples of data.eval; null: all")] = None
     micro_batch_size: Annotated[Positive, about("sequences per rank and forward")] = 4
-    num_examples: Annotated[
-        int, Field(ge=0, description="worst examples of a corpus in the report, with their text")
-    ] = 8
 
     def ignored(self) -> Iterator[Ignored]:
         """Lengths of answers that are not generated."""
