@@ -41,9 +41,6 @@ class ParallelConfig(Section):
             "slice (4.13 bits), whose base differs by up to 1 % of the largest weight per degree"
         ),
     ] = "whole"
-    replica_check_every: Annotated[
-        Positive, about("steps between checks that what the ranks share is equal bit for bit")
-    ] = 50
     offload: Annotated[Literal["none", "optimizer"], about("what is kept in CPU memory")] = "none"
     rendezvous_seconds: Annotated[
         float,
@@ -63,7 +60,7 @@ class ParallelConfig(Section):
     def ignored(self) -> Iterator[Ignored]:
         """One rank shares nothing."""
         if self.tensor_parallel_degree == 1:
-            for name in ("sequence_parallel", "quantization_statistics", "replica_check_every"):
+            for name in ("sequence_parallel", "quantization_statistics"):
                 yield Ignored(name, ("tensor_parallel_degree",), "tensor_parallel_degree is 1")
 
 
