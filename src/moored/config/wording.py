@@ -123,6 +123,9 @@ class Removed(NamedTuple):
 # By their places, as older recipes and the copies in run directories have them; * is any name.
 REMOVED: Mapping[Key, Removed] = {
     ("adapter", "use_dora"): Removed(False, "set adapter.method to dora"),
+    ("parallel", "quantization_statistics"): Removed(
+        "whole", "NF4 scales are those of whole tensors, so that the base is one: remove it"
+    ),
     ("parallel", "replica_check_every"): Removed(
         50, "what ranks share is compared every 50 steps: remove it"
     ),

@@ -84,7 +84,7 @@ def _key(loader: Loader, source: Path) -> str:
         FORMAT,
         [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files],
         str(source.resolve()),
-        [str(loader.dtype), loader.device.type, loader.double, loader.whole_scales],
+        [str(loader.dtype), loader.device.type, loader.double, True],  # of whole tensors
         None if layout is None else [loader.axis.rank, repr(sorted(layout.layers.items()))],
         [version_of(name) for name in ("torch", "transformers", "bitsandbytes")],
     ]

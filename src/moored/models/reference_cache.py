@@ -74,13 +74,14 @@ def facts_of(config: Config, revision: str, device: torch.device, probe: Tensor)
     """Everything that changes a bit of the base's hidden states, but the tokens."""
     model = config.model.model_dump(mode="json", exclude={"cache_quantized", "mirror"})
     parallel = config.parallel
-    spread = ("tensor_parallel_degree", "sequence_parallel", "quantization_statistics")
+    spread = ("tensor_parallel_degree", "sequence_parallel")
     on_gpu = device.type == "cuda"
     return {
         "format": FORMAT,
         "model": model,
         "revision": revision,
-        "parallel": {name: getattr(parallel, name) for name in spread},
+        "parallel": {name: getattr(parallel, name) for name in spread}
+        | {"quantization_statistics": "whole"},  # as older caches have it
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "versions": versions_of(("torch", "transformers", "bitsandbytes")),
         "probe": hashlib.sha256(_bytes(probe.cpu())).hexdigest(),

@@ -21,7 +21,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moored.config import Config
 from moored.models.adapters import frozen_tensors, load_frozen
 from moored.models.policy import PolicyModel
 from moored.utils import atomic_dir
@@ -30,6 +29,7 @@ from moored.utils.errors import UserError
 log = logging.getLogger(__name__)
 FORMAT = 1
 FILES = {"state.json", "optimizer.safetensors", "adapter/adapter_model.safetensors"}
+WHOLE = "whole tensors"
 PREFIX = "causal_lm."  # of the PEFT model's parameters inside PolicyModel
 
 
@@ -229,36 +229,24 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+    """The JSON part of a checkpoint.
+
+    Raises:
+        UserError: it is of another format, or was trained on another base than this version makes.
+    """
     state = json.loads((folder / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise UserError(
             f"{folder}: checkpoint format {state.get('format')}, this version reads {FORMAT}: "
             "resume with the version that wrote it"
         )
-    return state
-
-
-def scales_of(config: Config, degree: int) -> str:
-    """Whose NF4 scales the base has, on which its values depend under double quantisation."""
-    sliced = config.parallel.quantization_statistics == "slice" and degree > 1
-    if sliced and config.model.quantization == "nf4" and config.model.double_quantization:
-        return f"slices at tensor_parallel_degree {degree}"
-    return "whole tensors"
-
-
-def require_same_base(folder: Path, state: dict[str, Any], scales: str) -> None:
-    """Refuse to go on with another base than the checkpoint's.
-
-    Raises:
-        UserError: its NF4 scales are not those of `scales`.
-    """
-    before = state.get("scales", scales)
-    if before != scales:
+    scales = state.get("scales", WHOLE)  # older versions could quantise those of slices
+    if scales != WHOLE:
         raise UserError(
-            f"{folder} was trained on a base with the NF4 scales of {before}, not of {scales}: "
-            "resume with its parallel.quantization_statistics and tensor_parallel_degree"
+            f"{folder} was trained on a base with the NF4 scales of {scales}, not of {WHOLE}: "
+            "resume with the version that wrote it, or start over with --restart"
         )
+    return state
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:

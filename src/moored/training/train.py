@@ -281,7 +281,6 @@ def _save(run: Run) -> None:
             "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
             "seed": run.config.train.seed,
             "world_size": run.mesh.world.size,
-            "scales": checkpoint.scales_of(run.config, run.mesh.tp.size),
         },
     )
     is_saved = True

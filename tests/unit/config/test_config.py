@@ -687,6 +687,7 @@ def test_the_resolved_copy_loads_as_an_equal_config(tmp_path_factory, data):
 # What older versions had, its default, another value, and what is said of that.
 GONE = [
     ("adapter.use_dora", "false", "true", "set adapter.method to dora"),
+    ("parallel.quantization_statistics", "whole", "slice", "so that the base is one: remove it"),
     ("parallel.replica_check_every", "50", "10", "compared every 50 steps: remove it"),
     ("evaluation.num_examples", "8", "0", "8 worst of each text: remove it"),
 ]
