@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moored.utils import atomic_dir
+from moored.utils.environment import versions_of
 from moored.utils.errors import UserError
-from moored.utils.versions import versions_of
 
 FACTS = "export.json"
 EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")

@@ -49,9 +49,8 @@ from moored.export.verification import (
 )
 from moored.models.adapters import require_scale, write_scaled
 from moored.models.base import BaseFiles, resolve_base, resolve_dtype
-from moored.utils.environment import rank_info
+from moored.utils.environment import rank_info, versions_of
 from moored.utils.errors import UserError
-from moored.utils.versions import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +239,7 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         return facts
     _say(export, found, f"PEFT with {module} and the trained policy")
     print(
-        f"PEFT alone does not know {export.config.adapter.family}: `import {module}` before it "
+        f"PEFT alone does not know {export.config.adapter.method}: `import {module}` before it "
         "loads this adapter, or export with --merge, which needs nothing"
     )
     return facts | {"import_first": module}

@@ -18,7 +18,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from moored.config import Config
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
-from moored.utils.folders import cache_folder
+from moored.utils.environment import cache_folder, versions_of
 
 log = logging.getLogger(__name__)
 FORMAT = 2
@@ -75,15 +74,16 @@ def facts_of(config: Config, revision: str, device: torch.device, probe: Tensor)
     """Everything that changes a bit of the base's hidden states, but the tokens."""
     model = config.model.model_dump(mode="json", exclude={"cache_quantized", "mirror"})
     parallel = config.parallel
-    spread = ("tensor_parallel_degree", "sequence_parallel", "quantization_statistics")
+    spread = ("tensor_parallel_degree", "sequence_parallel")
     on_gpu = device.type == "cuda"
     return {
         "format": FORMAT,
         "model": model,
         "revision": revision,
-        "parallel": {name: getattr(parallel, name) for name in spread},
+        "parallel": {name: getattr(parallel, name) for name in spread}
+        | {"quantization_statistics": "whole"},  # as older caches have it
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes")},
+        "versions": versions_of(("torch", "transformers", "bitsandbytes")),
         "probe": hashlib.sha256(_bytes(probe.cpu())).hexdigest(),
     }
 
