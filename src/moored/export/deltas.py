@@ -17,7 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moored.export.card import Delta, Deltas
+from moored.export.card.facts import Delta, Deltas
 from moored.models.adapters import product_squares
 from moored.models.weights import Files
 from moored.utils.progress import Phase

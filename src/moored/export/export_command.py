@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 
 from moored.config import Config
 from moored.distributed.mesh import Mesh, leave_mesh, start_mesh
-from moored.export import card, deltas, generation_config, merge
+from moored.export import deltas, generation_config, merge
 from moored.export.adapter_folder import (
     EXPORT_VERSIONS,
     publishing,
@@ -28,6 +28,8 @@ from moored.export.adapter_folder import (
     require_free_name,
     write_facts,
 )
+from moored.export.card import gather, markdown
+from moored.export.card.facts import Card, Deltas, Merged, Provenance, Stops
 from moored.export.resolve_target import (
     ADAPTER,
     ExportInput,
@@ -81,7 +83,7 @@ class Export:
     mesh: Mesh
     probe: Probe
     trained: Outputs
-    stops: card.Stops
+    stops: Stops
     tokenizer: Any
 
     @property
@@ -183,8 +185,8 @@ def _make(
         made, moved = _merge(export, plan, folder, work)
         weights = deltas.summary("merged", moved)
     print(generation_config.in_words(export.stops))
-    readme = card.readme_of(given.adapter)
-    card.write(_card(export, made, weights), folder, readme)
+    readme = markdown.readme_of(given.adapter)
+    markdown.write(_card(export, made, weights), folder, readme)
     write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
 
 
@@ -344,7 +346,7 @@ def _facts(export: Export) -> dict[str, Any]:
             }
         }
     )
-    ends = [asdict(end) for end in export.stops.learned]
+    ends = [end.model_dump() for end in export.stops.learned]
     return of_run | {
         "stops": {"learned": ends, "eos_token_id": export.stops.ids},
         "base": {
@@ -359,33 +361,33 @@ def _facts(export: Export) -> dict[str, Any]:
 # ---------------------------------------------------------------- the forgetting card
 
 
-def _product(export: Export) -> card.Deltas:
+def _product(export: Export) -> Deltas:
     source = export.located.source.path
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    return deltas.of_adapter(export.adapter, source, read_base=size <= card.HASHED_BYTES)
+    return deltas.of_adapter(export.adapter, source, read_base=size <= gather.HASHED_BYTES)
 
 
-def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Card:
+def _card(export: Export, made: dict[str, Any], weights: Deltas) -> Card:
     given, config = export.given, export.config
-    training, data, provenance = None, None, card.Provenance()
+    training, data, provenance = None, None, Provenance()
     if given.run is not None:
-        training, data, provenance = card.of_run(given.run, config)
+        training, data, provenance = gather.of_run(given.run, config)
     named = "RUN" if given.run is not None else "ADAPTER --recipe RECIPE.yaml"
     is_merged = made["kind"] == "merged"
-    return card.Card(
+    return Card(
         kind=made["kind"],
-        name=card.public(given.name),
-        created=card.utc(time.time()),
+        name=gather.public(given.name),
+        created=gather.utc(time.time()),
         scale=export.scale,
-        figures=card.figures_for(
+        figures=gather.figures_for(
             named, given.report_file(export.scale), export.scale, config.retention, given.name
         ),
-        base=card.base_of(config.model, export.located.source, hash_all=is_merged),
-        adapter=card.adapter_of(export.adapter),
+        base=gather.base_of(config.model, export.located.source, hash_all=is_merged),
+        adapter=gather.adapter_of(export.adapter),
         training=training,
         data=data,
         deltas=weights,
-        merged=card.Merged(
+        merged=Merged(
             into=made["merged_into"],
             dtype=made["dtype"],
             kl_trained_merged_nats_per_token=made["kl_trained_merged_nats_per_token"],
@@ -395,5 +397,5 @@ def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Ca
         else None,
         stops=export.stops,
         verified=made["verified"],
-        provenance=replace(provenance, export_versions=versions_of(EXPORT_VERSIONS)),
+        provenance=provenance.model_copy(update={"export_versions": versions_of(EXPORT_VERSIONS)}),
     )

@@ -19,7 +19,7 @@ import transformers
 
 from moored.config import Config
 from moored.data import load_samples, turn_ends
-from moored.export import card
+from moored.export.card.facts import End, Stops
 from moored.models.base import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.utils.errors import UserError
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FILE = transformers.utils.GENERATION_CONFIG_NAME
 
 
-def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> card.Stops:
+def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> Stops:
     """The ends that a run wrote down; or, where it did not, those of the recipe's data.
 
     Args:
@@ -53,10 +53,10 @@ def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> ca
             learned = [{"id": e.id, "token": e.token, "count": e.count} for e in ends]
             break
     base = _ends_of_base(located)
-    return card.Stops(
-        learned=tuple(card.End(**end) for end in learned),
+    return Stops(
+        learned=tuple(End(**end) for end in learned),
         base=tuple(
-            card.End(id=i, token=str(tokenizer.convert_ids_to_tokens(i)), count=None) for i in base
+            End(id=i, token=str(tokenizer.convert_ids_to_tokens(i)), count=None) for i in base
         ),
     )
 
@@ -73,7 +73,7 @@ def _ends_of_base(located: BaseFiles) -> list[int]:
     return [eos]
 
 
-def write_generation_config(folder: Path, located: BaseFiles, stops: card.Stops) -> None:
+def write_generation_config(folder: Path, located: BaseFiles, stops: Stops) -> None:
     """Write the base's `generation_config.json`, which stops at the learned ends, too.
 
     Args:
@@ -92,7 +92,7 @@ def write_generation_config(folder: Path, located: BaseFiles, stops: card.Stops)
     (folder / FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def tokenizer_of(config: Config, located: BaseFiles, stops: card.Stops) -> Any:
+def tokenizer_of(config: Config, located: BaseFiles, stops: Stops) -> Any:
     """The base's, with the recipe's chat template if it has one, and the end of a turn as its end.
 
     Instruction-tuned models have it so. The end stays the base's where turns end with that, too,
@@ -117,7 +117,7 @@ def tokenizer_of(config: Config, located: BaseFiles, stops: card.Stops) -> Any:
     return tokenizer
 
 
-def in_words(stops: card.Stops) -> str:
+def in_words(stops: Stops) -> str:
     """What `moored export` says of it."""
     if not stops.learned:
         return "no token of its own ends what was learned: it stops where its base does"
