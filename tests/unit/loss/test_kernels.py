@@ -13,8 +13,8 @@ import moored.loss.chunks
 import moored.loss.logits
 from dense_reference import dense_logits, dense_loss, per_row
 from moored.loss import triton_loss
-from moored.loss.head import Head, linear_tmkl_loss
-from moored.loss.tmkl import LossSums
+from moored.loss.divergence import Objective, Scales
+from moored.loss.head import Head, LossSums, linear_tmkl_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py has the interpreter on there
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -128,7 +128,8 @@ def test_half_precision(
         monkeypatch.setattr(moored.loss.logits.Logits, "native", lambda *_: True)
         monkeypatch.setattr(torch, "mm", cuda_mm)
     head = Head(nn.Parameter(weight, requires_grad=False))
-    grad, sums = head(h, h0, y, ce_scale=0.0, kl_scale=0.01, direction=direction)
+    how = {"objective": Objective(direction), "scales": Scales(0.0, 0.01)}
+    grad, sums = head(h, h0, y, use=Head.loss, **how)
     exact = h.double().requires_grad_()
     s, t = dense_logits(exact, weight), dense_logits(h0, weight)
     _, _, kl = dense_loss(s, t, y, kl_weight=1.0, direction=direction, reduction="sum")
@@ -165,15 +166,16 @@ def test_equal_models_a_weight_of_zero_and_what_is_not_finite(direction: Any) ->
     h, h0, weight, y = (x.to(DEVICE) for x in make(5, 24, 331))
     y = y.clamp_min(0)
     head = Head(nn.Parameter(weight, requires_grad=False))
-    grad, sums = head(h, h, y, kl_scale=1.0, ce_scale=0.0, direction=direction)
+    how = {"use": Head.loss, "objective": Objective(direction)}
+    grad, sums = head(h, h, y, scales=Scales(0.0, 1.0), **how)
     assert float(sums.kl_sum) == 0
     assert not grad.any()
-    alone, _ = head(h, h, y, ce_scale=0.2, kl_scale=0.0, direction=direction)
+    alone, _ = head(h, h, y, scales=Scales(0.2, 0.0), **how)
     h0[2] = math.inf  # the KL of a row is not finite, and its weight is 0
-    grad, _ = head(h, h0, y, ce_scale=0.2, kl_scale=0.0, direction=direction)
+    grad, _ = head(h, h0, y, scales=Scales(0.2, 0.0), **how)
     assert torch.equal(grad[[0, 1, 3, 4]], alone[[0, 1, 3, 4]])
     assert rel(grad, alone) < 1e-6
-    grad, _ = head(h, h0, y, ce_scale=0.2, kl_scale=1.0, direction=direction)
+    grad, _ = head(h, h0, y, scales=Scales(0.2, 1.0), **how)
     assert grad.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
@@ -183,7 +185,8 @@ def test_rows_of_different_weight(direction: Any) -> None:
     y = y.clamp_min(0)
     by_row = torch.tensor([0.0, 1.0, 5.0, 0.3, 2.0, 1.0], device=DEVICE)
     head = Head(torch.nn.Parameter(weight, requires_grad=False), chunk_tokens=4)
-    found = head(h, h0, y, ce_scale=0.5, kl_scale=0.7, direction=direction, kl_weights=by_row)
+    how = {"objective": Objective(direction), "scales": Scales(0.5, 0.7)}
+    found = head(h, h0, y, use=Head.loss, kl_weights=by_row, **how)
     exact = h.double().requires_grad_()
     s, t = (dense_logits(x, weight) for x in (exact, h0))
     ce, kl = per_row(s, t, y, direction=direction)
