@@ -91,6 +91,21 @@ def test_logits_that_differ_by_a_common_offset(
     assert rel(grad, want) < 2e-4
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_small_kl_of_large_logits(direction: Any) -> None:
+    """Log masses near 1000 are off by 3e-5, and so is the log ratio until it is set right.
+
+    Left in, or taken out with the wrong sign, that would be off by its square: 1 % of this KL.
+    """
+    h, h0, weight, y = (x.to(DEVICE) for x in make(6, 24, 203, noise=5e-4))
+    bias = torch.full((len(weight),), 1000.0, device=DEVICE)
+    out = linear_tmkl_loss(h, h0, weight, y, bias=bias, direction=direction)
+    s, t = (dense_logits(x, weight) for x in (h, h0))
+    _, _, kl = dense_loss(s, t, y, direction=direction)
+    assert 1e-8 < float(kl) < 1e-6
+    assert rel(out.kl, kl) < 2e-4  # fp32 logits of 1000, off by up to 3e-5
+
+
 def test_a_target_with_all_of_the_mass() -> None:
     """Without a mask: what is left of the policy beside the target underflows, the base's not."""
     weight = torch.eye(70, 8, device=DEVICE)
