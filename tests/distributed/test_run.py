@@ -174,7 +174,7 @@ def scaling(folder: Path) -> None:
             evaluate_command.run_command([str(path)], scales=[bad])
         with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
             export(path, folder / "bad", scale=bad)
-    dora = recipe_of(folder / "dora", adapter={"use_dora": True}, train={"steps": 2})
+    dora = recipe_of(folder / "dora", adapter={"method": "dora"}, train={"steps": 2})
     path = train.run(dora)
     with pytest.raises(UserError, match="this one is not: leave it out"):
         evaluate_command.run_command([str(path)], scales=[0.5])

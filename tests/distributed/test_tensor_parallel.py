@@ -112,8 +112,8 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "model.double_quantization=false"),
         ("llama", "nf4", "forward", 1, 2, 0, "none", "adapter.dropout=0.2"),
         ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", "adapter.dropout=0.2"),
-        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
-        ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.method=dora"),
+        ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.method=dora"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
         ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", SINE, "adapter.omega=20"),
         *(

@@ -75,11 +75,12 @@ def submit(
     """
     config = load(recipe, overrides)
     name, profile = _site(site, settings, time)
-    from moored.slurm.jobs import jobs_of, run_folder, submit_run
+    from moored.slurm.jobs import jobs_of, submit_run
     from moored.slurm.script import render
+    from moored.tracking.run_directory import path_of
 
     wanted = [stage for stage in stages.split(",") if stage]
-    run = run_folder(config)
+    run = path_of(config)
     if dry_run:
         jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted)
         click.echo("\n".join(render(job, profile, name) for job in jobs.values()), nl=False)

@@ -49,9 +49,8 @@ from moored.export.verification import (
 )
 from moored.models.adapters import require_scale, write_scaled
 from moored.models.base import BaseFiles, resolve_base, resolve_dtype
-from moored.utils.environment import rank_info
+from moored.utils.environment import rank_info, versions_of
 from moored.utils.errors import UserError
-from moored.utils.versions import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +252,7 @@ def _adapter(export: Export) -> Made:
     facts = {"kind": "adapter", "verified": _verified(export, agreement, "trained policy")}
     if module is not None:
         print(
-            f"PEFT alone does not know {export.config.adapter.family}: `import {module}` before it "
+            f"PEFT alone does not know {export.config.adapter.method}: `import {module}` before it "
             "loads this adapter, or export with --merge, which needs nothing"
         )
         facts["import_first"] = module

@@ -172,10 +172,3 @@ def warn_of_another_base(run: RunDirectory | None, config: Config, located: Base
                 trained,
                 located.source.revision,
             )
-    p = config.parallel
-    if p.quantization_statistics == "slice" and p.tensor_parallel_degree > 1:
-        log.warning(
-            "the run's 4-bit scales were those of %d slices, which stock transformers does not "
-            "make: the exported adapter meets a base that differs a little",
-            p.tensor_parallel_degree,
-        )

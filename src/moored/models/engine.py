@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +89,10 @@ class Engine:
         """
         if self.references is None:
             return self._of_base(batch)
-        hidden = self.references.hidden(batch, partial(self._of_base, batch))
+        hidden = self.references.find(batch)
+        if hidden is None:
+            hidden = self._of_base(batch)
+            self.references.keep(batch, hidden)
         return hidden.to(self.mesh.device, non_blocking=True)
 
     def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:

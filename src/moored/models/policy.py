@@ -226,7 +226,7 @@ def load_policy(
         attend_by_sample(causal_lm, pristine, again)
     head = None
     if adapter is None:
-        label = f"{config.adapter.family} with init {config.adapter.init}"
+        label = f"{config.adapter.method} with init {config.adapter.init}"
         model = add_adapters(causal_lm, config.adapter, config.train.seed, sharding)
     else:
         label = str(adapter)
@@ -249,7 +249,7 @@ def load_policy(
     policy.train()
     off = of_base(policy, batch)
     require_identity(pristine, off, adapter=label, where="before training")
-    if adapter is None and config.adapter.family != "dora":
+    if adapter is None and config.adapter.method != "dora":
         with torch.no_grad(), dropout_off(policy):
             _require_neutral(policy(batch), off, label)
     train = config.train
@@ -261,7 +261,7 @@ def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | 
     """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
     if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
         return None
-    use_dora = config.adapter.family == "dora"
+    use_dora = config.adapter.method == "dora"
     if adapter is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
             use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)

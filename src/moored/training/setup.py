@@ -193,8 +193,6 @@ def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], o
 
 def _resume(run: Run, folder: Path) -> None:
     state = checkpoint.read_state(folder)
-    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
-    checkpoint.require_same_base(folder, state, scales)
     run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
     run.stream.load_state_dict(state["cursor"])
     if run.replay is not None:

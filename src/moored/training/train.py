@@ -50,6 +50,8 @@ from moored.utils.log import setup
 from moored.utils.progress import Progress
 
 log = logging.getLogger(__name__)
+# Steps between looks whether what the ranks of a tensor-parallel group share is equal bit for bit.
+REPLICA_CHECK_EVERY = 50
 
 
 def run(
@@ -145,7 +147,7 @@ def _train(run: Run) -> None:
                 tokens_per_second=run.train_tokens / run.train_seconds,
             )
             _require_finite(run, stats, batches)
-            if run.step % config.parallel.replica_check_every == 0:
+            if run.step % REPLICA_CHECK_EVERY == 0:
                 engine.require_equal_replicas()
             _steer(run)
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
@@ -279,7 +281,6 @@ def _save(run: Run) -> None:
             "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
             "seed": run.config.train.seed,
             "world_size": run.mesh.world.size,
-            "scales": checkpoint.scales_of(run.config, run.mesh.tp.size),
         },
     )
     is_saved = True

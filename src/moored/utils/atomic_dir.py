@@ -1,6 +1,7 @@
-"""Folders that are whole or absent: made once under a lock, sealed by a manifest, verified on use.
+"""Folders and files that are whole or absent: written aside, renamed, and folders verified on use.
 
-What lies in such a folder is its maker's business; no format is known here.
+A folder may be made once under a lock, and is sealed by a manifest. What lies in it is its maker's
+business; no format is known here.
 """
 
 from __future__ import annotations
@@ -96,12 +97,62 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         new.mkdir(mode=0o700)
         yield new, facts
         seal(new, facts)
-        if verify(folder) is None:
-            return
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(new, folder)
-        fsync_directory(folder.parent)
+        if verify(folder) is not None:
+            _put_in_place(new, folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, *, before_rename: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Fill an empty folder, which takes the place of `folder` when the body ends well.
+
+    For a folder with one writer: meanwhile the new one is `.NAME.tmp` beside it, and what a killed
+    writer left there goes.
+
+    Args:
+        folder: what is replaced, if it is there.
+        before_rename: called once the new folder is filled; raises where nothing may be replaced.
+
+    Yields:
+        The folder to fill.
+    """
+    new = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True, mode=0o700)
+        yield new
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)  # it may be what fills the disk
+        raise
+    before_rename()
+    _put_in_place(new, folder)
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(new, folder)
+    fsync_directory(folder.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader or a crash sees the old or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """What the body makes is for its owner alone (umask 077, of the whole process)."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def test_replayed_rows_come_beside_each_batch(tmp_path):
             ["regularizer.kind=l2", "parallel.zero_stage=3"],
             "l2 is not done with parallel.zero_stage",
         ),
-        (["regularizer.kind=l2", "adapter.use_dora=true"], "l2 is not done with adapter.method"),
+        (["regularizer.kind=l2", "adapter.method=dora"], "l2 is not done with adapter.method"),
         (
             ["regularizer.kind=eaft", "regularizer.weight=2"],
             "regularizer.weight: would be ignored, since kind is eaft",
