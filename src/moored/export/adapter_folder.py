@@ -6,7 +6,6 @@ What lies in it is made beside; modes are those of the umask, since others are t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from moored.export.card.gather import utc
 from moored.utils import atomic_dir
 from moored.utils.environment import versions_of
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 FACTS = "export.json"
 EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")
@@ -65,7 +65,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
         "created": utc(time.time()),
         "files": atomic_dir.contents(folder, "hashing what is exported"),
     }
-    (folder / FACTS).write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(folder / FACTS, whole)
 
 
 @contextlib.contextmanager

@@ -5,18 +5,16 @@ Nothing is read, measured or worded here.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer
+from pydantic import BaseModel, ConfigDict
 
 from moored.evaluation.report import Report, headline
+from moored.utils.json_files import jsonable
 
 FORMAT = 1
-# An integer stays one; what JSON has no number for is a string.
-Number = Annotated[int | float, PlainSerializer(lambda x: x if math.isfinite(x) else json.dumps(x))]
+Number = int | float  # stays what it is: 32 is not written as 32.0
 
 
 class Facts(BaseModel):
@@ -270,4 +268,4 @@ class Card(Facts):
 
     def to_json(self) -> dict[str, Any]:
         """The content of `forgetting-card.json`; NaN and infinities are strings `float` reads."""
-        return {"format": FORMAT} | self.model_dump(mode="json")
+        return {"format": FORMAT} | jsonable(self.model_dump())

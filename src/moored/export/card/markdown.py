@@ -23,6 +23,7 @@ import yaml
 from moored.evaluation.report import rise_pct, words
 from moored.export.card.facts import Card, End
 from moored.utils import atomic_dir
+from moored.utils.json_files import write_json
 
 MARK = "<!-- forgetting card, written by moored export -->"
 JSON_NAME = "forgetting-card.json"
@@ -165,8 +166,7 @@ def write(card: Card, folder: Path, readme: Path | None = None) -> None:
         folder: an existing one, without a README.
         readme: somebody's own, which stays the README; the page then stands beside it.
     """
-    data = json.dumps(card.to_json(), indent=1, allow_nan=False)
-    (folder / JSON_NAME).write_text(data + "\n", encoding="utf-8")
+    write_json(folder / JSON_NAME, card.to_json())
     if readme is not None:
         (folder / README).write_bytes(readme.read_bytes())
     name = README if readme is None else BESIDE
