@@ -123,6 +123,10 @@ class Removed(NamedTuple):
 # By their places, as older recipes and the copies in run directories have them; * is any name.
 REMOVED: Mapping[Key, Removed] = {
     ("adapter", "use_dora"): Removed(False, "set adapter.method to dora"),
+    **{
+        (*place, "budget", "min_weight"): Removed(1e-3, "the least weight is 0.001: remove it")
+        for place in (("regularizer",), ("compare", "*"))
+    },
     ("parallel", "quantization_statistics"): Removed(
         "whole", "NF4 scales are those of whole tensors, so that the base is one: remove it"
     ),
