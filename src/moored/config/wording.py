@@ -133,6 +133,9 @@ REMOVED: Mapping[Key, Removed] = {
     ("parallel", "replica_check_every"): Removed(
         50, "what ranks share is compared every 50 steps: remove it"
     ),
+    ("train", "max_nonfinite_updates"): Removed(
+        5, "five refused updates in a row end the run: remove it"
+    ),
     ("evaluation", "num_examples"): Removed(8, "a report has the 8 worst of each text: remove it"),
 }
 

@@ -691,6 +691,7 @@ GONE = [
     ("compare.0.budget.min_weight", "0.001", "0", "the least weight is 0.001: remove it"),
     ("parallel.quantization_statistics", "whole", "slice", "so that the base is one: remove it"),
     ("parallel.replica_check_every", "50", "10", "compared every 50 steps: remove it"),
+    ("train.max_nonfinite_updates", "5", "1", "five refused updates in a row end the run: remove"),
     ("evaluation.num_examples", "8", "0", "8 worst of each text: remove it"),
 ]
 
