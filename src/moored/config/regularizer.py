@@ -18,6 +18,7 @@ from moored.config.section import Ignored, Key, Positive, Problem, Section, abou
 
 DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base
 WEIGHTED = (*DIVERGENT, "l2", "replay")  # kinds whose weight means something
+LEAST_WEIGHT = 1e-3  # to which a budget with room lets the weight fall
 
 
 class Budget(Section):
@@ -40,8 +41,9 @@ class Budget(Section):
     when_broken: Annotated[
         Literal["stop", "continue"], about("stop: the run ends with exit code 3; continue: warn")
     ] = "stop"
-    min_weight: Annotated[float, Field(gt=0, description="least weight")] = 1e-3
-    max_weight: Annotated[float, Field(gt=0, description="greatest weight")] = 30.0
+    max_weight: Annotated[
+        float, Field(gt=LEAST_WEIGHT, description="greatest weight; the least is 0.001")
+    ] = 30.0
 
     @property
     def limit(self) -> float:
@@ -67,15 +69,9 @@ class Budget(Section):
         return self.drift_nats_per_token is not None
 
     def problems(self) -> Iterator[Problem]:
-        """One budget, and weights in order."""
+        """One budget."""
         kinds = ("retention_increase_pct", "drift_nats_per_token")
         yield from one_of(self, kinds, what="what is limited")
-        if self.min_weight >= self.max_weight:
-            yield Problem(
-                "min_weight",
-                f"{self.min_weight:g} is not less than max_weight {self.max_weight:g}: lower it",
-                ("max_weight",),
-            )
 
 
 class Regularizer(Section):
