@@ -123,6 +123,9 @@ class Removed(NamedTuple):
 # By their places, as older recipes and the copies in run directories have them; * is any name.
 REMOVED: Mapping[Key, Removed] = {
     ("adapter", "use_dora"): Removed(False, "set adapter.method to dora"),
+    ("optim", "min_lr_ratio"): Removed(
+        0.0, "linear and cosine end at 0: remove it, or set optim.schedule to constant"
+    ),
     **{
         (*place, "budget", "min_weight"): Removed(1e-3, "the least weight is 0.001: remove it")
         for place in (("regularizer",), ("compare", "*"))

@@ -51,8 +51,8 @@ class StepStats:
 
 def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The learning rate of update `step` (from 0) of `num_steps`; a pure function."""
-    peak, rise, end = optim.learning_rate, optim.warmup_steps, optim.min_lr_ratio
-    return _scheduled(step, num_steps, peak, optim.schedule, rise, end)
+    peak, rise = optim.learning_rate, optim.warmup_steps
+    return _scheduled(step, num_steps, peak, optim.schedule, rise, end_ratio=0.0)
 
 
 def needs_kl(step: int, regularizer: Regularizer) -> bool:

@@ -687,6 +687,7 @@ def test_the_resolved_copy_loads_as_an_equal_config(tmp_path_factory, data):
 # What older versions had, its default, another value, and what is said of that.
 GONE = [
     ("adapter.use_dora", "false", "true", "set adapter.method to dora"),
+    ("optim.min_lr_ratio", "0", "0.1", "or set optim.schedule to constant"),
     ("regularizer.budget.min_weight", "1.0e-3", "0.01", "the least weight is 0.001: remove it"),
     ("compare.0.budget.min_weight", "0.001", "0", "the least weight is 0.001: remove it"),
     ("parallel.quantization_statistics", "whole", "slice", "so that the base is one: remove it"),
