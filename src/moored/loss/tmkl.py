@@ -124,7 +124,7 @@ def tmkl_loss(
 
 
 def _difference(t_Cv: Tensor, s_Cv: Tensor, lowest: float) -> Tensor:
-    """T - s, with 0 where both are -inf and no less than `lowest`."""
+    """The log-ratio t - s, with 0 where both are -inf and no less than `lowest`."""
     e_Cv = t_Cv - s_Cv
     if e_Cv.is_cuda or not bool(torch.isfinite(e_Cv.sum())):
         e_Cv = torch.where(t_Cv == s_Cv, 0.0, e_Cv).clamp_(min=lowest)
