@@ -266,7 +266,7 @@ def test_a_disk_too_full_for_checkpoints_does_not_end_a_run(tmp_path):
 
 
 def poisoned(folder: Path) -> None:
-    config = recipe_of(folder, train={"max_nonfinite_updates": 2})
+    config = recipe_of(folder, train={"steps": 6})
     load = setup.load_policy
 
     def poisoning(*arguments: Any) -> Any:
@@ -275,7 +275,7 @@ def poisoned(folder: Path) -> None:
         return policy
 
     setup.load_policy = poisoning
-    with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
+    with pytest.raises(TrainingRefusedError, match="5 updates in a row"):
         train.run(config)
     run = config.output.dir / "tiny"
     assert state(run)["status"] == "refused"

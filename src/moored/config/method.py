@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field, model_validator
 
 from moored.config.section import (
-    Fraction,
     Ignored,
     Positive,
     Problem,
@@ -121,14 +120,10 @@ class OptimConfig(Section):
     ] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, description="added to the denominator")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="per unit learning rate")] = 0.0
-    schedule: Annotated[Literal["constant", "linear", "cosine"], about("after warm-up")] = "cosine"
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], about("after warm-up; the latter two end at 0")
+    ] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0, description="steps of linear rise")] = 0
-    min_lr_ratio: Annotated[Fraction, about("last learning rate / peak")] = 0.0
     max_grad_norm: Annotated[
         Annotated[float, Field(gt=0)] | None, about("global L2 norm; null: no clipping")
     ] = 1.0
-
-    def ignored(self) -> Iterator[Ignored]:
-        """A constant schedule never falls."""
-        if self.schedule == "constant":
-            yield Ignored("min_lr_ratio", ("schedule",), "schedule is constant")

@@ -102,7 +102,6 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[Positive, about("checkpoints kept, the newest")] = 2
     log_every: Annotated[Positive, about("steps between logged points")] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of data order and adapter")] = 0
-    max_nonfinite_updates: Annotated[Positive, about("refused updates in a row; then stop")] = 5
 
     def ignored(self) -> Iterator[Ignored]:
         """Nothing is recomputed."""

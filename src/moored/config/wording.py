@@ -123,11 +123,21 @@ class Removed(NamedTuple):
 # By their places, as older recipes and the copies in run directories have them; * is any name.
 REMOVED: Mapping[Key, Removed] = {
     ("adapter", "use_dora"): Removed(False, "set adapter.method to dora"),
+    ("optim", "min_lr_ratio"): Removed(
+        0.0, "linear and cosine end at 0: remove it, or set optim.schedule to constant"
+    ),
+    **{
+        (*place, "budget", "min_weight"): Removed(1e-3, "the least weight is 0.001: remove it")
+        for place in (("regularizer",), ("compare", "*"))
+    },
     ("parallel", "quantization_statistics"): Removed(
         "whole", "NF4 scales are those of whole tensors, so that the base is one: remove it"
     ),
     ("parallel", "replica_check_every"): Removed(
         50, "what ranks share is compared every 50 steps: remove it"
+    ),
+    ("train", "max_nonfinite_updates"): Removed(
+        5, "five refused updates in a row end the run: remove it"
     ),
     ("evaluation", "num_examples"): Removed(8, "a report has the 8 worst of each text: remove it"),
 }

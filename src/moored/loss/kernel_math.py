@@ -144,7 +144,7 @@ def as_one(x, u, DIRECTION: tl.constexpr):
         kl = kl / (1 + off) - off * off * (0.5 - off * (2 / 3))
     elif DIRECTION == 1:
         off, kl = both_sums(k, reverse)
-        kl += off * off * (0.5 - off * (1 / 3))
+        kl -= off * off * (0.5 - off * (1 / 3))
     else:
         off, kl = tl.sum(k, 0), 0.0
     return tl.where(some, top + tl.log(sum_p), absent), ratio + log1p(off), kl, p, q

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moored.config import Config
+from moored.config.regularizer import LEAST_WEIGHT
 from moored.data import Prefetcher, TrainStream, check_data, load_samples, turn_ends
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
@@ -176,9 +177,11 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
     controller = Controller(budget, config.regularizer.weight)
     if controller.weight != config.regularizer.weight:
         log.warning(
-            "regularizer.weight=%g is outside the bounds of its budget: it starts at %g; see "
-            "budget.min_weight and max_weight",
+            "regularizer.weight=%g is outside the bounds of its budget (%g to max_weight=%g): it "
+            "starts at %g",
             config.regularizer.weight,
+            LEAST_WEIGHT,
+            budget.max_weight,
             controller.weight,
         )
     return controller

@@ -52,6 +52,7 @@ from moored.utils.progress import Progress
 log = logging.getLogger(__name__)
 # Steps between looks whether what the ranks of a tensor-parallel group share is equal bit for bit.
 REPLICA_CHECK_EVERY = 50
+MOST_REFUSED = 5  # updates in a row whose gradient is not finite; then the run ends
 
 
 def run(
@@ -226,12 +227,11 @@ def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> Non
         stats.loss,
         ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if samples[20:] else ""),
     )
-    limit = run.config.train.max_nonfinite_updates
-    if run.refused_in_a_row >= limit:
+    if run.refused_in_a_row >= MOST_REFUSED:
         raise TrainingRefusedError(
-            f"{limit} updates in a row had a non-finite gradient (last at step {run.step}): lower "
-            "optim.learning_rate, or look at the data of these steps; the adapter is as it was "
-            "before them"
+            f"{MOST_REFUSED} updates in a row had a non-finite gradient (last at step {run.step}): "
+            "lower optim.learning_rate, or look at the data of these steps; the adapter is as it "
+            "was before them"
         )
 
 

@@ -687,15 +687,20 @@ def test_the_resolved_copy_loads_as_an_equal_config(tmp_path_factory, data):
 # What older versions had, its default, another value, and what is said of that.
 GONE = [
     ("adapter.use_dora", "false", "true", "set adapter.method to dora"),
+    ("optim.min_lr_ratio", "0", "0.1", "or set optim.schedule to constant"),
+    ("regularizer.budget.min_weight", "1.0e-3", "0.01", "the least weight is 0.001: remove it"),
+    ("compare.0.budget.min_weight", "0.001", "0", "the least weight is 0.001: remove it"),
     ("parallel.quantization_statistics", "whole", "slice", "so that the base is one: remove it"),
     ("parallel.replica_check_every", "50", "10", "compared every 50 steps: remove it"),
+    ("train.max_nonfinite_updates", "5", "1", "five refused updates in a row end the run: remove"),
     ("evaluation.num_examples", "8", "0", "8 worst of each text: remove it"),
 ]
 
 
 @pytest.mark.parametrize(("key", "default", "other", "instead"), GONE)
 def test_an_option_that_is_gone(tmp_path, key, default, other, instead):
-    recipe = MINIMAL + "regularizer: {budget: {retention_increase_pct: 1.0}}\n"
+    recipe = f"{MINIMAL}regularizer: {{budget: {{retention_increase_pct: 1.0}}}}\n"
+    recipe += "compare:\n  - {kind: kl, budget: {retention_increase_pct: 2.0}}\n"
     config = load_config(write(tmp_path, recipe))
     section, _, name = key.rpartition(".")
     assert load_config(tmp_path / "recipe.yaml", [f"{key}={default}"]) == config
