@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from moored.config import Config
 from moored.plan.architecture import Architecture, find_architecture
-from moored.plan.gpus import GPUS, Cluster, cluster_of, gpu_named
+from moored.plan.gpus import GPUS, Cluster, cluster_of, gpu_named, gpu_of_device
 from moored.plan.memory import (
     EXPERTS_IN_4_BITS,
     GIB,
     Term,
     adapted,
+    adapter_size,
     doubt,
     gpu_memory,
+    held,
     host_memory,
     on_disk,
     total,
@@ -509,3 +512,74 @@ def site_warning(
     except UserError as error:
         return f"by `moored plan`, {error}"
     return None
+
+
+def _of_folder(config: Config, folder: Path) -> Architecture:
+    return find_architecture(config.model.model_copy(update={"name_or_path": str(folder)}))
+
+
+def machine_line(
+    config: Config, folder: Path, device: str, memory_bytes: int, num_gpus: int
+) -> tuple[str, bool]:
+    """One line of a recipe on the GPUs of this machine, and whether it fits there.
+
+    Args:
+        config: the recipe.
+        folder: of the model, on this machine.
+        device: the name of one of them, all being alike.
+        memory_bytes: what it has.
+        num_gpus: how many there are.
+    """
+    facts = gpu_of_device(device, memory_bytes)
+    if facts is None:
+        return f"{device} is not known to `moored plan`", True
+    # What the device says it has, since that is at hand.
+    facts = replace(facts, memory_gb=memory_bytes / 1e9)
+    cluster = Cluster(gpu=facts, gpus_per_node=num_gpus)
+    try:
+        local = config.model.model_copy(update={"name_or_path": str(folder)})
+        plan = make_plan(config.model_copy(update={"model": local}), cluster)
+    except UserError as error:
+        return str(error), False
+    low, high = plan.time.range
+    return (
+        f"on {cluster}: {total(plan.memory) / GIB:.1f} of {memory_bytes / GIB:.1f} GiB a GPU "
+        f"(±{doubt(plan.memory):.0%}), {low:.1f} to {high:.1f} s a step (`moored plan` says more)",
+        True,
+    )
+
+
+def load_problem(
+    config: Config,
+    folder: Path,
+    *,
+    degree: int,
+    world: int,
+    on_gpu: bool,
+    memory_bytes: int,
+) -> str | None:
+    """Why the base should not be loaded here, in one line; None: it fits, or nobody knows.
+
+    Args:
+        config: the recipe.
+        folder: of the model, on this machine.
+        degree: tensor-parallel ranks of the processes that are here.
+        world: all of them.
+        on_gpu: else in the host's memory, in the recipe's precision for a CPU.
+        memory_bytes: what one process may take.
+    """
+    try:
+        architecture = _of_folder(config, folder)
+    except UserError:
+        return None
+    work = replace(Workload.of(config, on_gpu=on_gpu), tensor_parallel_degree=degree)
+    # Loading makes the adapter's parameters, and neither gradients nor moments.
+    parts = [t.bytes for t in held(architecture, work, world) if t.name != "adapter"]
+    size = sum(parts) + 4 * adapter_size(architecture, work, degree)
+    if size <= memory_bytes:
+        return None
+    where = "a GPU has" if on_gpu else "are free"
+    return (
+        f"the base takes {size / GIB:.1f} GiB in each process, and {memory_bytes / GIB:.1f} "
+        f"{where}: its weights were not loaded, and what they would show was not looked at"
+    )
