@@ -53,6 +53,7 @@ SHAPES = {
     "70m": (512, 1408, 20, 8, 4, 8192),
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "3b": (3072, 8192, 28, 24, 8, 128256),
+    "1k": (1024, 2816, 2, 8, 4, 4096),
     "70b": (8192, 28672, 2, 64, 8, 16384),
 }
 PLAIN = Workload(
@@ -79,7 +80,7 @@ def shaped(
         "num_key_value_heads": kv_heads,
         "head_dim": hidden // heads,
         "vocab_size": vocab,
-        "tie_word_embeddings": hidden < 4096,
+        "tie_word_embeddings": hidden < 4096 and layers > 2,
     }
     return read_architecture(config, "benchmarks/plan_accuracy.py")
 
@@ -402,7 +403,7 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--wide", choices=["70b"], help="also layers of this width, on this CPU")
+    parser.add_argument("--wide", choices=["1k", "70b"], help="also two layers of this width")
     parser.add_argument("--meshes", nargs="*", help="of --wide, such as 1x1z0 2x1z3")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -36,6 +36,7 @@ from moored.plan.step_time import (
 from moored.plan.workload import Workload
 from moored.utils.errors import UserError
 
+SAME = 1.05  # times of layouts that a plan cannot tell apart
 SHORT = 0.5  # of max_length: below it, rows that are not packed are mostly padding or small
 
 
@@ -53,7 +54,7 @@ class Plan:
         disk: files.
         time: of a step.
         sent: what one rank sends: by what, bytes, of a micro-batch or of a step.
-        best: the fastest layout that was found to fit, which may be the recipe's own.
+        best: the fastest layout that was found to fit; the recipe's own, if it is about as fast.
         best_time: of it.
         reasons: why that one.
         warnings: what fits, but should be looked at.
@@ -80,8 +81,8 @@ class Plan:
 
     @property
     def is_best(self) -> bool:
-        """Whether the recipe's layout is as good as any, within what can be told apart."""
-        return self.time.seconds() <= 1.05 * self.best_time.seconds()
+        """Whether the recipe's own layout is as good as any."""
+        return self.best is self.work
 
 
 def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None) -> Plan:
@@ -104,6 +105,8 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
     best = best_layout(architecture, work, cluster, host_factor)
     time = step_time(architecture, work, cluster, host_factor)
     best_time = step_time(architecture, best, cluster, host_factor)
+    if time.seconds() <= SAME * best_time.seconds():
+        best, best_time = work, time
     targets = time.tokens
     return Plan(
         name=config.name,
@@ -379,7 +382,7 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
             f"tensor_parallel_degree {t}: a whole copy would fit ({size:.1f} GiB), but there are "
             f"{best.rows_per_step} rows a step for {cluster.world} GPUs, or rows too long for more"
         )
-    elif cluster.world > 1:
+    elif cluster.world > 1 and best.zero_stage < 3:
         found.append(
             "tensor_parallel_degree 1: a whole copy fits, and copies send each other the adapter's "
             "gradients alone"

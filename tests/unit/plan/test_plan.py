@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import time
@@ -548,15 +550,25 @@ def test_submit_warns_in_one_line_and_goes_on(no_hub, tmp_path):
 # ---------------------------------------------------------------- against what was measured
 
 
+ROOT = Path(__file__).parents[3]
+
+
 def test_the_plan_agrees_with_every_run_that_is_on_record():
     """10 % of memory and 20 % of time; the table in docs/plan.md is of these."""
-    folder = Path(__file__).parents[3] / "benchmarks"
-    sys.path.insert(0, str(folder))
-    try:
-        import plan_accuracy
-    finally:
-        sys.path.remove(str(folder))
-    rows = plan_accuracy.documented()
+    accuracy = runpy.run_path(str(ROOT / "benchmarks" / "plan_accuracy.py"))
+    rows = accuracy["documented"]()
     assert len(rows) > 30
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert accuracy["table"](rows) in page, "python benchmarks/plan_accuracy.py makes the table"
     limit = {"GiB": 0.10, "MiB": 0.10, "s": 0.20, "ms": 0.20, "x": 0.20}
     assert {row.what: round(row.off, 2) for row in rows if abs(row.off) > limit[row.unit]} == {}
+
+
+def test_the_page_has_the_table_of_gpus():
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| ([\d.]+), ", page, re.M
+    )
+    assert {
+        name: [float(value.replace(",", "")) for value in values] for name, *values in rows
+    } == {g.name: [g.memory_gb, g.bf16_tflops, g.bandwidth_gbs, g.link_gbs] for g in GPUS.values()}
