@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from moored.plan.architecture import Architecture, read_architecture  # noqa: E402
 from moored.plan.gpus import cluster_of  # noqa: E402
-from moored.plan.memory import GIB, gpu_memory, of_a_step, torch_peak, total  # noqa: E402
+from moored.plan.memory_terms import GIB, gpu_memory, of_a_step, torch_peak, total  # noqa: E402
 from moored.plan.step_time import counted, head_seconds, step_time  # noqa: E402
 from moored.plan.workload import Workload  # noqa: E402
 

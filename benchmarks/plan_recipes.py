@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from moored.config import load_config  # noqa: E402
 from moored.plan import cluster_of, make_plan  # noqa: E402
-from moored.plan.memory import GIB, total  # noqa: E402
+from moored.plan.memory_terms import GIB, total  # noqa: E402
 
 PAGE = ROOT / "recipes" / "README.md"
 MARKED = re.compile(r"(<!-- planned -->\n)(.*?)(<!-- /planned -->)", re.S)

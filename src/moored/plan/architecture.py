@@ -150,7 +150,7 @@ def find_architecture(model: ModelConfig) -> Architecture:
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
     """The config.json of a hub name in its cache, in the layout that the hub's client documents."""
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    cache = os.environ.get("HF_HUB_CACHE")
     if not cache:
         home = os.environ.get("HF_HOME")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

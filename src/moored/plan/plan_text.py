@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from moored.plan.memory import GIB, Term, doubt, total
-from moored.plan.planning import Plan, changes
+from moored.plan.memory_terms import GIB, Term, doubt, total
+from moored.plan.planning import RunPlan, changes
 from moored.plan.step_time import HOST_FACTORS
 from moored.plan.workload import Workload
 
 
-def as_text(plan: Plan) -> str:
+def as_text(plan: RunPlan) -> str:
     """Lines for a terminal, without colours."""
     return "\n".join(_lines(plan))
 
 
-def _lines(plan: Plan) -> Iterator[str]:
+def _lines(plan: RunPlan) -> Iterator[str]:
     work, cluster, architecture = plan.work, plan.cluster, plan.architecture
     gpu, time = cluster.gpu, plan.time
     billions = architecture.num_parameters / 1e9
@@ -76,7 +76,7 @@ def _table(
     yield f"  {'sum':<24}{total(terms) / unit:>9.2f} ±{doubt(terms):>4.0%} {said}"
 
 
-def _time(plan: Plan) -> Iterator[str]:
+def _time(plan: RunPlan) -> Iterator[str]:
     time, work = plan.time, plan.work
     low, high = time.range
     seconds = time.seconds()
@@ -125,7 +125,7 @@ def _rows(work: Workload) -> str:
     return f"{{micro_batch_size: {work.micro_batch_size}}}"
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: RunPlan) -> dict[str, Any]:
     """Plain values: bytes and seconds."""
     time, work, cluster = plan.time, plan.work, plan.cluster
     least, most = time.range

@@ -1,6 +1,6 @@
 """A recipe on a cluster: whether it fits, how long it takes, and which layout is the best there.
 
-Puts `memory.py` and `step_time.py` together; what is printed of a plan is `plan_text.py`'s.
+Puts `memory_terms.py` and `step_time.py` together; what is printed of a plan is `plan_text.py`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from moored.config import Config
 from moored.plan.architecture import Architecture, find_architecture
 from moored.plan.gpus import GPUS, Cluster, cluster_of, gpu_named, gpu_of_device
-from moored.plan.memory import (
+from moored.plan.memory_terms import (
     EXPERTS_IN_4_BITS,
     GIB,
     Term,
@@ -41,7 +41,7 @@ SHORT = 0.5  # of max_length: below it, rows that are not packed are mostly padd
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class RunPlan:
     """What a recipe is foretold to take on a cluster.
 
     Attributes:
@@ -85,7 +85,7 @@ class Plan:
         return self.best is self.work
 
 
-def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None) -> Plan:
+def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None) -> RunPlan:
     """Foretell a recipe on a cluster, from its config.json alone.
 
     Args:
@@ -108,7 +108,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
     if time.seconds() <= SAME * best_time.seconds():
         best, best_time = work, time
     targets = time.tokens
-    return Plan(
+    return RunPlan(
         name=config.name,
         architecture=architecture,
         work=work,

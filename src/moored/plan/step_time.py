@@ -5,7 +5,7 @@ send each other, and the host's floor, i.e. the time in which a processor starts
 The greater of the GPU's and the host's counts. Constants were fitted to the runs on H100s of
 `docs/performance.md`; on other GPUs the same shares of the makers' figures are supposed.
 
-Letters as in `memory.py`; S tokens of a row, N elements of the linear layers.
+Letters as in `memory_terms.py`; S tokens of a row, N elements of the linear layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from moored.distributed.traffic import MicroBatch, Sent, Spread, micro_batch_traffic
 from moored.plan.architecture import Architecture
 from moored.plan.gpus import Cluster
-from moored.plan.memory import adapted, adapter_size, chunk_rows
+from moored.plan.memory_terms import adapted, adapter_size, chunk_rows
 from moored.plan.workload import Workload
 
 # Shares of the makers' figures that are reached.

@@ -20,7 +20,7 @@ from moored.plan import cluster_of, load_problem, machine_line, make_plan, site_
 from moored.plan.architecture import find_architecture, read_architecture
 from moored.plan.gpus import GPUS, gpu_named, gpu_of_device
 from moored.plan.known_models import known_config, known_names
-from moored.plan.memory import GIB, adapter_size, gpu_memory, held, total
+from moored.plan.memory_terms import GIB, adapter_size, gpu_memory, held, total
 from moored.plan.planning import best_layout, changes, fits, layouts, needs
 from moored.plan.step_time import step_time, tensor_parallel_traffic
 from moored.plan.workload import Workload
@@ -270,7 +270,7 @@ def test_offload_checkpointing_and_quantisation_move_their_own_terms(no_hub, tmp
 
 
 def test_experts_count_whole_in_memory_and_by_token_in_time(no_hub, tmp_path):
-    from moored.plan.memory import EXPERTS_IN_4_BITS
+    from moored.plan.memory_terms import EXPERTS_IN_4_BITS
 
     found = plan(tmp_path, "1xh200-141gb", "mistralai/Mixtral-8x7B-v0.1")
     experts = next(term.bytes for term in found.memory if term.name == "experts")
