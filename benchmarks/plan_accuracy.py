@@ -57,7 +57,7 @@ SHAPES = {
     "70b": (8192, 28672, 2, 64, 8, 16384),
 }
 PLAIN = Workload(
-    nf4=True, double_quantization=True, whole_scales=True, cache_quantized=False, compute_bytes=2,
+    nf4=True, double_quantization=True,  cache_quantized=False, compute_bytes=2,
     eager_attention=False, family="lora", r=16, targets=None, max_length=4096, packing=False,
     has_kl=True, kl_every=1, direction="forward", cached_reference=False, cached_by_sample=False,
     zero_stage=0, tensor_parallel_degree=1, sequence_parallel=False, offload=False,

@@ -135,9 +135,8 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
 
 def _bits(work: Workload) -> float:
     """Of a parameter of the quantised base, with its share of the scales."""
-    nested = work.double_quantization and not (
-        work.tensor_parallel_degree > 1 and work.whole_scales
-    )
+    # Of a slice the scales are those of the whole, cut in fp32.
+    nested = work.double_quantization and work.tensor_parallel_degree == 1
     return 4 + (8 / 64 + 32 / (64 * 256) if nested else 32 / 64)
 
 

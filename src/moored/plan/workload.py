@@ -38,7 +38,6 @@ class Workload:
     Attributes:
         nf4: the base is held in 4 bits.
         double_quantization: its scales in 8 bits.
-        whole_scales: under tensor parallelism scales are those of the whole, in fp32.
         cache_quantized: the quantised base is kept on disk.
         compute_bytes: of an activation: 2 in bf16, 4 in fp32.
         eager_attention: asked for by the recipe.
@@ -68,7 +67,6 @@ class Workload:
 
     nf4: bool
     double_quantization: bool
-    whole_scales: bool
     cache_quantized: bool
     compute_bytes: int
     eager_attention: bool
@@ -133,11 +131,10 @@ class Workload:
         found = cls(
             nf4=model.quantization == "nf4",
             double_quantization=model.double_quantization,
-            whole_scales=parallel.quantization_statistics == "whole",
             cache_quantized=model.cache_quantized,
             compute_bytes=2 if in_bf16 else 4,
             eager_attention=model.attention == "eager",
-            family=config.adapter.family,
+            family=config.adapter.method,
             r=config.adapter.r,
             targets=None if isinstance(targets, str) else tuple(targets),
             max_length=config.data.max_length,
