@@ -174,7 +174,7 @@ def scaling(folder: Path) -> None:
             evaluate_command.run_command([str(path)], scales=[bad])
         with pytest.raises(UserError, match=r"--scale .*: a finite number above 0"):
             export(path, folder / "bad", scale=bad)
-    dora = recipe_of(folder / "dora", adapter={"use_dora": True}, train={"steps": 2})
+    dora = recipe_of(folder / "dora", adapter={"method": "dora"}, train={"steps": 2})
     path = train.run(dora)
     with pytest.raises(UserError, match="this one is not: leave it out"):
         evaluate_command.run_command([str(path)], scales=[0.5])
@@ -266,7 +266,7 @@ def test_a_disk_too_full_for_checkpoints_does_not_end_a_run(tmp_path):
 
 
 def poisoned(folder: Path) -> None:
-    config = recipe_of(folder, train={"max_nonfinite_updates": 2})
+    config = recipe_of(folder, train={"steps": 6})
     load = setup.load_policy
 
     def poisoning(*arguments: Any) -> Any:
@@ -275,7 +275,7 @@ def poisoned(folder: Path) -> None:
         return policy
 
     setup.load_policy = poisoning
-    with pytest.raises(TrainingRefusedError, match="2 updates in a row"):
+    with pytest.raises(TrainingRefusedError, match="5 updates in a row"):
         train.run(config)
     run = config.output.dir / "tiny"
     assert state(run)["status"] == "refused"

@@ -13,7 +13,14 @@ from typing import Any
 
 import click
 
-from moored.cli.options import Command, check_overrides, load, recipe_arguments, resume_option
+from moored.cli.options import (
+    PATH,
+    Command,
+    check_overrides,
+    load,
+    recipe_arguments,
+    resume_option,
+)
 from moored.utils.errors import UserError, UserErrors
 
 
@@ -69,11 +76,12 @@ def submit(
     """
     config = load(recipe, overrides)
     name, profile = _site(site, settings, time)
-    from moored.slurm.jobs import jobs_of, run_folder, submit_run
+    from moored.slurm.jobs import jobs_of, submit_run
     from moored.slurm.script import render
+    from moored.tracking.run_directory import path_of
 
     wanted = [stage for stage in stages.split(",") if stage]
-    run = run_folder(config)
+    run = path_of(config)
     _warn_unless_planned(config, profile, nodes)
     if dry_run:
         jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted)
@@ -178,7 +186,7 @@ def sweep(
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.argument("runs", nargs=-1, type=PATH, metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """Say how runs are: state, step, loss, time left.
 
@@ -186,12 +194,12 @@ def status(runs: tuple[Path, ...]) -> None:
     """
     from moored.slurm.status import describe
 
-    found = runs or tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
-    if not found:
+    here = tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
+    if not (runs or here):
         raise UserError("no run in ./runs: name a run directory")
     said: list[str] = []
     errors: list[str] = []
-    for run in found:  # one that cannot be read must not hide the others
+    for run in runs or here:  # one that cannot be read must not hide the others
         try:
             said.append("\n".join(describe(run)))
         except UserError as error:
@@ -203,7 +211,7 @@ def status(runs: tuple[Path, ...]) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--rank", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--lines", "-n", type=click.IntRange(0), default=20, show_default=True)
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run has ended.")
@@ -215,7 +223,7 @@ def logs(run: Path, rank: int, lines: int, follow: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 def cancel(run: Path) -> None:
     """End the jobs of a run.
 
@@ -229,7 +237,7 @@ def cancel(run: Path) -> None:
 
 @click.command(hidden=True)
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=PATH, required=True)
 @click.option("--expect", type=click.Path(path_type=Path, exists=True), required=True)
 def preflight(run: Path, out: Path, expect: Path) -> None:
     """Check this node of a job (for the job's script)."""

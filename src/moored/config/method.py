@@ -54,7 +54,6 @@ class AdapterConfig(Section):
         about("module names that get an adapter"),
     ] = "all-linear"
     use_rslora: Annotated[bool, about("scale by alpha / sqrt(r); not randlora")] = False
-    use_dora: Annotated[bool, about("method lora: the same as method dora")] = False
     init: Annotated[Text, about("of A, beside B = 0: default, gaussian; not randlora")] = "default"
     omega: Annotated[
         float, Field(gt=0, description="frequency of sinelora's sine, in radians per unit of B A")
@@ -70,18 +69,13 @@ class AdapterConfig(Section):
             return given | {"alpha": 20.0 * min(max(r, 1), 2**31)}  # r is checked by itself
         return cast(object, values)
 
-    @property
-    def family(self) -> str:
-        """The method by its own name, also where `use_dora` says it."""
-        return "dora" if self.use_dora else self.method
-
     def ignored(self) -> Iterator[Ignored]:
         """What another method knows."""
         others = {
             "lora": ("omega",),
-            "dora": ("use_dora", "omega"),
-            "randlora": ("use_rslora", "use_dora", "init", "omega"),
-            "sinelora": ("use_dora",),
+            "dora": ("omega",),
+            "randlora": ("use_rslora", "init", "omega"),
+            "sinelora": (),
         }
         for name in others[self.method]:
             yield Ignored(name, ("method",), f"method is {self.method}")
@@ -101,9 +95,9 @@ class AdapterConfig(Section):
         self, *, nf4: bool, zero_stage: int, tensor_parallel_degree: int
     ) -> Iterator[Problem]:
         """Why it cannot be trained on such a mesh; `names` are the dotted keys of the others."""
-        if self.family == "dora" and nf4 and zero_stage == 3:
+        if self.method == "dora" and nf4 and zero_stage == 3:
             yield Problem(
-                "use_dora" if self.use_dora else "method",
+                "method",
                 "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
                 "parts: set parallel.zero_stage to 2",
                 ("parallel.zero_stage", "model.quantization"),

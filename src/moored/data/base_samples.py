@@ -20,8 +20,8 @@ import numpy as np
 
 from moored.data.batch import Sample
 from moored.utils import atomic_dir
+from moored.utils.environment import cache_folder
 from moored.utils.errors import UserError
-from moored.utils.folders import cache_folder
 
 if TYPE_CHECKING:
     from moored.config import Corpus, ModelConfig

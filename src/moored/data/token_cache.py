@@ -18,7 +18,6 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,8 @@ from moored.data.encode import Drops, Encoder, Flat, HeldSource, build
 from moored.data.files import SourceReader, hub_dataset
 from moored.data.records import read_records
 from moored.utils import atomic_dir
+from moored.utils.environment import cache_folder, version_of
 from moored.utils.errors import UserError
-from moored.utils.folders import cache_folder
 from moored.utils.progress import Phase
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def _tokenizer(chat: ChatEncoder) -> dict[str, Any] | None:
         return None
     return {
         "code": _code(),
-        "versions": [*map(version, _VERSIONS), sys.version_info[:2]],
+        "versions": [*map(version_of, _VERSIONS), sys.version_info[:2]],
         "tokenizer": _digest(state),
         "special": [
             type(tokenizer).__name__,

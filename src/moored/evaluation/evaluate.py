@@ -215,7 +215,7 @@ def evaluate(
     retention: dict[str, TextFigures] = {}
     where: dict[str, Where] = {}
     for name, text in suite.retention.items():
-        collector = DriftCollector(config.num_examples) if pinpoint else None
+        collector = DriftCollector() if pinpoint else None
         what = f"measuring retention.{name} ({both})"
         retention[name] = of(text, collector=collector, what=what)
         if collector is not None:

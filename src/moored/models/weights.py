@@ -95,8 +95,6 @@ class Loader:
         double: whether scales are quantised, too.
         layout: which rank holds what; None for the whole model on every rank.
         axis: the tensor-parallel axis.
-        whole_scales: under double quantisation, cut the scales of the whole (bit-identical on
-            every mesh, in fp32); else each rank quantises those of its own slice.
         keep_fp32: parts of names that stay in fp32.
     """
 
@@ -106,7 +104,6 @@ class Loader:
     double: bool
     layout: ShardLayout | None
     axis: Axis
-    whole_scales: bool = True
     keep_fp32: frozenset[str] = frozenset()
 
     def load(self, model: nn.Module, after: AfterModule | None = None) -> set[str]:
@@ -196,7 +193,8 @@ class Loader:
             return nf4.quantize(pieces, shape, self.dtype, self.device)
 
     def _state(self, codes: nf4.Codes, split: Split | None) -> Any:
-        if split is None or not (self.double and self.whole_scales):
+        """Under double quantisation a slice has the scales of the whole, cut in fp32."""
+        if split is None or not self.double:
             return nf4.state_of(codes, self.dtype, double=self.double)
         mine = _as_blocks(codes, split)
         per_rank = [size * mine.shape[split.dim] // codes.shape[split.dim] for size in split.sizes]

@@ -5,15 +5,10 @@ How tokens are kept is `token_cache.py`'s matter, what a model is made from `mod
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import filelock
 from rich.console import Console
@@ -26,22 +21,14 @@ from moored.models.base import resolve_base
 from moored.models.reference_cache import FACTS, references_folder
 from moored.prepare.base_generation import draw
 from moored.prepare.fetch_weights import verify
-from moored.prepare.items import Item, require_model, size_of
+from moored.prepare.items import require_model, size_of
+from moored.prepare.offline import prove
 from moored.prepare.references import fill, require_fillable
 from moored.utils import atomic_dir
 from moored.utils.environment import rank_info
-from moored.utils.errors import MooredError, UserError, UserErrors
-from moored.utils.log import redact
-from moored.utils.progress import watch
+from moored.utils.errors import UserError, UserErrors
 
-log = logging.getLogger(__name__)
 DAY = 86400.0  # seconds
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "PIP_NO_INDEX": "1",
-}
 
 
 def run(config: Config, *, only_check: bool = False, num_ranks: int | None = None) -> None:
@@ -73,32 +60,6 @@ def run(config: Config, *, only_check: bool = False, num_ranks: int | None = Non
         size, note = readable(item.num_bytes), f"  {item.note}" if item.note else ""
         console.print(f"{item.what:<20} {item.where}  {size}  {identity}{note}")
     console.print("a process without a network found all of it", style="green")
-
-
-def prove(config: Config) -> list[Item]:
-    """Have a fresh process without a network find everything.
-
-    Raises:
-        UserErrors: what it could not find, in its words.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(config.dump_yaml(), encoding="utf-8")
-        done = watch(
-            [sys.executable, "-P", "-m", "moored.prepare.offline", str(recipe)],
-            "a process without a network looks for all of it",
-            env=os.environ | OFFLINE,
-        )
-    try:
-        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        problems, items = said["problems"], [Item(**item) for item in said["items"]]
-    except (ValueError, KeyError, IndexError, TypeError):
-        log.debug("%s", done.stderr)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MooredError(f"the process without a network broke down: {redact(last)}") from None
-    if problems:
-        raise UserErrors([f"without a network: {problem}" for problem in problems])
-    return items
 
 
 def prune(days: float) -> None:

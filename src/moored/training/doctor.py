@@ -5,10 +5,8 @@ Everything found is printed; nothing is trained and no run directory is written.
 
 from __future__ import annotations
 
-import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,15 @@ from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.evaluation.evaluate import build_suite
-from moored.loss.weighting import NUM_TOPS
+from moored.loss.divergence import NUM_TOPS
 from moored.models.base import resolve_base
 from moored.models.loading import require_layout
 from moored.models.policy import PolicyModel, load_policy, num_checkpointed
 from moored.models.untrained import in_words, untrained
 from moored.plan import load_problem, machine_line
-from moored.training.step import CE_WEIGHTINGS
+from moored.utils.environment import NOT_INSTALLED, PACKAGES, version_of, versions_of
 from moored.utils.errors import UserError
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
 GIB = 2**30
 
 
@@ -71,19 +68,17 @@ def run(config: Config | None) -> None:
 
 
 def _machine(console: Console, config: Config | None) -> None:
-    versions = []
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            raise UserError(f"{package} is not installed: pip install {package}") from None
+    versions = versions_of(PACKAGES)
+    for package, found in versions.items():
+        if found == NOT_INSTALLED:
+            raise UserError(f"{package} is not installed: pip install {package}")
     memory = psutil.virtual_memory()
     folder = config.output.dir if config is not None else Path.cwd()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    console.print(f"python      {platform.python_version()} ({sys.executable})")
-    console.print(f"packages    {', '.join(versions)}")
+    console.print(f"python      {version_of('python')} ({sys.executable})")
+    console.print(f"packages    {', '.join(' '.join(item) for item in versions.items())}")
     console.print(
         f"machine     {psutil.cpu_count()} CPUs, {memory.total / GIB:.1f} GiB memory "
         f"({memory.available / GIB:.1f} free), {free / GIB:.1f} GiB disk free at {folder}"
@@ -219,8 +214,8 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
         direction=config.regularizer.direction,
         is_warm=config.regularizer.temperature != 1.0,
-        ce_tops=NUM_TOPS * (CE_WEIGHTINGS.get(config.regularizer.kind) == "entropy"),
-        kl_tops=NUM_TOPS * (config.regularizer.token_weighting == "entropy"),
+        ce_tops=NUM_TOPS * (config.regularizer.ce_weighting == "entropy"),
+        kl_tops=NUM_TOPS * (config.regularizer.kl_weighting == "entropy"),
     )
 
 

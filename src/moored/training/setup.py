@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from moored.config import Config
+from moored.config.regularizer import LEAST_WEIGHT
 from moored.data import Prefetcher, TrainStream, check_data, load_samples, turn_ends
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
@@ -176,9 +177,11 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
     controller = Controller(budget, config.regularizer.weight)
     if controller.weight != config.regularizer.weight:
         log.warning(
-            "regularizer.weight=%g is outside the bounds of its budget: it starts at %g; see "
-            "budget.min_weight and max_weight",
+            "regularizer.weight=%g is outside the bounds of its budget (%g to max_weight=%g): it "
+            "starts at %g",
             config.regularizer.weight,
+            LEAST_WEIGHT,
+            budget.max_weight,
             controller.weight,
         )
     return controller
@@ -193,8 +196,6 @@ def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], o
 
 def _resume(run: Run, folder: Path) -> None:
     state = checkpoint.read_state(folder)
-    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
-    checkpoint.require_same_base(folder, state, scales)
     run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
     run.stream.load_state_dict(state["cursor"])
     if run.replay is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING
 
-from moored.utils.versions import version_of
+from moored.utils.environment import version_of
 
 if TYPE_CHECKING:
     from moored.config import Config
@@ -31,7 +31,7 @@ def settings_of(config: Config) -> dict[str, str]:
         rate += f", {optim.warmup_steps} warm-up steps"
     return {
         "recipe": config.name,
-        "adapter": f"{adapter.family}, r {adapter.r}, alpha {adapter.alpha:g}, "
+        "adapter": f"{adapter.method}, r {adapter.r}, alpha {adapter.alpha:g}, "
         f"dropout {adapter.dropout:g}, {targets}",
         "learning rate": rate,
         "length": f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs",
