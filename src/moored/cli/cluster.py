@@ -1,10 +1,11 @@
-"""Commands on jobs: submit, and what runs inside of them.
+"""Commands on jobs: plan and submit, and what runs inside of them.
 
 Those on recipes and run directories are in `runs.py`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def submit(
 
     wanted = [stage for stage in stages.split(",") if stage]
     run = path_of(config)
+    _warn_unless_planned(config, profile, nodes)
     if dry_run:
         jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted)
         click.echo("\n".join(render(job, profile, name) for job in jobs.values()), nl=False)
@@ -90,6 +92,55 @@ def submit(
         click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
     click.echo(f"run          {run}")
     click.echo(f"follow       moored status {run}; moored logs --follow {run}")
+
+
+def _warn_unless_planned(config: Any, profile: Any, nodes: int) -> None:
+    """One line where the recipe will not fit the site's GPUs."""
+    from moored.plan import site_warning
+
+    slurm = profile.slurm
+    if (line := site_warning(config, slurm.gpu_type, slurm.gpus_per_node, nodes)) is not None:
+        click.echo(f"warning: {line}", err=True)
+
+
+@click.command()
+@recipe_arguments
+@click.option("--gpus", metavar="NxNAME", help="Of each node, such as 8xh100-80gb.")
+@click.option("--site", help="Take them from a profile: its name in slurm/sites, or its path.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--host-factor",
+    type=click.FloatRange(0.1, 100),
+    help="How much slower the hosts start kernels than the fastest one measured; default: 1.4, "
+    "between 1 and 1.9, which were measured.",
+)
+@click.option("--json", "to_json", is_flag=True, help="Bytes and seconds, for programs.")
+def plan(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    gpus: str | None,
+    site: str | None,
+    nodes: int,
+    host_factor: float | None,
+    to_json: bool,
+) -> None:
+    """Foretell memory, time and cost of a recipe on GPUs.
+
+    From the model's config.json alone: no weights are read, nothing is started. What does not fit
+    is refused with the nearest that does.
+    """
+    if (gpus is None) == (site is None):
+        raise UserError("give either --gpus, such as 8xh100-80gb, or --site")
+    config = load(recipe, overrides)
+    from moored.plan import as_json, as_text, cluster_of, make_plan, site_cluster
+
+    if site is not None:
+        slurm = _site(site, (), None)[1].slurm
+        cluster = site_cluster(slurm.gpu_type, slurm.gpus_per_node, nodes, site)
+    else:
+        cluster = cluster_of(gpus or "", nodes)
+    found = make_plan(config, cluster, host_factor)
+    click.echo(json.dumps(as_json(found), indent=1) if to_json else as_text(found))
 
 
 @click.command()

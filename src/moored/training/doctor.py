@@ -28,6 +28,7 @@ from moored.models.base import resolve_base
 from moored.models.loading import require_layout
 from moored.models.policy import PolicyModel, load_policy, num_checkpointed
 from moored.models.untrained import in_words, untrained
+from moored.plan import load_problem, machine_line
 from moored.utils.environment import NOT_INSTALLED, PACKAGES, version_of, versions_of
 from moored.utils.errors import UserError
 
@@ -129,6 +130,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         require_layout(source.path, config.model, config.parallel)
         if mesh.is_main:
             console.print(f"sharding    over {degree} ranks is possible; here the model is whole")
+    if problems := _planned(console, config, source.path, mesh):
+        return problems
     policy = load_policy(source.path, config, mesh)
     if mesh.is_main:
         trained = sum(_whole_size(policy, name) for name in policy.trainable())
@@ -139,6 +142,34 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
     found = untrained(policy.head, ends, mesh.tp)
     return [in_words(one, tokenizer, config.model.name_or_path) for one in found]
+
+
+def _planned(console: Console, config: Config, folder: Path, mesh: Mesh) -> list[str]:
+    """Says what the recipe would take of this machine's GPUs; why the base is not loaded here.
+
+    The ranks agree, since loading is collective.
+    """
+    on_gpu, problems = mesh.device.type == "cuda", list[str]()
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(mesh.device)
+        memory = properties.total_memory
+        num_gpus = torch.cuda.device_count()
+        line, fits = machine_line(config, folder, properties.name, memory, num_gpus)
+        if mesh.is_main:
+            console.print(f"plan        {line}", style=None if fits else "yellow")
+    else:
+        memory = psutil.virtual_memory().available
+    problem = load_problem(
+        config,
+        folder,
+        degree=mesh.tp.size,
+        world=mesh.world.size,
+        on_gpu=on_gpu,
+        memory_bytes=memory,
+    )
+    if mesh.world.max(float(problem is not None), mesh.device) > 0:
+        problems.append(problem or "another process has too little memory for the base")
+    return problems
 
 
 def _whole_size(policy: PolicyModel, name: str) -> int:
