@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,7 @@ def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> ca
             except UserError as error:
                 log.warning("%s cannot be read any more (%s)", section, str(error).splitlines()[0])
                 continue
-            ends = turn_ends(samples, tokenizer, data.max_length)
-            learned = [{"id": e.id, "token": e.token, "count": e.count} for e in ends]
+            learned = [asdict(end) for end in turn_ends(samples, tokenizer, data.max_length)]
             break
     base = _ends_of_base(located)
     return card.Stops(
@@ -62,13 +62,13 @@ def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> ca
 
 
 def _ends_of_base(located: BaseFiles) -> list[int]:
-    """At which stock `generate` stops the base."""
+    """The tokens at which stock `generate` stops the base."""
     path = located.source.path
     for name in (FILE, "config.json"):
         if (path / name).is_file():
-            found = json.loads((path / name).read_text()).get("eos_token_id")
-            if found is not None:
-                return list(found) if isinstance(found, Sequence) else [found]
+            ids = json.loads((path / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return list(ids) if isinstance(ids, Sequence) else [ids]
     eos: Any = located.tokenizer.eos_token_id
     return [eos]
 
