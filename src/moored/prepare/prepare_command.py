@@ -14,7 +14,7 @@ import filelock
 from rich.console import Console
 
 from moored.config import Config
-from moored.data import by_domain, check_data, load_samples, retention_samples
+from moored.data import DataReader, by_domain, load_samples, retention_samples
 from moored.data.token_cache import tokens_folder
 from moored.distributed.mesh import alone
 from moored.models.base import resolve_base
@@ -110,15 +110,16 @@ def _require_local(config: Config) -> None:
 
 def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
     """The order of a run: data first, since that is soon found wrong."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     located = resolve_base(config.model, alone())
     require_model(located.source.path, config)
-    found = verify(located.source.path)
-    hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""
-    console.print(f"{located.source.origin}: {found.num_files} weight files verified{hashed}")
+    weights = verify(located.source.path)
+    hashed = f", {weights.num_hashed} of them by the hub's hash" if weights.num_hashed else ""
+    console.print(f"{located.source.origin}: {weights.num_files} weight files verified{hashed}")
     tokenizer, size = located.tokenizer, located.vocab_size
     for place, sources in config.sources().items():
-        load_samples(sources, tokenizer, config.data, size, section=place, keep=True)
+        load_samples(sources, tokenizer, config.data, size, section=place, keep=True, reader=reader)
     for folder in draw(config, located):
         facts = atomic_dir.read_manifest(folder)
         count, texts = facts["num_tokens"], facts["num_texts"]
@@ -127,9 +128,12 @@ def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
         if corpus.builtin != "base-samples":
             section, _, name = place.rpartition(".")
             # A budget's probe is one text, whatever its domains.
-            parts = by_domain(name, corpus) if section == "retention" else {name: corpus}
+            parts = {name: corpus}
+            if section == "retention":
+                parts = by_domain(name, corpus, reader.corpus)
             for part, of in parts.items():
-                retention_samples(part, of, tokenizer, keep=True, place=place)
+                retention_samples(part, of, tokenizer, keep=True, place=place, reader=reader)
+    del reader  # all is tokenised, and what it holds would stay beside the model
     if num_ranks is not None:
         cache = fill(config, located, num_ranks=num_ranks)
         count, size = cache.num_computed, readable(size_of(cache.folder))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moored.config import Config, DataConfig
-from moored.data import HeldSource, SampleSet, check_data, load_samples, turn_ends
+from moored.data import DataReader, HeldSource, SampleSet, load_samples, turn_ends
 from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
@@ -106,15 +107,22 @@ def _rendezvous(console: Console, mesh: Mesh) -> None:
 
 def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     """What is printed of a recipe; warnings come back."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     located = resolve_base(config.model, mesh)
     source, tokenizer = located.source, located.tokenizer
-    samples = load_samples(config.data.train, tokenizer, config.data, located.vocab_size)
-    held_out = load_samples(
-        config.data.eval, tokenizer, config.data, located.vocab_size, section="data.eval"
+    load = partial(
+        load_samples,
+        tokenizer=tokenizer,
+        data=config.data,
+        vocab_size=located.vocab_size,
+        reader=reader,
     )
+    samples = load(config.data.train)
+    held_out = load(config.data.eval, section="data.eval")
     ends = turn_ends(samples, tokenizer, config.data.max_length)
-    suite = build_suite(config, located, mesh)
+    suite = build_suite(config, located, mesh, reader, held_out)
+    del reader  # all is tokenised, and what it holds would stay beside the model
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
         _show(console, samples, tokenizer, config.data)
@@ -140,8 +148,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         )
         if policy.sharding is not None:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
-    found = untrained(policy.head, ends, mesh.tp)
-    return [in_words(one, tokenizer, config.model.name_or_path) for one in found]
+    ends = untrained(policy.head, ends, mesh.tp)
+    return [in_words(end, tokenizer, config.model.name_or_path) for end in ends]
 
 
 def _planned(console: Console, config: Config, folder: Path, mesh: Mesh) -> list[str]:
@@ -220,14 +228,10 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
 
 
 def _show(console: Console, samples: SampleSet, tokenizer: Any, data: DataConfig) -> None:
-    """Of each source what there is and what was left out, and one sample of it as it is learned."""
-    for index, source in enumerate(samples.sources):
-        is_held = isinstance(source, HeldSource)
-        first = source if is_held else source.block(0)
-        if not first:
-            raise UserError(f"{samples.section}.{index}: holds no sample any more")
+    """Shows what each source has and what was left out, and one sample of it as it is learned."""
+    for index, (source, first) in enumerate(zip(samples.sources, samples.at_hand(), strict=True)):
         counted = f"{len(first)} samples, {first.num_tokens} tokens, {first.num_targets} learned"
-        if not is_held:
+        if not isinstance(source, HeldSource):
             counted = f"streamed; its first block has {counted}"
         console.print(f"{samples.section}.{index:<2}{source.name}: {counted}")
         drops = first.drops
