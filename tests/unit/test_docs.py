@@ -134,6 +134,16 @@ def test_the_equations_that_the_loss_names_are_numbered_on_its_page():
     assert nothing_is_subtracted <= named
 
 
+def test_every_folder_of_the_project_that_a_page_names_is_there():
+    tops = "src|tests|launch|docker|recipes|benchmarks"  # `slurm/` is a folder of runs, too
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(rf"`((?:{tops})/[\w./-]*)`", text):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{path} in {page}"
+
+
 def test_no_two_files_and_no_two_classes_of_the_package_have_one_name():
     files = [p for p in (ROOT / "src").rglob("*.py") if not p.name.startswith("__")]
     names = Counter(p.name for p in files)

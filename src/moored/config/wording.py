@@ -1,6 +1,6 @@
 """What pydantic found wrong with a recipe, in one line for people: received, expected, fix.
 
-Relations between options are worded where they are checked, in the sections and `config.py`.
+Relations between options are worded where they are checked, in the sections and `relations.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers, names and caveats as people read them.
+"""Numbers and names as people read them.
 
 What the figures amount to is said in `headline.py`; no layout and no file format is known here.
 """
