@@ -1,6 +1,6 @@
-"""Numbers, names and caveats as people read them.
+"""Numbers and names as people read them, and the templates that make sentences of them.
 
-What the figures amount to is said in `headline.py`; no layout and no file format is known here.
+What the figures amount to is found in `headline.py`; no layout and no file format is known here.
 """
 
 from __future__ import annotations
