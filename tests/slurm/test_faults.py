@@ -193,8 +193,7 @@ def test_a_controller_that_is_away_for_a_while(desk: Desk, undisturbed: Job) -> 
 
 
 def test_a_refused_run_is_not_started_again(desk: Desk) -> None:
-    settings = ("train.max_nonfinite_updates=1", "regularizer.weight=1e38")
-    job = desk.submit("refused", *settings)
+    job = desk.submit("refused", "regularizer.weight=1e38")
     job.ended()
     assert job.state()["status"] == "refused", job.words()
     assert job.num_attempts() == 1

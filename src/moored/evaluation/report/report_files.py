@@ -21,8 +21,8 @@ from moored.evaluation.report.terminal import show
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
 from moored.tracking.run_directory import write_atomically
+from moored.utils.environment import version_of
 from moored.utils.errors import UserError
-from moored.utils.versions import version_of
 
 if TYPE_CHECKING:
     from moored.config import Config
@@ -174,7 +174,7 @@ def settings_of(config: Config) -> dict[str, str]:
     versions = [f"{name} {version_of(name)}" for name in _PACKAGES]
     return {
         "recipe": config.name,
-        "adapter": f"{adapter.family}, r {adapter.r}, alpha {adapter.alpha:g}, "
+        "adapter": f"{adapter.method}, r {adapter.r}, alpha {adapter.alpha:g}, "
         f"dropout {adapter.dropout:g}, {targets}",
         "learning rate": f"{optim.learning_rate:g}, {optim.schedule}{warmup}",
         "length": f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs",
