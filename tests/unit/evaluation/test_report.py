@@ -56,6 +56,7 @@ TMKL = ("arms", "tmkl")
         ((*TMKL, "adaptation_ppl"), True, "adaptation_ppl: expected a number, got True"),
         ((*TMKL, "num_steps"), 80.5, "num_steps: expected an integer, got 80.5"),
         ((*TMKL, "num_steps"), -1, "num_steps: must not be negative, got -1"),
+        ((*TMKL, "num_steps"), 10**400, "num_steps: too large an integer"),
         ((*TMKL, "kind"), None, "kind: expected text, got None"),
         ((*TMKL, "kind"), " ", "kind: must not be empty"),
         ((*TMKL, "retention_ppl"), None, "retention_ppl: expected an object, got None"),

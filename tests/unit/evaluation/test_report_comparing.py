@@ -136,10 +136,9 @@ def test_arms_are_compared_on_the_texts_that_all_of_them_have():
 
 def test_a_sweep_over_anything_has_a_recommendation_in_words():
     arms = [measured("tmkl", 1.05 + i / 10, 30.0 - i, 4.3, setting=f"digest-{i}") for i in range(3)]
-    choice, lines = recommendations(report_of(*arms))
-    assert choice is not None
-    assert len(lines) == 1
-    assert "Of 3 settings" in lines[0]
+    choice, said = recommendations(report_of(*arms))
+    assert said == [choice]
+    assert details(*arms)[-1].startswith("Of 3 settings, tmkl")
 
 
 def test_learning_nothing_is_no_verdict_where_the_difference_is_unclear():
@@ -362,15 +361,16 @@ def test_versus_compares_every_setting_with_plain_fine_tuning():
 
 def test_recommended_is_the_knee_and_of_seeds_the_median():
     report = report_of(*seeds("none", 1.05, 60.0), *seeds("tmkl", 1.06, 27.0))
-    choice, lines = recommendations(report)
+    choice, said = recommendations(report)
     assert choice is not None
     assert choice.setting.first.kind == "tmkl"
     assert choice.adapter == "tmkl4"  # its three seeds are tmkl3, tmkl4 and tmkl5
     assert choice.agreement == 1.0
-    assert len(lines) == 1
-    assert lines[0].startswith("Of 2 settings, tmkl3 is the knee: 100% of what was learned")
-    assert "so in 100 of 100 resamples" in lines[0]
-    assert lines[0].endswith("Take tmkl4, the median of 3 seeds.")
+    assert said == [choice]
+    line = headline(report).details[-1]
+    assert line.startswith("Of 2 settings, tmkl3 is the knee: 100% of what was learned")
+    assert "so in 100 of 100 resamples" in line
+    assert line.endswith("Take tmkl4, the median of 3 seeds.")
 
 
 def test_recommended_says_how_often_chance_would_choose_otherwise():

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from moored.evaluation.report import Report, Tally, TokenChoice, TokenExample, words
-from moored.evaluation.report.forgetting import (
+from moored.evaluation.report.page import html
+from moored.evaluation.report.tables import (
     MOST_ARMS,
     MOST_CHOICES,
     MOST_SPOTS,
@@ -17,7 +18,6 @@ from moored.evaluation.report.forgetting import (
     choices,
     forgetting,
 )
-from moored.evaluation.report.page import html
 from pagekit import check
 from report_cases import CORPORA, arm, base, measured, report_of, where
 

@@ -118,6 +118,14 @@ def test_hostile_text_is_shown_and_does_nothing():
     frontier_png(evil())
 
 
+def test_text_of_drawings_is_not_taken_for_their_colours_and_ids():
+    def shown(name: str) -> int:
+        report = Report(base=base(), arms={name: arm("tmkl", 2.0, 30.0, 4.3)})
+        return check(html(report)).text.count(name)
+
+    assert shown('#00795f id="a" url(#b)') == shown("plain") > 2
+
+
 @pytest.mark.parametrize(
     "report",
     [

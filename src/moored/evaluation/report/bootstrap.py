@@ -46,10 +46,6 @@ class Interval:
         """Whether 0 lies outside: the sign is known."""
         return self.low > 0 or self.high < 0
 
-    def map(self, change: Callable[[float], float]) -> Interval:
-        """The interval of a growing function of the figure."""
-        return Interval(value=change(self.value), low=change(self.low), high=change(self.high))
-
 
 class Sums(NamedTuple):
     """A text's sums under each resample, [1 + R] each: tokens, and nats as in `Blocks`."""
@@ -142,7 +138,10 @@ def ratio_pct(
 ) -> Interval | None:
     """100 * (perplexity of `ours` / of `theirs` - 1), means over runs being geometric."""
     nats = difference(ours, theirs, log_perplexity, seed, same_seeds=same_seeds)
-    return nats and nats.map(lambda value: 100.0 * float(np.expm1(value)))
+    if nats is None:
+        return None
+    low, value, high = (100.0 * float(np.expm1(x)) for x in (nats.low, nats.value, nats.high))
+    return Interval(value=value, low=low, high=high)
 
 
 def resampled(

@@ -14,7 +14,6 @@ import numpy as np
 from moored.evaluation.report import bootstrap
 from moored.evaluation.report.comparing import Setting, on_shared_corpora, settings
 from moored.evaluation.report.results import Report
-from moored.evaluation.report.words import clean, kind_name, percent
 
 # Forgetting below this is nothing to weigh against.
 NEXT_TO_NOTHING_PCT = 1.0
@@ -22,51 +21,26 @@ NEXT_TO_NOTHING_PCT = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
-    """The setting to take of several.
-
-    Attributes:
-        setting: the one.
-        adapter: its arm to take: of several seeds the one with the median worst corpus.
-        num_settings: that it was chosen of.
-        learned: its share of the most that any of them learned, 0 to 1.
-        forgot: percent on its worst corpus.
-        most_forgot: percent on the worst corpus of the one that forgot most.
-        agreement: share of resamples in which it is chosen as well; None without blocks.
-    """
+    """The setting to take of several."""
 
     setting: Setting
-    adapter: str
-    num_settings: int
-    learned: float
-    forgot: float
-    most_forgot: float
-    agreement: float | None
+    adapter: str  # its arm to take: of several seeds the one with the median worst corpus
+    num_settings: int  # that it was chosen of
+    learned: float  # its share of the most that any of them learned, 0 to 1
+    forgot: float  # percent on its worst corpus
+    most_forgot: float  # percent on the worst corpus of the one that forgot most
+    agreement: float | None  # share of resamples in which it is chosen as well; None: no blocks
+    of_scales: bool  # whether the settings are scales of one adapter
 
     @property
     def is_knee(self) -> bool:
         """Whether there was forgetting to weigh learning against."""
         return self.most_forgot > NEXT_TO_NOTHING_PCT
 
-    @property
-    def in_words(self) -> str:
-        """Why it is the one, as the end of a sentence."""
-        most = percent(self.most_forgot)
-        if not self.is_knee:
-            return f"learned most; none forgot more than {most}"
-        return (
-            f"is the knee: {self.learned:.0%} of what was learned at most, with "
-            f"{percent(self.forgot)} of retention perplexity at worst, against {most} at most"
-        )
 
-    @property
-    def how_sure(self) -> str:
-        """The share of resamples that agree, in brackets; nothing where it is not known."""
-        if self.agreement is None:
-            return ""
-        return f" (so in {100 * self.agreement:.0f} of 100 resamples)"
-
-
-def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | None:
+def choose(
+    groups: Sequence[Setting], before: float | None, *, of_scales: bool = False
+) -> Recommendation | None:
     """The knee: where the share of the learning exceeds that of the forgetting by most.
 
     Shares are of the most that any setting learned (in nats per token) and forgot (in percent on
@@ -98,6 +72,7 @@ def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | 
         forgot=float(forgot[best]),
         most_forgot=float(forgot.max()),
         agreement=_agreement([point[0] for point in points], best),
+        of_scales=of_scales,
     )
 
 
@@ -130,8 +105,8 @@ def _agreement(groups: Sequence[Setting], best: int) -> float | None:
     return float((chosen[1:] == best).mean())
 
 
-def recommendations(report: Report) -> tuple[Recommendation | None, list[str]]:
-    """The setting to take of all, and a line on it and on every adapter measured at scales."""
+def recommendations(report: Report) -> tuple[Recommendation | None, list[Recommendation]]:
+    """The setting to take of all, and what is to be said: of every adapter's scales, and of all."""
     every, before = settings(on_shared_corpora(report)), report.base.adaptation_ppl
     kept = [group for group in every if not any(arm.budget_held is False for arm in group.runs)]
     groups = kept or every  # who broke a budget is not recommended, unless all did
@@ -140,20 +115,11 @@ def recommendations(report: Report) -> tuple[Recommendation | None, list[str]]:
         one = group.first
         key = (one.setting, one.kind, one.weight, one.direction, one.temperature, one.adapter)
         families.setdefault((*key, *group.seeds), []).append(group)
-    lines: list[str] = []
-    for family in families.values():
-        scaled = any(group.first.scale is not None for group in family)
-        if scaled and (best := choose(family, before)):
-            of = f"Of {best.num_settings} scales of the adapter ({kind_name(family[0].first.kind)})"
-            scale = 1.0 if best.setting.first.scale is None else best.setting.first.scale
-            sure = best.how_sure if best.is_knee else ""
-            lines.append(f"{of}, {scale:g} {best.in_words}{sure}.")
     choice = choose(groups, before)
-    if choice and len(families) > 1:
-        name, num_seeds = clean(choice.setting.name, 40), len(choice.setting.arms)
-        take = f" Take {clean(choice.adapter, 60)}, the median of {num_seeds} seeds."
-        lines.append(
-            f"Of {choice.num_settings} settings, {name} {choice.in_words}{choice.how_sure}."
-            f"{take if num_seeds > 1 else ''}"
-        )
-    return choice, lines
+    said = [
+        choose(family, before, of_scales=True)
+        for family in families.values()
+        if any(group.first.scale is not None for group in family)
+    ]
+    said += [choice] if len(families) > 1 else []
+    return choice, [one for one in said if one]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moored.evaluation.report import bootstrap
-from moored.evaluation.report.bootstrap import Interval
+from moored.evaluation.report.bootstrap import Interval, Statistic, increase_pct
 from moored.evaluation.report.results import ArmResult, Blocks, Report, badness
 
 # What two runs share that differ in nothing but their seed, as far as a report without a digest of
@@ -83,18 +83,9 @@ class Setting:
         known = [blocks for blocks in each if blocks is not None]
         return known if len(known) == len(each) else []
 
-    def increase(self, corpus: str) -> Interval | None:
-        """The rise of a corpus in percent, with its interval."""
-        return bootstrap.interval(self.blocks(corpus))
-
-    def learned_interval(self) -> Interval | None:
-        """Adaptation perplexity with its interval."""
-        nats = bootstrap.interval(self.blocks(None), bootstrap.log_perplexity)
-        return nats and nats.map(math.exp)
-
-    def change_interval(self) -> Interval | None:
-        """Adaptation perplexity against the base's, in percent."""
-        return bootstrap.interval(self.blocks(None))
+    def interval(self, corpus: str | None, of: Statistic = increase_pct) -> Interval | None:
+        """A figure of a text (None: the new task's), with its interval; by default its rise."""
+        return bootstrap.interval(self.blocks(corpus), of)
 
     def median(self) -> str:
         """The run whose worst corpus is the median: the one to take of several seeds."""

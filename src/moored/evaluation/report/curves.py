@@ -26,40 +26,33 @@ _NOT_DIVERGENT = ("none", "eaft", "l2", "replay")
 
 def panels(report: Report, curves: Curves) -> list[tuple[str, Drawing]]:
     """What the journals have of learning, divergence, the budget and evaluations, with titles."""
-    nats, lost, drift = "nats per token", "retention_increase_pct", "drift_nats_per_token"
+    nats = "nats per token"
     kinds = dict.fromkeys(arm.kind for arm in report.arms.values())
     divergences = [f"train/{kind}_nats_per_token" for kind in kinds if kind not in _NOT_DIVERGENT]
-    # Unit, metrics of which an arm's longest is taken, and what limits it.
-    plans = {
-        "Cross-entropy": (nats, ["train/ce_nats_per_token"], ""),
-        "Divergence from the base": (nats, divergences, ""),
-        "Replayed text": (nats, ["train/replay_nats_per_token"], ""),
-        "L2 penalty": ("squared norm", ["train/l2_squared_norm"], ""),
-        "Loss": (nats, ["train/loss"], ""),
-        "Budget: what the probe lost": (
-            "percent of perplexity",
-            [f"budget/{lost}"],
-            f"budget/limit_{lost}",
-        ),
-        "Budget: how far the probe drifted": (nats, [f"budget/{drift}"], f"budget/limit_{drift}"),
-        "Weight of the regulariser": (
-            "factor",
-            ["budget/weight", "train/regularizer_weight"],
-            "",
-        ),
-        "Adaptation, held out": ("perplexity", ["eval/adaptation_perplexity"], ""),
-    }
+    # Title, unit, and metrics of which an arm's longest is taken.
+    plans = [
+        ("Cross-entropy", nats, ["train/ce_nats_per_token"]),
+        ("Divergence from the base", nats, divergences),
+        ("Replayed text", nats, ["train/replay_nats_per_token"]),
+        ("L2 penalty", "squared norm", ["train/l2_squared_norm"]),
+        ("Loss", nats, ["train/loss"]),
+        ("Budget: what the probe lost", "percent of perplexity", ["budget/retention_increase_pct"]),
+        ("Budget: how far the probe drifted", nats, ["budget/drift_nats_per_token"]),
+        ("Weight of the regulariser", "factor", ["budget/weight", "train/regularizer_weight"]),
+        ("Adaptation, held out", "perplexity", ["eval/adaptation_perplexity"]),
+    ]
     for corpus in report.corpora[:5]:
-        title = f"Retention, {words.clean(corpus, 28)}"
-        plans[title] = "perplexity", [f"retention/{corpus}/perplexity"], ""
+        title, metric = f"Retention, {words.clean(corpus, 28)}", f"retention/{corpus}/perplexity"
+        plans.append((title, "perplexity", [metric]))
     result: list[tuple[str, Drawing]] = []
-    for title, (unit, metrics, limit) in plans.items():
+    for title, unit, metrics in plans:
         least = 3 if unit == "perplexity" else 2  # before and after alone are in the tables already
         lines: dict[str, Curve] = {}
         for name in report.arms:
             known = [curves.get(name, {}).get(metric, ()) for metric in metrics]
             if len(curve := max(known, key=len, default=())) >= least:
                 lines[name] = curve
+        limit = f"budget/limit_{''.join(metrics[:1]).removeprefix('budget/')}"
         limits = {name: at for name in lines if (at := curves[name].get(limit))}
         if drawing := panel(report, title, unit, lines, limits):
             result.append((title, drawing))

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from moored.evaluation.report import words
+from moored.evaluation.report.bootstrap import log_perplexity
 from moored.evaluation.report.choosing import Recommendation, recommendations
 from moored.evaluation.report.comparing import Setting, on_shared_corpora, settings, shared_corpora
 from moored.evaluation.report.drawing import (
@@ -82,29 +83,17 @@ def undrawn(report: Report) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Spot:
-    """The base or a setting to draw; places are perplexities in nats, falling, and percent.
+    """The base or a setting to draw; places are perplexities in nats, falling, and percent."""
 
-    Attributes:
-        first: the name of its first run.
-        lines: its name and its figures.
-        tip: all of it in words.
-        style: of its kind.
-        at: where it stands.
-        dots: every corpus.
-        runs: each run of several seeds.
-        along: the ends of the interval of its rise; empty where there is none.
-        across: the same of its perplexity.
-    """
-
-    first: str = ""
-    lines: list[str]
-    tip: str
+    first: str = ""  # the name of its first run
+    lines: list[str]  # its name and its figures
+    tip: str  # all of it in words
     style: Style = BASE_STYLE
     at: Point
-    dots: list[Point] = field(default_factory=list)
-    runs: list[Point] = field(default_factory=list)
-    along: list[Point] = field(default_factory=list)
-    across: list[Point] = field(default_factory=list)
+    dots: list[Point] = field(default_factory=list)  # every corpus
+    runs: list[Point] = field(default_factory=list)  # each of several seeds
+    along: list[Point] = field(default_factory=list)  # the ends of its rise's interval, if any
+    across: list[Point] = field(default_factory=list)  # the ends of its perplexity's
 
 
 def _spot(setting: Setting, style: Style) -> _Spot | None:
@@ -114,12 +103,12 @@ def _spot(setting: Setting, style: Style) -> _Spot | None:
         return None
     at = -math.log(learned), worst[1]
     increases = {c: pct for c, pct in setting.increases.items() if math.isfinite(pct)}
-    across, along = setting.learned_interval(), setting.increase(worst[0])
+    along, across = setting.interval(worst[0]), setting.interval(None, log_perplexity)
     pairs = [(arm.adaptation_ppl, arm.worst()) for arm in setting.runs]
     runs = [(-math.log(ppl), pair[1]) for ppl, pair in pairs if ppl and pair]
     shown = f"adaptation perplexity {words.ppl(learned)}"
     if across:
-        shown += f" [{words.ppl(across.low)}, {words.ppl(across.high)}]"
+        shown += f" [{words.ppl(math.exp(across.low))}, {words.ppl(math.exp(across.high))}]"
     each = [f"{words.clean(c, 40)} {words.percent(pct)}" for c, pct in increases.items()]
     if along:
         each.append(f"at worst {words.percent(worst[1])} {words.bounds(along.low, along.high)}")
@@ -134,7 +123,7 @@ def _spot(setting: Setting, style: Style) -> _Spot | None:
         dots=[(at[0], pct) for pct in increases.values()],
         runs=runs if many else [],
         along=[(at[0], along.low), (at[0], along.high)] if along else [],
-        across=[(-math.log(across.high), at[1]), (-math.log(across.low), at[1])] if across else [],
+        across=[(-across.high, at[1]), (-across.low, at[1])] if across else [],
     )
 
 

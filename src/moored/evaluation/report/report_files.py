@@ -5,14 +5,13 @@ What stands in them is decided by the rest of this room.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,27 +56,20 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
     # Each list of plain numbers on one line; strings hold no line breaks.
     numbers = re.compile(r"\[\n([^\[\]{}\"]*)\]")
     content = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+    before = os.umask(0o077)
     try:
-        with _private():
-            # The figures first: they cost a training run, the pictures can be drawn again.
-            write_atomically(folder / "report.json", content.encode())
-            write_atomically(folder / "report.html", html(report, curves).encode())
-            write_atomically(folder / "frontier.png", frontier_png(report))
+        # The figures first: they cost a training run, the pictures can be drawn again.
+        write_atomically(folder / "report.json", content.encode())
+        write_atomically(folder / "report.html", html(report, curves).encode())
+        write_atomically(folder / "frontier.png", frontier_png(report))
     except OSError as error:
         raise UserError(
             f"{folder}: the report cannot be written: {error.strerror or error}: choose another "
             "folder, or make room"
         ) from error
-    return folder
-
-
-@contextlib.contextmanager
-def _private() -> Iterator[None]:
-    before = os.umask(0o077)
-    try:
-        yield
     finally:
         os.umask(before)
+    return folder
 
 
 def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -127,18 +119,13 @@ def _arms(run: Path) -> list[Path]:
     if (run / "report" / "report.json").is_file() and not (run / "slurm" / "arms.json").is_file():
         return []
     arms = sorted(path for path in (run / "arms").glob("*") if path.is_dir())
-    measured = [arm for arm in arms if (arm / "report" / "report.json").is_file()]
-    if arms and not measured:
+    missing = [arm.name for arm in arms if not (arm / "report" / "report.json").is_file()]
+    if arms and len(missing) == len(arms):
         raise UserError(f"{run}: none of its {len(arms)} arms has been measured yet: finish one")
-    missing = [arm.name for arm in arms if arm not in measured]
     if missing:
-        log.warning(
-            "%d of %d arms are not in the report, since they did not end: %s",
-            len(missing),
-            len(arms),
-            ", ".join(missing[:10]),
-        )
-    return measured
+        said = "%d of %d arms are not in the report, since they did not end: %s"
+        log.warning(said, len(missing), len(arms), ", ".join(missing[:10]))
+    return [arm for arm in arms if arm.name not in missing]
 
 
 def _report_file(run: Path) -> Path:
@@ -149,9 +136,10 @@ def _report_file(run: Path) -> Path:
     for place in (run / "report" / "report.json", run / "report.json"):
         if place.is_file():
             return place
+    fix = "name a finished run, or finish this one"
     if (run / "adapter" / "adapter_config.json").is_file():
-        raise UserError(f"{run} has no report/report.json: measure it with `moored evaluate {run}`")
-    raise UserError(f"{run} has no report/report.json: name a finished run, or finish this one")
+        fix = f"measure it with `moored evaluate {run}`"
+    raise UserError(f"{run} has no report/report.json: {fix}")
 
 
 def labels_of(runs: Sequence[Path]) -> list[str]:

@@ -48,6 +48,10 @@ def _must(hold: Callable[[Any], object], says: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+_NO_FRACTION = "{:g} is no fraction: expected 0 to 1"
+_NO_PERPLEXITY = "{:g} is no perplexity: exp of a cross-entropy is never below 1"
+_NO_DIVERGENCE = "{:g}: a divergence is never negative"
+
 # Text of data and vocabularies may be empty, or half a surrogate pair: it is no pydantic `str`.
 Text = InstanceOf[str]
 Name = Annotated[Text, _must(str.strip, "must not be empty")]
@@ -58,19 +62,9 @@ Count = Annotated[Integer, _must(lambda n: n >= 0, "must not be negative, got {}
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
 # Written so that NaN passes. Just below a bound is rounding; clearly below it is another unit.
 NotNegative = Annotated[Number, _must(lambda x: not x < 0, "must not be negative, got {:g}")]
-Fraction = Annotated[
-    Number, _must(lambda x: not (x < 0 or x > 1), "{:g} is no fraction: expected 0 to 1")
-]
-Perplexity = Annotated[
-    Number,
-    _must(
-        lambda x: not x < 1 - 1e-6,
-        "{:g} is no perplexity: exp of a cross-entropy is never below 1",
-    ),
-]
-Divergence = Annotated[
-    Number, _must(lambda x: not x < -1e-4, "{:g}: a divergence is never negative")
-]
+Fraction = Annotated[Number, _must(lambda x: not (x < 0 or x > 1), _NO_FRACTION)]
+Perplexity = Annotated[Number, _must(lambda x: not x < 1 - 1e-6, _NO_PERPLEXITY)]
+Divergence = Annotated[Number, _must(lambda x: not x < -1e-4, _NO_DIVERGENCE)]
 Figures = dict[Text, Number | None]
 
 

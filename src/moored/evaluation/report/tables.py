@@ -1,17 +1,18 @@
 """The rows of the page's tables and bars: figures beside their changes, intervals and meanings.
 
-How a row looks is the template's.
+How a row looks, and what is said of it, is the template's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moored.evaluation.report import bootstrap, words
 from moored.evaluation.report.bootstrap import Interval, more_right, share_difference
+from moored.evaluation.report.choosing import Recommendation
 from moored.evaluation.report.comparing import (
     Setting,
     forgot_more,
@@ -20,7 +21,23 @@ from moored.evaluation.report.comparing import (
     settings,
     yardstick,
 )
-from moored.evaluation.report.results import ArmResult, Report, Tally, rise_pct
+from moored.evaluation.report.headline import compared
+from moored.evaluation.report.results import (
+    ArmResult,
+    Report,
+    Tally,
+    TokenChoice,
+    TokenExample,
+    Where,
+    rise_pct,
+)
+
+# A page must stay one that a person reads: what is beyond is counted, and is in report.json.
+MOST_ARMS = 8
+MOST_TEXTS_OPEN, MOST_TEXTS = 4, 1  # corpora taken apart: of arms that stand open, of others
+MOST_SPOTS_WORST, MOST_SPOTS = 8, 3  # examples: of an arm's worst corpus, of others
+MOST_TOKENS = 10
+MOST_CHOICES = 3  # of each model
 
 # Bars become logarithmic above this: linear near zero, logarithmic beyond BEND_AT_PCT.
 BENT_BARS_ABOVE_PCT = 1000.0
@@ -33,20 +50,14 @@ MOST_VERSUS_CORPORA = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A difference: its direction as an arrow, its meaning as a word.
+    """A difference: its direction as an arrow, its meaning as a word."""
 
-    Attributes:
-        text: by how much.
-        arrow: up, down or equal.
-        word: better, worse or same; unclear where the interval holds 0, and no interval where there
-            is none to claim anything by.
-        interval: its ends; empty where there is none.
-    """
-
-    text: str
-    arrow: str
+    text: str  # by how much
+    arrow: str  # up, down or equal
+    # Better, worse or same; unclear where the interval holds 0, and no interval where there is none
+    # to claim anything by.
     word: str
-    interval: str = ""
+    interval: str = ""  # its ends; empty where there is none
 
 
 def change(
@@ -207,3 +218,96 @@ def bars(report: Report) -> dict[str, Any]:
         length = 100 * scale(pct) / span
         ends[pct] = f"{zero + min(0.0, length):.2f}", f"{abs(length):.2f}"
     return {"ends": ends, "zero": f"{zero:.2f}", "bent": is_bent}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """What one arm forgot."""
+
+    name: str
+    arm: ArmResult
+    open: bool  # whether its details stand open
+    corpora: list[str]  # the worst first, then by how far they drifted
+    # Those taken apart, with the most telling tokens and worst examples, and how many are left out.
+    apart: list[tuple[str, Where, int]]
+    num_texts_left: int  # corpora that could be taken apart and are not
+
+    @property
+    def most_drift(self) -> float:
+        """Its greatest drift on a corpus, nats per token."""
+        return max(map(words.finite, self.arm.drift_nats_per_token.values()), default=0.0)
+
+
+def forgetting(report: Report, choice: Recommendation | None = None) -> tuple[list[Forgotten], int]:
+    """What the arms forgot, those of the headline first, and how many arms are left out.
+
+    Args:
+        report: the figures.
+        choice: the recommended setting, which stands for its kind.
+    """
+    focus, plain, _ = compared(report)
+    wanted = [group.settings[0].median() for group in (focus, plain) if group]
+    if choice and choice.setting in focus.settings:
+        wanted[0] = choice.adapter
+    # Of several seeds first the median of each setting.
+    medians = [group.median() for group in settings(report)]
+    order = list(dict.fromkeys([*wanted, *medians, *report.arms]))
+    shown = order[:MOST_ARMS]
+    return [_forgotten(report, name, name in wanted) for name in shown], len(order) - len(shown)
+
+
+def _forgotten(report: Report, name: str, is_open: bool) -> Forgotten:
+    arm = report.arms[name]
+    worst = arm.worst()
+    first = worst[0] if worst else None
+    drift = {
+        corpus: words.finite(arm.drift_nats_per_token.get(corpus)) for corpus in report.corpora
+    }
+    corpora = sorted(drift, key=lambda corpus: (corpus != first, -drift[corpus]))
+    known = [corpus for corpus in corpora if corpus in arm.where]
+    kept = known[: MOST_TEXTS_OPEN if is_open else MOST_TEXTS]
+    apart: list[tuple[str, Where, int]] = []
+    for i, corpus in enumerate(kept):
+        where = arm.where[corpus]
+        tokens = [item for item in where.tokens if math.isfinite(item.share)]
+        tokens = sorted(tokens, key=lambda item: -item.share)[:MOST_TOKENS]
+        spots = sorted(where.spots, key=lambda spot: -words.finite(spot.drift))
+        most = MOST_SPOTS if i else MOST_SPOTS_WORST
+        where = replace(where, tokens=tokens, spots=spots[:most])
+        apart.append((corpus, where, max(0, len(spots) - most)))
+    return Forgotten(
+        name=name,
+        arm=arm,
+        open=is_open,
+        corpora=corpora,
+        apart=apart,
+        num_texts_left=len(known) - len(kept),
+    )
+
+
+def choices(spot: TokenExample) -> list[dict[str, Any]]:
+    """The rows of an example: either model's first choices, and the true token in any case."""
+    # A token that both prefer may stand there twice.
+    known = list(dict.fromkeys(spot.choices))
+    by_base = sorted(known, key=lambda one: -words.finite(one.base))
+    by_adapted = sorted(known, key=lambda one: -words.finite(one.adapted))
+    missing = TokenChoice(token=spot.target, base=spot.base, adapted=spot.adapted)
+    true = next((one for one in by_base if _is_true(one, spot)), missing)
+    wanted = {*by_base[:MOST_CHOICES], *by_adapted[:MOST_CHOICES]}
+    rows = [one for one in by_base if one in wanted]
+    return [
+        {
+            "choice": one,
+            "is_true": one is true,
+            "base_first": one is by_base[0] if by_base else False,
+            "adapted_first": one is by_adapted[0] if by_adapted else False,
+        }
+        for one in [*rows, *([] if true in rows else [true])]
+    ]
+
+
+def _is_true(one: TokenChoice, spot: TokenExample) -> bool:
+    # Several tokens may be one text; probabilities come by two ways, so they are equal but for
+    # rounding.
+    near = math.isclose(one.base, spot.base, rel_tol=0.01, abs_tol=1e-6)
+    return near and one.token == spot.target

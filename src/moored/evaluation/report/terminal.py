@@ -24,6 +24,7 @@ from moored.evaluation.report.tables import harness
 # More corpora than this (instructions count as one) do not fit beside each other: the worst one
 # stands for all.
 MOST_COLUMNS = 2
+Column = tuple[str, str, Callable[[ArmResult], Text | str]]  # header, the base's cell, an arm's
 NATS = "KL: base to adapted, nats per token, worst corpus"
 
 
@@ -34,23 +35,16 @@ def table(report: Report) -> Table:
     the worst one stands for all.
     """
     base, arms, corpora = report.base, report.arms, report.corpora
-    # Header, the base's cell and an arm's.
-    columns: list[tuple[str, str, Callable[[ArmResult], Text | str]]] = [
-        (
-            "adaptation\nperplexity",
-            words.ppl(base.adaptation_ppl),
-            lambda a: words.ppl(a.adaptation_ppl),
-        )
-    ]
+
+    def column(header: str, show: Callable[[float | None], str], name: str) -> Column:
+        return header, show(getattr(base, name)), lambda arm: show(getattr(arm, name))
+
+    columns = [column("adaptation\nperplexity", words.ppl, "adaptation_ppl")]
     if any(arm.adaptation_exact_match is not None for arm in arms.values()):
-        before = words.fraction(base.adaptation_exact_match)
-        columns.append(("exact\nmatch", before, lambda a: words.fraction(a.adaptation_exact_match)))
+        columns.append(column("exact\nmatch", words.fraction, "adaptation_exact_match"))
     followed = any(arm.instruction_following is not None for arm in arms.values())
     if followed:
-        before = words.fraction(base.instruction_following)
-        columns.append(
-            ("instruc-\ntions", before, lambda a: words.fraction(a.instruction_following))
-        )
+        columns.append(column("instruc-\ntions", words.fraction, "instruction_following"))
     each = len(corpora) <= MOST_COLUMNS - followed
     for corpus in corpora if each else []:
         before = words.ppl(base.retention_ppl[corpus])

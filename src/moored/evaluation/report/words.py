@@ -1,13 +1,18 @@
-"""Numbers and names as people read them.
+"""Numbers and names as people read them, and the templates that make sentences of them.
 
-What the figures amount to is said in `headline.py`; no layout and no file format is known here.
+What the figures amount to is found in `headline.py`; no layout and no file format is known here.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import unicodedata
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2
 
 MISSING = "–"
 MINUS = "−"
@@ -174,3 +179,45 @@ def _shape(c: str) -> str:
 def kind_name(kind: str) -> str:
     """A regulariser as prose names it."""
     return KINDS.get(kind, clean(kind, 24))
+
+
+def render(name: str, **values: Any) -> str:
+    """A template with these values, a `.html.j2` with all its text escaped.
+
+    Filters show numbers and names as above; bars get their `width`, and figures may be `finite`.
+    """
+    return _templates().get_template(name).render(values)
+
+
+def lines(name: str, **values: Any) -> list[str]:
+    """The lines of such a text."""
+    return [line for line in render(name, **values).split("\n") if line]
+
+
+@functools.cache
+def _templates() -> jinja2.Environment:
+    import jinja2  # only where words are made
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("moored.evaluation.report"),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shows = (clean, count, duration, fraction, kind_name, memory, nats, passage, percent, points)
+    environment.filters |= {show.__name__: show for show in (*shows, ppl, probability, token)}
+    environment.filters["bounds"] = lambda interval: bounds(interval.low, interval.high)
+    environment.filters["width"] = width
+    environment.tests["finite"] = lambda value: value is not None and math.isfinite(value)
+    return environment
+
+
+def finite(value: float | None) -> float:
+    """A figure, or 0 where it is none."""
+    return value if value is not None and math.isfinite(value) else 0.0
+
+
+def width(value: float | None, most: float) -> str:
+    """The length of a bar, in percent of its track."""
+    return f"{100 * min(1.0, max(0.0, finite(value) / most if most > 0 else 0.0)):.1f}"
