@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from moored.data.stream import TrainStream
 
 _ROOMS = {
-    "Prefetcher": "ahead",
-    "BaseIdentity": "drawn",
+    "Prefetcher": "prefetch",
+    "BaseIdentity": "base_samples",
     "HeldSource": "encode",
     "TurnEnd": "ends",
     "turn_ends": "ends",
