@@ -1,7 +1,7 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
 `formats`, `files` and `corpora` read, `records` validates (they and all below without torch),
-`chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `ahead` keeps one step in store,
+`chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `prefetch` keeps one step in store,
 `heldout` evaluates. What this front door names is imported when it is asked for, so that validation
 on a login node loads no torch.
 """

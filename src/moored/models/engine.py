@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO around the policy: forward, backward, update, and the state to save.
 
-Beside `zero.py` the only importer of deepspeed. No loss and no schedule is decided here.
+DeepSpeed itself comes from `zero.py`, its only importer. No loss and no schedule is decided here.
 
 Precision is ours, not DeepSpeed's: adapters, gradients and moments are fp32 (so the adapter is its
 own fp32 master), the base computes in its own dtype, and DeepSpeed's bf16 mode stays off, which
@@ -15,10 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import logger as deepspeed_logger
 
 from moored.config import Config
 from moored.data.batch import Batch
@@ -30,7 +27,7 @@ from moored.models.forward import probe_batch
 from moored.models.policy import LossArguments, PolicyModel
 from moored.models.reference import adapters_off, dropout_off, of_base
 from moored.models.reference_cache import ReferenceCache, open_cache
-from moored.models.zero import zero_config
+from moored.models.zero import deepspeed, zero_config
 from moored.utils.errors import TrainingRefusedError, UserError
 
 log = logging.getLogger(__name__)
@@ -47,7 +44,7 @@ class Engine:
     """
 
     def __init__(self, policy: PolicyModel, config: Config, mesh: Mesh):
-        deepspeed_logger.setLevel(logging.ERROR)
+        deepspeed.utils.logger.setLevel(logging.ERROR)
         self.policy, self.mesh, self.stage = policy, mesh, config.parallel.zero_stage
         self.references: ReferenceCache | None = None
         self._max_grad_norm = config.optim.max_grad_norm
@@ -71,7 +68,7 @@ class Engine:
         unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
         if policy.partition is not None:
             policy.partition.hand_over()
-        deepspeed_groups.mpu = unit  # not that of an earlier engine of this process
+        deepspeed.utils.groups.mpu = unit  # not that of an earlier engine of this process
         self._engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,

@@ -187,10 +187,10 @@ def test_hashing_says_how_much_is_read(lines, tmp_path, monkeypatch):
 def test_a_folder_that_another_process_makes_is_waited_for_aloud(lines, tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_dir, "WATCH_SECONDS", 0.05)
     code = (
-        "import sys, time; from pathlib import Path; from moored import sealed\n"
+        "import sys, time; from pathlib import Path; from moored.utils import atomic_dir\n"
         "def make(new):\n"
         "    (new / 'a').write_text('a'); print('made', flush=True); sys.stdin.read(); return {}\n"
-        "sealed.make_once(Path(sys.argv[1]), make)"
+        "atomic_dir.make_once(Path(sys.argv[1]), make)"
     )
     folder = tmp_path / "folder"
     with subprocess.Popen(
@@ -241,26 +241,25 @@ def test_rows_are_counted_without_reading_them(tmp_path, name, expected, limit):
 
 SCENE = """
 import logging, sys, time
-from types import SimpleNamespace
 from moored.utils import log
 from moored.utils import progress
 log.setup(0, None)
 say = logging.getLogger("moored.scene").info
 progress.REFRESH_SECONDS = 0.0
-step = SimpleNamespace(loss=1.5, ce=1.0, kl=0.5)
+step = {'loss': 1.5, 'ce': 1.0, 'kl': 0.5, 'tokens_per_second': 1000.0}
 with progress.Phase("loading [red] the base", 2, "weights") as phase:
     phase.advance()
     say("amid a bar")
     phase.advance()
 say("between")
 with progress.Progress(4, 0, enabled=True) as steps:
-    steps.update(step, 1000.0)
+    steps.update(**step)
     with progress.Phase("measuring fox", 3, "batches") as phase:
         for _ in phase.over(range(3)):
             say("amid two bars")
             print("to stdout")
     for _ in range(3):
-        steps.update(step, 1000.0)
+        steps.update(**step)
 say("after")
 """
 
