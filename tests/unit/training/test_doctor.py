@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import tiny
 from datakit import CHAT, jsonl
+from forking import finished, moored
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +29,7 @@ def told(tmp_path_factory) -> str:
         "max_dropped_fraction": 0.9,
     }
     recipe["train"] = {k: v for k, v in recipe["train"].items() if k != "epochs"} | {"steps": 2}
-    done = subprocess.run(
-        [sys.executable, "-m", "moored", "doctor", str(tiny.write_recipe(folder, recipe))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return finished(moored("doctor", str(tiny.write_recipe(folder, recipe)), COLUMNS="80"))[0]
 
 
 def test_every_source_shows_one_sample_with_marks_that_a_log_keeps(told):
