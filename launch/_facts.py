@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+PACKAGES = ("python", "moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
 
 
 def main(recipe: str, *overrides: str) -> int:
@@ -22,6 +20,7 @@ def main(recipe: str, *overrides: str) -> int:
         import moored
         from moored.cli.options import load
         from moored.tracking.run_directory import path_of
+        from moored.utils.environment import versions_of
         from moored.utils.errors import MooredError
     except ImportError as error:
         print(f"error: {sys.executable} cannot import moored: {error}", file=sys.stderr)
@@ -34,7 +33,7 @@ def main(recipe: str, *overrides: str) -> int:
         return error.exit_code
     run_dir = path_of(config)
     above = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    equal = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    equal = versions_of(PACKAGES)
     code = hashlib.sha256()
     for file in sorted(Path(moored.__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())
@@ -42,13 +41,6 @@ def main(recipe: str, *overrides: str) -> int:
     free = shutil.disk_usage(above).free
     print(json.dumps({"run_dir": str(run_dir), "free_bytes": free, "equal": equal}))
     return 0
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ MODEL: dict[str, Any] = {
 }
 MESHES = {"1x1": (1, 1, 0), "1x2": (2, 2, 3), "2x2": (4, 2, 2)}  # world size, degree, stage
 COLUMNS = ["loss", "ce_nats_per_token", "tmkl_nats_per_token", "grad_norm"]
-SLICES = "parallel.quantization_statistics=slice"
 PLACES = [("2x2", "1x1"), ("2x2", "1x2"), ("1x1", "2x2"), ("1x2", "2x2"), ("1x2", "1x1")]
 
 
@@ -184,7 +183,7 @@ def compare_all(rank: int, world_size: int, config: Config) -> None:
 # -- what is refused ---------------------------------------------------------------------------
 
 
-def refused(rank: int, world_size: int, config: Config, slices: Config, folder: Path) -> None:
+def refused(rank: int, world_size: int, config: Config, folder: Path) -> None:
     with pytest.raises(UserError, match="degree=3 does not divide the 2 processes"):
         start_mesh(3)
     mesh = start_mesh(2)
@@ -210,13 +209,7 @@ def refused(rank: int, world_size: int, config: Config, slices: Config, folder: 
     with pytest.raises(UserError, match="the folder has no safetensors"):
         load_base(pickled, config.model, mesh, config.parallel)
 
-    path = config.output.dir / "slices"
-    run_all(0, 2, [(slices, path, True)])
-    with pytest.raises(UserError, match=r"with the NF4 scales of slices at .* 2, not of whole"):
-        train.run(config, path=path, parent=path.parent)
-
 
 @pytest.mark.long
 def test_what_would_not_be_exact_is_refused(tmp_path):
-    config, slices = (recipe_of(tmp_path, *more, mesh="1x2") for more in ([], [SLICES]))
-    run_distributed(refused, 2, config, slices, tmp_path)
+    run_distributed(refused, 2, recipe_of(tmp_path, mesh="1x2"), tmp_path)

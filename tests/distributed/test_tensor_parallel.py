@@ -25,9 +25,10 @@ from distributed.test_zero import build, by_case, global_batch, step_once
 from moored.config import Config, load_config
 from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
+from moored.loss.divergence import Objective, Scales
 from moored.models.forward import final_hidden
 from moored.models.linear4bit import FrozenLinear4bit
-from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
 from tiny import ALONE, tiny_recipe, write_recipe
 
@@ -112,8 +113,8 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "model.double_quantization=false"),
         ("llama", "nf4", "forward", 1, 2, 0, "none", "adapter.dropout=0.2"),
         ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", "adapter.dropout=0.2"),
-        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.use_dora=true"),
-        ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.use_dora=true"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.method=dora"),
+        ("qwen2", "none", "forward", 1, 2, 1, "non_reentrant", "adapter.method=dora"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.init=gaussian"),
         ("llama", "nf4", "forward", 1, 2, 3, "non_reentrant", SINE, "adapter.omega=20"),
         *(
@@ -236,12 +237,9 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     batch = batch_of()
     with adapters_off(policy):
         reference = policy(batch)
-    arguments = LossArguments(
-        ce_scale=1 / batch.num_targets,
-        kl_scale=0.7 / batch.num_kl,
-        direction=config.regularizer.direction,
-    )
-    loss, _ = policy(batch, reference_hidden=reference, loss=arguments)
+    objective = Objective(config.regularizer.direction)
+    scales = Scales(1 / batch.num_targets, 0.7 / batch.num_kl)
+    loss, _ = policy(batch, reference, use=PolicyModel.loss, objective=objective, scales=scales)
     loss.backward()
     found = {"loss": loss.detach(), "hidden": reference}
     for name, parameter in policy.trainable().items():

@@ -196,8 +196,7 @@ def test_a_rank_is_killed_while_the_controller_is_away(desk: Desk, undisturbed: 
 
 
 def test_a_refused_run_is_not_started_again(desk: Desk) -> None:
-    settings = ("train.max_nonfinite_updates=1", "regularizer.weight=1e38")
-    job = desk.submit("refused", *settings)
+    job = desk.submit("refused", "regularizer.weight=1e38")
     job.ended()
     assert job.state()["status"] == "refused", job.words()
     assert job.num_attempts() == 1

@@ -20,7 +20,7 @@ from moored.config import recipe as recipes
 from moored.config.document import dump
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
 from moored.config.method import AdapterConfig, OptimConfig
-from moored.config.paths import resolve_paths
+from moored.config.paths import matches, resolve_paths
 from moored.config.regularizer import Regularizer, arm_names
 from moored.config.relations import across_sections
 from moored.config.running import (
@@ -33,6 +33,7 @@ from moored.config.running import (
 )
 from moored.config.section import Key, Relation, Section, dotted_key
 from moored.config.validation import remove, validate
+from moored.config.wording import REMOVED
 
 __all__ = [
     "AdapterConfig",
@@ -250,7 +251,10 @@ class Config(Section):
         return dump(self.resolved())
 
     def flat(self) -> dict[str, str | int | float | bool | None]:
-        """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`."""
+        """The resolved recipe with dotted keys: `{"optim.learning_rate": 2e-4, ...}`.
+
+        A list of plain values is its JSON; what is empty has no key.
+        """
         out: dict[str, str | int | float | bool | None] = {}
 
         def visit(key: Key, value: Any) -> None:
@@ -262,7 +266,7 @@ class Config(Section):
                 if any(isinstance(item, dict) for item in items):
                     for index, inner in enumerate(items):
                         visit((*key, index), inner)
-                else:
+                elif items:
                     out[dotted_key(key)] = json.dumps(items)
             else:
                 out[dotted_key(key)] = value
@@ -311,7 +315,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if recipe.data.get("name") is None:
         recipe.data["name"] = _default_name(Path(path))
     resolve_paths(recipe)
+    _drop_removed(recipe.data)
     return validate(Config, recipe, _PLACEHOLDERS, extra=_secrets)
+
+
+def _drop_removed(data: dict[str, Any]) -> None:
+    """Take out options that are gone, where they ask for what is done anyway; in place."""
+    for place, removed in REMOVED.items():
+        for holder, name, _ in matches(data, place):
+            if _is_same(holder[name], removed.default):
+                del holder[name]
+
+
+def _is_same(value: object, default: object) -> bool:
+    """Whether a recipe's value is that default: 0 is 0.0, but not false."""
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
 def _secrets(config: Config) -> Iterator[Relation]:

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field, model_validator
 
 from moored.config.section import (
-    Fraction,
     Ignored,
     Positive,
     Problem,
@@ -54,7 +53,6 @@ class AdapterConfig(Section):
         about("module names that get an adapter"),
     ] = "all-linear"
     use_rslora: Annotated[bool, about("scale by alpha / sqrt(r); not randlora")] = False
-    use_dora: Annotated[bool, about("method lora: the same as method dora")] = False
     init: Annotated[Text, about("of A, beside B = 0: default, gaussian; not randlora")] = "default"
     omega: Annotated[
         float, Field(gt=0, description="frequency of sinelora's sine, in radians per unit of B A")
@@ -70,18 +68,13 @@ class AdapterConfig(Section):
             return given | {"alpha": 20.0 * min(max(r, 1), 2**31)}  # r is checked by itself
         return cast(object, values)
 
-    @property
-    def family(self) -> str:
-        """The method by its own name, also where `use_dora` says it."""
-        return "dora" if self.use_dora else self.method
-
     def ignored(self) -> Iterator[Ignored]:
         """What another method knows."""
         others = {
             "lora": ("omega",),
-            "dora": ("use_dora", "omega"),
-            "randlora": ("use_rslora", "use_dora", "init", "omega"),
-            "sinelora": ("use_dora",),
+            "dora": ("omega",),
+            "randlora": ("use_rslora", "init", "omega"),
+            "sinelora": (),
         }
         for name in others[self.method]:
             yield Ignored(name, ("method",), f"method is {self.method}")
@@ -101,9 +94,9 @@ class AdapterConfig(Section):
         self, *, nf4: bool, zero_stage: int, tensor_parallel_degree: int
     ) -> Iterator[Problem]:
         """Why it cannot be trained on such a mesh; `names` are the dotted keys of the others."""
-        if self.family == "dora" and nf4 and zero_stage == 3:
+        if self.method == "dora" and nf4 and zero_stage == 3:
             yield Problem(
-                "use_dora" if self.use_dora else "method",
+                "method",
                 "DoRA reads the 4-bit weights outside of their layers, where ZeRO-3 has them in "
                 "parts: set parallel.zero_stage to 2",
                 ("parallel.zero_stage", "model.quantization"),
@@ -127,14 +120,10 @@ class OptimConfig(Section):
     ] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0, description="added to the denominator")] = 1e-8
     weight_decay: Annotated[float, Field(ge=0, description="per unit learning rate")] = 0.0
-    schedule: Annotated[Literal["constant", "linear", "cosine"], about("after warm-up")] = "cosine"
+    schedule: Annotated[
+        Literal["constant", "linear", "cosine"], about("after warm-up; the latter two end at 0")
+    ] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0, description="steps of linear rise")] = 0
-    min_lr_ratio: Annotated[Fraction, about("last learning rate / peak")] = 0.0
     max_grad_norm: Annotated[
         Annotated[float, Field(gt=0)] | None, about("global L2 norm; null: no clipping")
     ] = 1.0
-
-    def ignored(self) -> Iterator[Ignored]:
-        """A constant schedule never falls."""
-        if self.schedule == "constant":
-            yield Ignored("min_lr_ratio", ("schedule",), "schedule is constant")

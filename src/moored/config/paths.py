@@ -36,7 +36,7 @@ def resolve_paths(recipe: Recipe) -> None:
     if isinstance(output, dict) and "dir" not in output:
         output["dir"] = os.path.abspath("runs")
     for pattern in (*_PATHS, *_HUBS):
-        for holder, last, key in _matches(data, pattern, ()):
+        for holder, last, key in matches(data, pattern):
             value = holder[last]
             if not isinstance(value, str) or not value:
                 continue
@@ -64,7 +64,8 @@ def _is_saved(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
-def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:
+def matches(at: Any, pattern: Key, key: Key = ()) -> Iterator[tuple[Any, Any, Key]]:
+    """What stands at the places of a pattern, in which `*` is any name: holder, name, whole key."""
     part, rest = pattern[0], pattern[1:]
     if part == "*":
         if isinstance(at, list):
@@ -75,6 +76,6 @@ def _matches(at: Any, pattern: Key, key: Key) -> Iterator[tuple[Any, Any, Key]]:
         names = [part] if isinstance(at, dict) and part in at else []
     for name in names:
         if rest:
-            yield from _matches(at[name], rest, (*key, name))
+            yield from matches(at[name], rest, (*key, name))
         else:
             yield at, name, (*key, name)

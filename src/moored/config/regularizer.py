@@ -1,6 +1,8 @@
 """The section of a recipe that says what holds the policy near its base, and how much of it.
 
-Every key with its type, bounds, unit and default; the mathematics are in `divergence.py` and below.
+Every key with its type, bounds, unit and default. An option of the loss is here, as a key or as a
+property that follows from keys, by its name in `Objective` of divergence.py, and nowhere else but
+there.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from moored.config.section import Ignored, Key, Positive, Problem, Section, abou
 
 DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base
 WEIGHTED = (*DIVERGENT, "l2", "replay")  # kinds whose weight means something
+LEAST_WEIGHT = 1e-3  # to which a budget with room lets the weight fall
 
 
 class Budget(Section):
@@ -38,8 +41,9 @@ class Budget(Section):
     when_broken: Annotated[
         Literal["stop", "continue"], about("stop: the run ends with exit code 3; continue: warn")
     ] = "stop"
-    min_weight: Annotated[float, Field(gt=0, description="least weight")] = 1e-3
-    max_weight: Annotated[float, Field(gt=0, description="greatest weight")] = 30.0
+    max_weight: Annotated[
+        float, Field(gt=LEAST_WEIGHT, description="greatest weight; the least is 0.001")
+    ] = 30.0
 
     @property
     def limit(self) -> float:
@@ -56,7 +60,7 @@ class Budget(Section):
 
     @property
     def unit(self) -> str:
-        """Of the budget, in words."""
+        """The budget's unit, in words."""
         return "nats per token" if self.by_drift else "% of perplexity"
 
     @property
@@ -65,15 +69,9 @@ class Budget(Section):
         return self.drift_nats_per_token is not None
 
     def problems(self) -> Iterator[Problem]:
-        """One budget, and weights in order."""
+        """One budget."""
         kinds = ("retention_increase_pct", "drift_nats_per_token")
         yield from one_of(self, kinds, what="what is limited")
-        if self.min_weight >= self.max_weight:
-            yield Problem(
-                "min_weight",
-                f"{self.min_weight:g} is not less than max_weight {self.max_weight:g}: lower it",
-                ("max_weight",),
-            )
 
 
 class Regularizer(Section):
@@ -134,6 +132,23 @@ class Regularizer(Section):
     def is_divergent(self) -> bool:
         """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
         return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def mask_target(self) -> bool:
+        """Whether the target is removed from both distributions of the divergence."""
+        return self.kind == "tmkl"
+
+    @property
+    def ce_weighting(self) -> Literal["uniform", "probability", "entropy"]:
+        """How targets weigh in the cross-entropy, by what the policy says of them."""
+        if self.kind == "asft":
+            return "probability"
+        return "entropy" if self.kind == "eaft" else "uniform"
+
+    @property
+    def kl_weighting(self) -> Literal["uniform", "entropy"]:
+        """How positions weigh in the divergence."""
+        return self.token_weighting
 
     @property
     def has_schedule(self) -> bool:

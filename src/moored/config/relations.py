@@ -133,7 +133,7 @@ def _of_l2(config: Config, kind: Key) -> Iterator[Relation]:
     parallel = config.parallel
     refused = [
         (
-            config.adapter.family == "lora",
+            config.adapter.method == "lora",
             ("adapter", "method"),
             "set adapter.method to lora",
         ),

@@ -33,17 +33,6 @@ class ParallelConfig(Section):
     sequence_parallel: Annotated[
         bool, about("norms and residuals are spread over those ranks, too, by tokens")
     ] = False
-    quantization_statistics: Annotated[
-        Literal["whole", "slice"],
-        about(
-            "double-quantised NF4 scales under tensor parallelism; whole: as of the undivided "
-            "tensor, the same base on every mesh (4.50 bits per parameter); slice: of each rank's "
-            "slice (4.13 bits), whose base differs by up to 1 % of the largest weight per degree"
-        ),
-    ] = "whole"
-    replica_check_every: Annotated[
-        Positive, about("steps between checks that what the ranks share is equal bit for bit")
-    ] = 50
     offload: Annotated[Literal["none", "optimizer"], about("what is kept in CPU memory")] = "none"
     rendezvous_seconds: Annotated[
         float,
@@ -63,8 +52,8 @@ class ParallelConfig(Section):
     def ignored(self) -> Iterator[Ignored]:
         """One rank shares nothing."""
         if self.tensor_parallel_degree == 1:
-            for name in ("sequence_parallel", "quantization_statistics", "replica_check_every"):
-                yield Ignored(name, ("tensor_parallel_degree",), "tensor_parallel_degree is 1")
+            switches = ("tensor_parallel_degree",)
+            yield Ignored("sequence_parallel", switches, "tensor_parallel_degree is 1")
 
 
 class ReferenceConfig(Section):
@@ -113,7 +102,6 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[Positive, about("checkpoints kept, the newest")] = 2
     log_every: Annotated[Positive, about("steps between logged points")] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of data order and adapter")] = 0
-    max_nonfinite_updates: Annotated[Positive, about("refused updates in a row; then stop")] = 5
 
     def ignored(self) -> Iterator[Ignored]:
         """Nothing is recomputed."""
@@ -149,9 +137,6 @@ class EvaluationConfig(Section):
     instruction_tokens: Annotated[Positive, about("tokens per answer to these")] = 256
     max_examples: Annotated[Positive | None, about("samples of data.eval; null: all")] = None
     micro_batch_size: Annotated[Positive, about("sequences per rank and forward")] = 4
-    num_examples: Annotated[
-        int, Field(ge=0, description="worst examples of a corpus in the report, with their text")
-    ] = 8
 
     def ignored(self) -> Iterator[Ignored]:
         """Lengths of answers that are not generated."""

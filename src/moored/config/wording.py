@@ -1,6 +1,6 @@
 """What pydantic found wrong with a recipe, in one line for people: received, expected, fix.
 
-Relations between options are worded where they are checked, in the sections and `config.py`.
+Relations between options are worded where they are checked, in the sections and `relations.py`.
 """
 
 from __future__ import annotations
@@ -113,6 +113,36 @@ _INSTEAD: Mapping[str, str] = {
 }
 
 
+class Removed(NamedTuple):
+    """An option that older versions had: its default, by which things still go, and the way now."""
+
+    default: Any
+    instead: str
+
+
+# By their places, as older recipes and the copies in run directories have them; * is any name.
+REMOVED: Mapping[Key, Removed] = {
+    ("adapter", "use_dora"): Removed(False, "set adapter.method to dora"),
+    ("optim", "min_lr_ratio"): Removed(
+        0.0, "linear and cosine end at 0: remove it, or set optim.schedule to constant"
+    ),
+    **{
+        (*place, "budget", "min_weight"): Removed(1e-3, "the least weight is 0.001: remove it")
+        for place in (("regularizer",), ("compare", "*"))
+    },
+    ("parallel", "quantization_statistics"): Removed(
+        "whole", "NF4 scales are those of whole tensors, so that the base is one: remove it"
+    ),
+    ("parallel", "replica_check_every"): Removed(
+        50, "what ranks share is compared every 50 steps: remove it"
+    ),
+    ("train", "max_nonfinite_updates"): Removed(
+        5, "five refused updates in a row end the run: remove it"
+    ),
+    ("evaluation", "num_examples"): Removed(8, "a report has the 8 worst of each text: remove it"),
+}
+
+
 class UnknownKey(NamedTuple):
     """The message for an unknown key, and the key of the same section that was meant, if any."""
 
@@ -208,6 +238,9 @@ def unknown_key(root: type[Section], key: Key) -> UnknownKey:
         return UnknownKey(f"unknown key; did you mean {peer}?", None)
     if plain in _INSTEAD and "optim.warmup_steps" in dict(leaves):  # a recipe, no other file
         return UnknownKey(f"unknown key; {_INSTEAD[plain]}", None)
+    removed = _removed(key) if "optim.warmup_steps" in dict(leaves) else None
+    if removed is not None:
+        return UnknownKey(f"is no option any more: {removed.instead}", None)
     near = suggest(name, siblings)
     if near:
         return UnknownKey(f"unknown key{near}", near.removeprefix("; did you mean ").rstrip("?"))
@@ -217,6 +250,13 @@ def unknown_key(root: type[Section], key: Key) -> UnknownKey:
         leaf = near.removeprefix("; did you mean ").rstrip("?")
         return UnknownKey(f"unknown key; did you mean {elsewhere[leaf]}?", None)
     return UnknownKey(f"unknown key; the keys here are {', '.join(siblings)}", None)
+
+
+def _removed(key: Key) -> Removed | None:
+    for place, removed in REMOVED.items():
+        if len(place) == len(key) and all(p in ("*", k) for p, k in zip(place, key, strict=True)):
+            return removed
+    return None
 
 
 def section_at(root: type[Section], key: Key) -> type[Section] | None:

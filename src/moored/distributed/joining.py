@@ -42,7 +42,7 @@ class ProcessGroup(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the axis."""
+        """The axis's name."""
         ...
 
     @property

@@ -20,9 +20,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moored.utils.environment import SECRET_FILE_VARIABLE, SECRET_VARIABLE
+from moored.utils.environment import SECRET_FILE_VARIABLE, SECRET_VARIABLE, cache_folder
 from moored.utils.errors import UserError
-from moored.utils.folders import cache_folder
 
 SHORTEST = 32  # characters: it could be guessed from what a rank proves with it
 MOST_BYTES = 4096

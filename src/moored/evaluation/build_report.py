@@ -131,7 +131,7 @@ def _identity(
         "weight": training.weight or regularizer.kl_weight,
         "seed": trained_by.train.seed,
         "setting": trained_by.setting(),
-        "adapter": trained_by.adapter.family,
+        "adapter": trained_by.adapter.method,
     }
     if regularizer.is_divergent:
         found |= {"direction": regularizer.direction, "temperature": regularizer.temperature}

@@ -1,6 +1,6 @@
 """Where a policy drifts on a text: gathered row by row while the text is measured.
 
-The rows come from `drift.py`; what is made of them for people is `report/where.py`'s.
+The rows come from `drift.py`; what is made of them for people is `report/results.py`'s.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from moored.loss.drift import MOST_PER_GROUP, DriftSums
 EDGES = (16, 64, 256)  # tokens of context that part the stretches
 CONTEXT_TOKENS = 24
 MOST_TOKENS = 12
+NUM_SPOTS = 8  # the worst ones of a text
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class DriftCollector:
         num_spots: examples to keep, and to look at in each batch: so the batches do not matter.
     """
 
-    def __init__(self, num_spots: int):
+    def __init__(self, num_spots: int = NUM_SPOTS):
         self.num_spots = num_spots
         self._stretches: Counter[int] = Counter()
         self._stretch_drift: Counter[int] = Counter()

@@ -108,12 +108,6 @@ def _degree(targets: Sequence[Target]) -> int:
             f"the targets have parallel.tensor_parallel_degree {sorted(wanted)}: add one for all, "
             f"such as parallel.tensor_parallel_degree={degree}"
         )
-    for p in parallel:
-        if p.quantization_statistics == "slice" and degree != p.tensor_parallel_degree:
-            raise UserError(
-                "parallel.quantization_statistics is slice, so the base depends on the degree: "
-                f"start {p.tensor_parallel_degree} processes"
-            )
     return degree
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from moored.evaluation.evaluate import SUMS, sample_sums
 from moored.evaluation.generate import continuations
 from moored.models.base import BaseFiles
 from moored.models.engine import Engine
+from moored.utils.environment import version_of
 from moored.utils.errors import UserError
 from moored.utils.progress import Phase
 
@@ -60,8 +60,8 @@ def open_tasks(names: Sequence[str], include: Path | None, mesh: Mesh) -> Any:
     unknown = [n for n in names if n not in manager.all_tasks and not Path(n).is_file()]
     if unknown:
         raise UserError(
-            f"--lm-eval {unknown[0]}: lm_eval {version('lm_eval')} has no such task: `lm_eval ls "
-            "tasks` lists them, --lm-eval-include adds a folder of your own"
+            f"--lm-eval {unknown[0]}: lm_eval {version_of('lm_eval')} has no such task: `lm_eval "
+            "ls tasks` lists them, --lm-eval-include adds a folder of your own"
         )
     with mesh.main_first():
         try:
@@ -124,7 +124,7 @@ def settings_of(tasks: Any) -> dict[str, str]:
     """What a reader needs to repeat it."""
     shots = {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()}
     named = sorted({f"{count}-shot" for count in shots.values()})
-    return {"evaluation harness": f"lm_eval {version('lm_eval')}, {', '.join(named)}"}
+    return {"evaluation harness": f"lm_eval {version_of('lm_eval')}, {', '.join(named)}"}
 
 
 class HarnessModel(TemplateLM):

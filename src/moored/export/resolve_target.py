@@ -45,7 +45,7 @@ class ExportInput:
 
     @property
     def name(self) -> str:
-        """Of the run, or the adapter's folder."""
+        """The run's name, or that of the adapter's folder."""
         return self.config.name if self.run is not None else self.path.resolve().name
 
     def report_file(self, scale: float) -> Path | None:
@@ -172,10 +172,3 @@ def warn_of_another_base(run: RunDirectory | None, config: Config, located: Base
                 trained,
                 located.source.revision,
             )
-    p = config.parallel
-    if p.quantization_statistics == "slice" and p.tensor_parallel_degree > 1:
-        log.warning(
-            "the run's 4-bit scales were those of %d slices, which stock transformers does not "
-            "make: the exported adapter meets a base that differs a little",
-            p.tensor_parallel_degree,
-        )

@@ -102,7 +102,7 @@ def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
     }
     if config.method == "sinelora":
         return SineLoraConfig(omega=config.omega, **shared)
-    return LoraConfig(use_dora=config.family == "dora", **shared)
+    return LoraConfig(use_dora=config.method == "dora", **shared)
 
 
 def frozen_buffers(model: PeftModel) -> dict[str, Tensor]:

@@ -162,7 +162,6 @@ def _stream(
         double=config.double_quantization,
         layout=sharding.layout if sharding else None,
         axis=mesh.tp,
-        whole_scales=parallel.quantization_statistics == "whole",
         keep_fp32=frozenset(causal_lm._keep_in_fp32_modules_strict or ()),
     )
     if config.cache_quantized and config.quantization == "nf4":

@@ -16,7 +16,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from moored.distributed.mesh import Mesh
 from moored.models.weights import INDEX, AfterModule, Files, Loader
 from moored.utils import atomic_dir
-from moored.utils.folders import cache_folder
+from moored.utils.environment import cache_folder, version_of
 
 log = logging.getLogger(__name__)
 FILE_BYTES = 2**28
@@ -85,9 +84,9 @@ def _key(loader: Loader, source: Path) -> str:
         FORMAT,
         [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files],
         str(source.resolve()),
-        [str(loader.dtype), loader.device.type, loader.double, loader.whole_scales],
+        [str(loader.dtype), loader.device.type, loader.double, True],  # of whole tensors
         None if layout is None else [loader.axis.rank, repr(sorted(layout.layers.items()))],
-        [version(name) for name in ("torch", "transformers", "bitsandbytes")],
+        [version_of(name) for name in ("torch", "transformers", "bitsandbytes")],
     ]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     place = "" if layout is None else f"-{loader.axis.rank}-of-{layout.degree}"

@@ -95,8 +95,6 @@ class Loader:
         double: whether scales are quantised, too.
         layout: which rank holds what; None for the whole model on every rank.
         axis: the tensor-parallel axis.
-        whole_scales: under double quantisation, cut the scales of the whole (bit-identical on
-            every mesh, in fp32); else each rank quantises those of its own slice.
         keep_fp32: parts of names that stay in fp32.
     """
 
@@ -106,7 +104,6 @@ class Loader:
     double: bool
     layout: ShardLayout | None
     axis: Axis
-    whole_scales: bool = True
     keep_fp32: frozenset[str] = frozenset()
 
     def load(self, model: nn.Module, after: AfterModule | None = None) -> set[str]:
@@ -196,14 +193,15 @@ class Loader:
             return nf4.quantize(pieces, shape, self.dtype, self.device)
 
     def _state(self, codes: nf4.Codes, split: Split | None) -> Any:
-        if split is None or not (self.double and self.whole_scales):
+        """Under double quantisation a slice has the scales of the whole, cut in fp32."""
+        if split is None or not self.double:
             return nf4.state_of(codes, self.dtype, double=self.double)
         mine = _as_blocks(codes, split)
         per_rank = [size * mine.shape[split.dim] // codes.shape[split.dim] for size in split.sizes]
         whole = self.axis.concatenate(mine, split.dim, per_rank)
         rounded = nf4.rounded(whole.flatten()).view_as(whole)
         start = sum(per_rank[: self.axis.rank])
-        own = rounded.narrow(split.dim, start, per_rank[self.axis.rank]).contiguous().flatten()
+        own = _own(rounded.narrow(split.dim, start, per_rank[self.axis.rank]))
         return nf4.state_of(nf4.Codes(codes.packed, own, codes.shape), self.dtype, double=False)
 
     def _cut_quantised(
@@ -241,8 +239,13 @@ class Loader:
         else:
             by_row = scales.view(whole[0], -1)
             own = by_row[:, columns[0] // nf4.BLOCK : columns[1] // nf4.BLOCK]
-        codes = nf4.Codes(mine, own.contiguous().flatten().float(), shape)
+        codes = nf4.Codes(mine, _own(own).float(), shape)
         return codes, nf4.state_of(codes, self.dtype, double=False)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy of a part, flat: a view of rows would keep the whole alive."""
+    return part.clone(memory_format=torch.contiguous_format).flatten()
 
 
 def _as_blocks(codes: nf4.Codes, split: Split) -> Tensor:

@@ -1,8 +1,8 @@
 """DeepSpeed's configuration, and ZeRO-3's partitions of the base while it loads.
 
-The only importer of deepspeed. No rank ever holds the whole base, not even before DeepSpeed's engine
-exists. Until then hooks gather each layer for its forward; the engine takes over the partitions as
-they are.
+The only importer of deepspeed. No rank ever holds the whole base, not even before DeepSpeed's
+engine exists. Until then hooks gather each layer for its forward; the engine takes over the
+partitions as they are.
 """
 
 # DeepSpeed is typed in part only.

@@ -27,11 +27,13 @@ from moored.tracking.run_directory import (
     RunDirectory,
     locked,
     open_run,
+    path_of,
     require_kind,
-    write_atomically,
 )
 from moored.utils import scheduler
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +148,7 @@ def submit_run(
     Raises:
         UserError: the run is done, or queued; or SLURM refuses a job. Nothing is left in the queue.
     """
-    config, run = for_site(config, site), run_folder(config)
+    config, run = for_site(config, site), path_of(config)
     jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
     scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
     if restart and "train" not in jobs:
@@ -178,11 +180,6 @@ def submit_run(
     submitted = submit_chain(list(jobs.items()))
     remember(run, submitted, site_name=site_name, nodes=nodes, ranks=site.slurm.ranks)
     return submitted
-
-
-def run_folder(config: Config) -> Path:
-    """The run directory of a recipe."""
-    return (config.output.dir / config.name).absolute()
 
 
 def export_folder(run: Path) -> Path:
@@ -242,8 +239,8 @@ def require_free(folder: Path) -> None:
 def remember(folder: Path, submitted: Sequence[Submitted], **facts: Any) -> None:
     """Keep which jobs work on a run, for `moored status` and its like."""
     jobs = [asdict(job) | {"log": str(job.log)} for job in submitted]
-    text = json.dumps({"jobs": jobs, "submitted": round(time.time(), 3), **facts}, indent=1)
-    write_atomically(RunDirectory(folder).slurm / "jobs.json", f"{text}\n".encode())
+    kept = {"jobs": jobs, "submitted": round(time.time(), 3), **facts}
+    write_json(RunDirectory(folder).slurm / "jobs.json", kept)
 
 
 def remembered(folder: Path) -> list[dict[str, str]]:

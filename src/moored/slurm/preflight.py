@@ -13,7 +13,6 @@ import socket
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from moored.config.local_files import missing_and_changed
 from moored.distributed.mesh import Mesh, leave_mesh, start_mesh
 from moored.models.hub import stage
 from moored.tracking.run_directory import RunDirectory
+from moored.utils.environment import versions_of
 from moored.utils.errors import MooredError
 
 MEETING_SECONDS = 120.0  # for the other nodes to come, and to answer
@@ -101,14 +101,12 @@ def _check(run_dir: Path, expected: dict[str, Any], facts: list[str]) -> None:
 
 
 def _versions(expected: dict[str, str]) -> None:
-    wrong = []
-    for name, wanted in expected.items():
-        try:
-            found = sys.version.split()[0] if name == "python" else version(name)
-        except PackageNotFoundError:
-            found = "missing"
-        if found != wanted:
-            wrong.append(f"{name} is {found}, but {wanted} was submitted")
+    here = versions_of(expected)
+    wrong = [
+        f"{name} is {here[name]}, but {wanted} was submitted"
+        for name, wanted in expected.items()
+        if here[name] != wanted
+    ]
     if wrong:
         raise _Unfit("bad", *wrong)
 

@@ -6,20 +6,18 @@ noticed (`preflight.py`).
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import moored
 from moored.config import Config
 from moored.config.local_files import fingerprints, input_files
 from moored.slurm.site import Site
-from moored.tracking.run_directory import RunDirectory, write_atomically
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
+from moored.tracking.run_directory import RunDirectory
+from moored.utils.atomic_dir import replacing, write_atomically
+from moored.utils.environment import PACKAGES, installed_versions
+from moored.utils.json_files import write_json
 
 
 def keep_recipe(config: Config, run: Path) -> None:
@@ -35,11 +33,8 @@ def keep_code(folder: Path) -> None:
     code = RunDirectory(folder).slurm / "code"
     if source.is_relative_to(code.resolve()):
         return  # submitted by a job: it runs the copy already
-    new = code.with_name(".code.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new / "moored", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.rmtree(code, ignore_errors=True)
-    new.rename(code)
+    with replacing(code) as new:
+        shutil.copytree(source, new / "moored", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> None:
@@ -47,21 +42,10 @@ def keep_expectations(configs: Sequence[Config], folder: Path, site: Site) -> No
     same_python = site.container.runtime == "none" and site.environment.python is None
     expected = {
         "files": fingerprints(dict.fromkeys(path for c in configs for path in input_files(c))),
-        "versions": dict(_versions()) if same_python else {},
+        "versions": installed_versions(("python", *PACKAGES)) if same_python else {},
         "gpus": site.slurm.gpus_per_node,
         "min_free_gib": site.storage.min_free_gib,
         "min_bandwidth_gbit": site.network.min_bandwidth_gbit,
         "max_clock_skew_seconds": site.network.max_clock_skew_seconds,
     }
-    path = RunDirectory(folder).slurm / "expected.json"
-    write_atomically(path, (json.dumps(expected, indent=1) + "\n").encode())
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("python", sys.version.split()[0])]
-    for name in PACKAGES:
-        try:
-            found.append((name, version(name)))
-        except PackageNotFoundError:
-            continue
-    return found
+    write_json(RunDirectory(folder).slurm / "expected.json", expected)

@@ -7,14 +7,13 @@ over all of them. How one job is written and submitted is `script.py`'s and `job
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moored.config import Config, load_config
-from moored.data import check_data
+from moored.data import check_data, what_is_checked
 from moored.slurm import jobs as room
 from moored.slurm.script import Job, render
 from moored.slurm.site import Site
@@ -25,11 +24,13 @@ from moored.tracking.run_directory import (
     RunDirectory,
     locked,
     open_run,
+    path_of,
     require_kind,
-    write_atomically,
 )
 from moored.utils import scheduler
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
 JOURNAL = "journal.jsonl"
@@ -140,7 +141,7 @@ def array_of(
 ) -> tuple[Job, Job]:
     """The array, and the job that reports once all of it has ended, one way or another."""
     config = room.for_site(arms[0].config, site)
-    sweep = room.run_folder(config)
+    sweep = path_of(config)
     base = room.jobs_of(config, site, sweep, nodes=nodes, stages=("train", "report"))
     binds = {path for a in arms for path in room.binds_of(a.config, site)}
     array = replace(
@@ -177,7 +178,7 @@ def submit_sweep(
         UserError: the sweep is in the queue; an arm's directory holds another run; SLURM refuses.
     """
     arms = [replace(arm, config=room.for_site(arm.config, site)) for arm in arms_of(recipe, texts)]
-    sweep = room.run_folder(arms[0].config)
+    sweep = path_of(arms[0].config)
     folders = [sweep / "arms" / arm.name for arm in arms]
     due = [
         index
@@ -189,8 +190,8 @@ def submit_sweep(
         require_kind(directory, "sweep")
     array, report = array_of(arms, site, nodes=nodes, throttle=throttle, indices=due)
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
-    for data in {arm.config.data.model_dump_json(): arm.config for arm in arms}.values():
-        check_data(data)
+    for config in {what_is_checked(arm.config): arm.config for arm in arms}.values():
+        check_data(config)
     room.say_what_is_left_out()
     room.require_free(sweep)
     for script in scripts.values():
@@ -208,7 +209,8 @@ def submit_sweep(
         keep_code(sweep)
         keep_expectations([arm.config for arm in arms], sweep, site)
         if first_start(sweep / JOURNAL) is None:
-            Tracker.declare(arms[0].config, sweep, arms=[arm.name for arm in arms])
+            names, configs = [arm.name for arm in arms], [arm.config for arm in arms]
+            Tracker.declare(configs[0], sweep, names, configs)
         for path, script in scripts.items():
             write_atomically(path, script.encode())
     jobs = [("report", report)] if not due else [("train", array), ("report", report)]
@@ -219,5 +221,4 @@ def submit_sweep(
 
 def _keep_arms(sweep: Path, arms: Sequence[Arm]) -> None:
     kept = [{"name": arm.name, "overrides": list(arm.overrides)} for arm in arms]
-    text = json.dumps({"arms": kept}, indent=1) + "\n"
-    write_atomically(RunDirectory(sweep).sweep_file, text.encode())
+    write_json(RunDirectory(sweep).sweep_file, {"arms": kept})

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.tracking.journal import JOURNAL_NAME
-from moored.tracking.run_directory import write_atomically
+from moored.utils.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,8 @@ class Cursor:
         A full disk is no reason to stop shipping: what is sent again is recognised by the store.
         """
         targets = _targets(run_dir) | {target: asdict(self)}
-        text = json.dumps({"targets": targets}, indent=1) + "\n"
         try:
-            write_atomically(run_dir / CURSOR_NAME, text.encode())
+            write_json(run_dir / CURSOR_NAME, {"targets": targets})
         except OSError as error:
             logger.warning("%s: not saved: %s", run_dir / CURSOR_NAME, error)
 

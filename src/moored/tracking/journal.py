@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import threading
 from collections import deque
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from moored.utils.json_files import jsonable
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +105,8 @@ def encode(record: dict[str, Any]) -> str:
     try:
         return json.dumps(record, separators=(",", ":"), allow_nan=False, default=str)
     except ValueError:
-        record = _finite(record)
+        record = jsonable(record)
         return json.dumps(record, separators=(",", ":"), allow_nan=False, default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,12 +9,11 @@ import contextlib
 import getpass
 import json
 import os
-import platform
 import re
 import socket
 import subprocess
 import uuid
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,15 +22,20 @@ import psutil
 
 from moored.config import Config
 from moored.tracking.journal import JOURNAL_NAME, first_start
+from moored.tracking.run_directory import RunDirectory
+from moored.utils.environment import installed_versions
 from moored.utils.log import redact
 
-PACKAGES = ("moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "mlflow")
+PACKAGES = ("python", "moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+PACKAGES += ("mlflow",)
 _GIT_SECONDS = 2.0
 # A key that names a secret. `num_memory_tokens` and `max_tokens` do not.
 _SECRET_KEY = re.compile(r"(?i)(?:^|[._-])(?:token|password|passwd|secret|api_?key|credentials?)$")
 
 
-def start_fields(config: Config, run_dir: Path, uri: str, parent: Path | None) -> dict[str, Any]:
+def start_fields(
+    config: Config, run_dir: Path, uri: str, parent: Path | None, arms: Sequence[Config] = ()
+) -> dict[str, Any]:
     """The fields of a start event.
 
     Args:
@@ -39,7 +43,10 @@ def start_fields(config: Config, run_dir: Path, uri: str, parent: Path | None) -
         run_dir: the run directory; its journal, if there is one, gives the run's identity.
         uri: the tracking store's address.
         parent: run directory of the comparison that this run is an arm of.
+        arms: recipes of a run that is all arms: it has the parameters that they share.
     """
+    kind = RunDirectory(run_dir).kind
+    shared = [set(params(arm, kind).items()) for arm in arms]
     first = first_start(run_dir / JOURNAL_NAME)
     return {
         "uid": first["fields"].get("uid") if first else uuid.uuid4().hex,
@@ -47,10 +54,14 @@ def start_fields(config: Config, run_dir: Path, uri: str, parent: Path | None) -
         "experiment": config.track.experiment,
         "uri": address(uri) if config.track.mlflow else None,
         "parent": None if parent is None else str(parent.absolute()),
-        "params": params(config),
+        "params": {
+            name: text
+            for name, text in params(config, kind).items()
+            if all((name, text) in each for each in shared)
+        },
         "config": scrub(config.dump_yaml(), uri),
         "tags": {name: scrub(text, uri) for name, text in _without_secrets(config.track.tags)},
-        "versions": dict(_versions()),
+        "versions": installed_versions(PACKAGES),
         "commit": _commit(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "user": _user(),
@@ -95,32 +106,29 @@ def scrub(text: str, uri: str) -> str:
     return redact(text)
 
 
-def params(config: Config) -> dict[str, str]:
-    """The recipe as flat text: `optim.learning_rate` -> `0.0002`; where it is tracked left out."""
-    recipe = config.model_dump(mode="json", exclude={"track"})
-    return dict(_without_secrets(dict(_flatten("", recipe))))
+def params(config: Config, kind: str = "run") -> dict[str, str]:
+    """What has an effect on a run, as flat text: `optim.learning_rate` -> `0.0002`.
 
+    Where it is tracked is left out.
 
-def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        return [(prefix, value if isinstance(value, str) else json.dumps(value))]
-    return [pair for key, item in items for pair in _flatten(f"{prefix}.{key}".strip("."), item)]
+    Args:
+        config: the recipe.
+        kind: of the run directory: a comparison trains its arms, which have all that they inherit;
+            any other run trains what the recipe says, and has no arms.
+    """
+    idle = {"track", "compare", "compare_seeds"}
+    if kind == "comparison":
+        idle = {"track", "regularizer"} | ({"train.seed"} if config.compare_seeds else set[str]())
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in config.flat().items()
+        if not {key, key.partition(".")[0]} & idle
+    }
+    return dict(_without_secrets(texts))
 
 
 def _without_secrets(texts: dict[str, str]) -> list[tuple[str, str]]:
     return [(k, "***" if _SECRET_KEY.search(k) and v else redact(v)) for k, v in texts.items()]
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("python", platform.python_version())]
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found.append((name, version(name)))
-    return found
 
 
 def _user() -> str | None:

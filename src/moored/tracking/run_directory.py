@@ -19,9 +19,10 @@ from typing import Any
 
 from moored.config import Config, load_config
 from moored.utils import scheduler
-from moored.utils.atomic_dir import fsync_directory
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.environment import slurm_job
 from moored.utils.errors import TakenOverError, UserError
+from moored.utils.json_files import write_json
 
 log = logging.getLogger(__name__)
 # What a run directory holds, and the command that makes it.
@@ -37,18 +38,6 @@ GONE_LOCK_SECONDS = 60.0  # where SLURM says that the owner's job is gone
 def path_of(config: Config) -> Path:
     """Where a recipe's run is, unless its command says otherwise."""
     return (config.output.dir / config.name).absolute()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a reader or a crash sees the old or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +115,7 @@ class RunDirectory:
     def update_state(self, **fields: Any) -> None:
         """Merge `fields` into `state.json`."""
         state = self.state() | fields | {"updated": round(time.time(), 3)}
-        write_atomically(self.state_file, (json.dumps(state, indent=1) + "\n").encode())
+        write_json(self.state_file, state)
 
     def require_owned(self) -> None:
         """Refuse to write once another process has taken the run over.

@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from moored.tracking.machines import collect_rest
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.shipper import Shipper
 from moored.tracking.store import first_line
+from moored.utils.atomic_dir import private_files
 from moored.utils.errors import UserError
 
 SILENT_SECONDS = 3600.0  # another host's journal that is older belongs to no live trainer
@@ -84,7 +85,7 @@ def sync_run(
     if parent and Cursor.load(parent, target).run_id is None:
         with contextlib.suppress(UserError):
             sync_run(parent, uri)
-    with _private_files(), shipping(run_dir, lambda: False) as held:
+    with private_files(), shipping(run_dir, lambda: False) as held:
         if not held:
             raise UserError(
                 f"{run_dir} is being shipped by process {lock_holder(run_dir)}: wait until it "
@@ -115,15 +116,6 @@ def sync_run(
         problems=(*shipper.problems, *(str(item) for item in shipper.cursor.pending)),
         complete=complete,
     )
-
-
-@contextlib.contextmanager
-def _private_files() -> Iterator[None]:
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def _sync_uri(run_dir: Path, uri: str | None) -> str:

@@ -120,7 +120,9 @@ class Tracker:
         return tracker
 
     @staticmethod
-    def declare(config: Config, run_dir: Path, arms: Sequence[str]) -> None:
+    def declare(
+        config: Config, run_dir: Path, arms: Sequence[str], configs: Sequence[Config] = ()
+    ) -> None:
         """Write the start of a run that is all arms, which others will start; nothing stays.
 
         The arms' shippers, or `moored sync`, bring it to the store. It goes on while arms do, or
@@ -130,10 +132,11 @@ class Tracker:
             config: the recipe.
             run_dir: the run directory; made if it is not there.
             arms: their names, below `run_dir`/arms.
+            configs: their recipes; what differs among them is no parameter of this run.
         """
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         uri = provenance.tracking_uri(config)
-        fields = provenance.start_fields(config, run_dir, uri, None)
+        fields = provenance.start_fields(config, run_dir, uri, None, configs)
         fields |= {"pid": None, "pid_began": None, "arms": list(arms)}
         tracker = Tracker(run_dir, Journal(run_dir / JOURNAL_NAME), 1)
         tracker._uri = uri

@@ -21,7 +21,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moored.config import Config
 from moored.models.adapters import frozen_tensors, load_frozen
 from moored.models.policy import PolicyModel
 from moored.utils import atomic_dir
@@ -30,6 +29,7 @@ from moored.utils.errors import UserError
 log = logging.getLogger(__name__)
 FORMAT = 1
 FILES = {"state.json", "optimizer.safetensors", "adapter/adapter_model.safetensors"}
+WHOLE = "whole tensors"
 PREFIX = "causal_lm."  # of the PEFT model's parameters inside PolicyModel
 
 
@@ -56,7 +56,7 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 def save_adapter(
     folder: Path, tensors: dict[str, torch.Tensor], model: PeftModel, base_name: str
 ) -> None:
-    """Write an adapter that stock PEFT loads; `folder` must not exist.
+    """Write an adapter that stock PEFT loads into `folder`, which is made if it is not there.
 
     Args:
         folder: the adapter's folder.
@@ -64,7 +64,7 @@ def save_adapter(
         model: the PEFT model, for its configuration.
         base_name: what the adapter's card names as its base.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     state = _adapter_state(tensors, model)
     if not state or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter to save has no or empty tensors")
@@ -110,25 +110,20 @@ def replace_adapter(
         tensors: whole tensors by the policy's parameter names.
         model: the PEFT model, for its configuration.
         base_name: what the adapter's card names as its base.
-        require_owned: asked before the rename: raises where the run is another process's by now.
+        require_owned: called before the rename: raises where the run is another process's by now.
 
     Raises:
         OSError: it could not be written.
         RuntimeError: what was read back is not what was written.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(temporary, tensors, model, base_name)
-    expected = _adapter_state(tensors, model)
-    written = load_file(temporary / "adapter_model.safetensors")
-    if written.keys() != expected.keys() or any(
-        not torch.equal(written[name], expected[name]) for name in written
-    ):
-        raise RuntimeError(f"{temporary}: the adapter read back is not the one written")
-    require_owned()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    atomic_dir.fsync_directory(folder.parent)
+    with atomic_dir.replacing(folder, before_rename=require_owned) as new:
+        save_adapter(new, tensors, model, base_name)
+        expected = _adapter_state(tensors, model)
+        written = load_file(new / "adapter_model.safetensors")
+        if written.keys() != expected.keys() or any(
+            not torch.equal(written[name], expected[name]) for name in written
+        ):
+            raise RuntimeError(f"{new}: the adapter read back is not the one written")
 
 
 def load_adapter(folder: Path, policy: PolicyModel) -> None:
@@ -197,29 +192,14 @@ def write(
         checkpoint: what is kept.
         model: the PEFT model, for the adapter's configuration.
         base_name: what the adapter's card names as its base.
-        require_owned: asked before the rename: raises where the run is another process's by now.
+        require_owned: called before the rename: raises where the run is another process's by now.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _write(temporary, checkpoint, model, base_name)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        raise
-    require_owned()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(temporary, folder)
-    atomic_dir.fsync_directory(folder.parent)
-
-
-def _write(temporary: Path, checkpoint: Checkpoint, model: PeftModel, base_name: str) -> None:
-    temporary.mkdir(parents=True, mode=0o700)
-    masters = masters_of(checkpoint.optimizer)
-    save_adapter(temporary / "adapter", masters, model, base_name)
-    _save_tensors(checkpoint.optimizer, temporary / "optimizer.safetensors")
-    state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    atomic_dir.seal(temporary)
+    with atomic_dir.replacing(folder, before_rename=require_owned) as new:
+        save_adapter(new / "adapter", masters_of(checkpoint.optimizer), model, base_name)
+        _save_tensors(checkpoint.optimizer, new / "optimizer.safetensors")
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        (new / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        atomic_dir.seal(new)
 
 
 def verify(folder: Path) -> str | None:
@@ -249,36 +229,24 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+    """The JSON part of a checkpoint.
+
+    Raises:
+        UserError: it is of another format, or was trained on another base than this version makes.
+    """
     state = json.loads((folder / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise UserError(
             f"{folder}: checkpoint format {state.get('format')}, this version reads {FORMAT}: "
             "resume with the version that wrote it"
         )
-    return state
-
-
-def scales_of(config: Config, degree: int) -> str:
-    """Whose NF4 scales the base has, on which its values depend under double quantisation."""
-    sliced = config.parallel.quantization_statistics == "slice" and degree > 1
-    if sliced and config.model.quantization == "nf4" and config.model.double_quantization:
-        return f"slices at tensor_parallel_degree {degree}"
-    return "whole tensors"
-
-
-def require_same_base(folder: Path, state: dict[str, Any], scales: str) -> None:
-    """Refuse to go on with another base than the checkpoint's.
-
-    Raises:
-        UserError: its NF4 scales are not those of `scales`.
-    """
-    before = state.get("scales", scales)
-    if before != scales:
+    scales = state.get("scales", WHOLE)  # older versions could quantise those of slices
+    if scales != WHOLE:
         raise UserError(
-            f"{folder} was trained on a base with the NF4 scales of {before}, not of {scales}: "
-            "resume with its parallel.quantization_statistics and tensor_parallel_degree"
+            f"{folder} was trained on a base with the NF4 scales of {scales}, not of {WHOLE}: "
+            "resume with the version that wrote it, or start over with --restart"
         )
+    return state
 
 
 def read_optimizer(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from moored.evaluation.report import Report, merge, show, write
 from moored.models.engine import leave
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
-from moored.tracking.run_directory import RunDirectory
+from moored.tracking.run_directory import RunDirectory, path_of
 from moored.training import train
 from moored.training.lifecycle import (
     asked_to_stop,
@@ -47,7 +47,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
     """
     os.umask(0o077)
     mesh = met(config)
-    path = (config.output.dir / config.name).absolute()
+    path = path_of(config)
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
         directory, attempt = open_run_on_all_ranks(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moored.config import Budget
+from moored.config.regularizer import LEAST_WEIGHT
 
 # Change of the log weight per measurement: INTEGRAL times what is above the limit and PROPORTIONAL
 # times what was added since the last measurement, both in limits, within these bounds. Slow and
@@ -37,7 +38,7 @@ class Controller:
 
     def __init__(self, budget: Budget, weight: float):
         self.budget = budget
-        self.weight = min(max(weight, budget.min_weight), budget.max_weight)
+        self.weight = min(max(weight, LEAST_WEIGHT), budget.max_weight)
         self.acted = self.weight
         self.measured: float | None = None
         self._stuck = 0
@@ -57,7 +58,7 @@ class Controller:
                 step = max(step, 0.0)
         self.acted = self.weight
         moved = self.weight * math.exp(min(max(step, -MOST_DOWN), MOST_UP))
-        self.weight = min(max(moved, self.budget.min_weight), self.budget.max_weight)
+        self.weight = min(max(moved, LEAST_WEIGHT), self.budget.max_weight)
         self.measured = measured
         # As good as the greatest: a step below it after the measurement before was a little better.
         at_most = self.acted >= self.budget.max_weight * math.exp(-MOST_DOWN)

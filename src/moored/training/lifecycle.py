@@ -6,7 +6,6 @@ What happens in between is `train.py`'s and `compare.py`'s.
 from __future__ import annotations
 
 import contextlib
-import platform
 import signal
 import socket
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from moored.config import Config
 from moored.distributed.mesh import Mesh, is_lost_peer, start_mesh
 from moored.tracking import Tracker, ships_later
 from moored.tracking.run_directory import RunDirectory, locked, open_run
-from moored.utils.environment import launch_id
+from moored.utils.environment import launch_id, versions_of
 from moored.utils.errors import (
     EvaluationFailedError,
     MooredError,
@@ -28,7 +27,6 @@ from moored.utils.errors import (
     TrainingRefusedError,
     UserError,
 )
-from moored.utils.versions import versions_of
 
 STATUS = {
     PreemptedError: "preempted",
@@ -100,8 +98,7 @@ def start_tracking(
 
 def require_same(mesh: Mesh, **hashes: str) -> None:
     """Every rank must hold the same recipe, data and versions."""
-    mine = hashes | versions_of(("moored", "torch", "transformers", "peft", "deepspeed"))
-    mine["python"] = platform.python_version()
+    mine = hashes | versions_of(("moored", "torch", "transformers", "peft", "deepspeed", "python"))
     for rank, theirs in enumerate(mesh.world.gather(mine)):
         for name, value in mine.items():
             if theirs[name] != value:

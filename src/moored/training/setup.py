@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from moored.config import Config
-from moored.data import Prefetcher, TrainStream, check_data, load_samples, turn_ends
+from moored.config.regularizer import LEAST_WEIGHT
+from moored.data import DataReader, Prefetcher, TrainStream, load_samples, turn_ends
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
@@ -66,17 +67,23 @@ class Run:
 
 def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
     """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     located = resolve_base(config.model, mesh)
-    samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
+    samples = load_samples(
+        config.data.train, located.tokenizer, config.data, located.vocab_size, reader=reader
+    )
     stream = TrainStream(config, located.tokenizer, samples)
-    suite = build_suite(config, located, mesh)
+    suite = build_suite(config, located, mesh, reader)
     num_steps = stream.total_steps()
     _require_length(config, num_steps)
     regularizer = config.regularizer
     replay = None
     if regularizer.kind == "replay":
-        replay = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, num_steps)
+        replay = TrainStream.of_replay(
+            config, located.tokenizer, located.vocab_size, num_steps, reader
+        )
+    del reader  # all is tokenised, and what it holds would stay beside the model
     controller = _controller(config, num_steps)
     require_same(
         mesh,
@@ -99,11 +106,11 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         directory.update_state(turn_ends=[asdict(end) for end in ends])
 
     policy = load_policy(located.source.path, config, mesh)
-    for found in untrained(policy.head, ends, mesh.tp):
-        line = in_words(found, located.tokenizer, config.model.name_or_path)
+    for end in untrained(policy.head, ends, mesh.tp):
+        line = in_words(end, located.tokenizer, config.model.name_or_path)
         log.log(logging.WARNING if mesh.is_main else logging.DEBUG, "%s", line)
-    found = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
-    name = mesh.world.broadcast(None if found is None else str(found))
+    newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
+    name = mesh.world.broadcast(None if newest is None else str(newest))
     newest = None if name is None else Path(name)
     if newest is not None:
         checkpoint.load_adapter(newest, policy)
@@ -159,7 +166,7 @@ def _require_length(config: Config, num_steps: int) -> None:
 
 
 def _controller(config: Config, num_steps: int) -> Controller | None:
-    """Of the recipe's budget; says so where it will measure too seldom."""
+    """The controller of the recipe's budget; says so where it will measure too seldom."""
     budget = config.regularizer.budget
     if budget is None:
         return None
@@ -176,9 +183,11 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
     controller = Controller(budget, config.regularizer.weight)
     if controller.weight != config.regularizer.weight:
         log.warning(
-            "regularizer.weight=%g is outside the bounds of its budget: it starts at %g; see "
-            "budget.min_weight and max_weight",
+            "regularizer.weight=%g is outside the bounds of its budget (%g to max_weight=%g): it "
+            "starts at %g",
             config.regularizer.weight,
+            LEAST_WEIGHT,
+            budget.max_weight,
             controller.weight,
         )
     return controller
@@ -193,8 +202,6 @@ def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], o
 
 def _resume(run: Run, folder: Path) -> None:
     state = checkpoint.read_state(folder)
-    scales = checkpoint.scales_of(run.config, run.mesh.tp.size)
-    checkpoint.require_same_base(folder, state, scales)
     run.engine.load_optimizer_tensors(checkpoint.read_optimizer(folder))
     run.stream.load_state_dict(state["cursor"])
     if run.replay is not None:

@@ -50,6 +50,9 @@ from moored.utils.log import setup
 from moored.utils.progress import Progress
 
 log = logging.getLogger(__name__)
+# Steps between looks whether what the ranks of a tensor-parallel group share is equal bit for bit.
+REPLICA_CHECK_EVERY = 50
+MOST_REFUSED = 5  # updates in a row whose gradient is not finite; then the run ends
 
 
 def run(
@@ -106,7 +109,7 @@ def run(
 
 
 def _train(run: Run) -> None:
-    """The loop."""
+    """The training loop: update, count, save, evaluate, until done or told to stop."""
     config, mesh, engine = run.config, run.mesh, run.engine
     if mesh.is_main:
         run.directory.update_state(num_steps=run.num_steps)
@@ -145,7 +148,7 @@ def _train(run: Run) -> None:
                 tokens_per_second=run.train_tokens / run.train_seconds,
             )
             _require_finite(run, stats, batches)
-            if run.step % config.parallel.replica_check_every == 0:
+            if run.step % REPLICA_CHECK_EVERY == 0:
                 engine.require_equal_replicas()
             _steer(run)
             if run.step % config.train.save_every == 0 or run.step == run.num_steps:
@@ -224,12 +227,11 @@ def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> Non
         stats.loss,
         ", ".join(samples[:20]) + (f" and {len(samples) - 20} more" if samples[20:] else ""),
     )
-    limit = run.config.train.max_nonfinite_updates
-    if run.refused_in_a_row >= limit:
+    if run.refused_in_a_row >= MOST_REFUSED:
         raise TrainingRefusedError(
-            f"{limit} updates in a row had a non-finite gradient (last at step {run.step}): lower "
-            "optim.learning_rate, or look at the data of these steps; the adapter is as it was "
-            "before them"
+            f"{MOST_REFUSED} updates in a row had a non-finite gradient (last at step {run.step}): "
+            "lower optim.learning_rate, or look at the data of these steps; the adapter is as it "
+            "was before them"
         )
 
 
@@ -279,7 +281,6 @@ def _save(run: Run) -> None:
             "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
             "seed": run.config.train.seed,
             "world_size": run.mesh.world.size,
-            "scales": checkpoint.scales_of(run.config, run.mesh.tp.size),
         },
     )
     is_saved = True

@@ -1,1 +1,1 @@
-"""What every room may use: errors, logging, progress, versions, whole folders, the environment."""
+"""What every room may use: errors, logging, progress, whole folders, the environment."""

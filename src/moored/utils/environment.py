@@ -1,6 +1,7 @@
-"""Which process of how many this is, as torchrun, deepspeed or srun say by the environment.
+"""What a process runs in: its place among others, its job, the cache, the versions of packages.
 
-The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, and of which job this is.
+The only reader of RANK, LOCAL_RANK, WORLD_SIZE and SLURM's equivalents, as torchrun, deepspeed or
+srun set them, and of which job this is.
 With MOORED_RENDEZVOUS, as `launch/` sets it, MASTER_PORT is the first of several ports to try; so
 it is where the processes can prove each other that they belong together, whoever started them.
 Needs no torch and starts nothing: groups are `joining.py`'s.
@@ -10,9 +11,14 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
+from moored import __version__
 from moored.utils.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 10000, 20000  # below the range that kernels give out by themselves
@@ -25,6 +31,9 @@ _SLURM = {
 RENDEZVOUS_VARIABLE = "MOORED_RENDEZVOUS_SECONDS"
 SECRET_VARIABLE = "MOORED_MEETING_SECRET"  # of one start, see distributed/secret.py
 SECRET_FILE_VARIABLE = "MOORED_MEETING_SECRET_FILE"
+NOT_INSTALLED = "not installed"
+# What a run is made with: `moored doctor` asks for all of it, and a job for the same versions.
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "mlflow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,35 @@ class SlurmJob:
 
     id: str
     restart: int = 0
+
+
+def version_of(name: str) -> str:
+    """The version of a package, or of `python`; `NOT_INSTALLED` where it is not there."""
+    if name == "python":
+        return platform.python_version()
+    if name == "moored":
+        return __version__  # a source tree on the path has no metadata
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """The version of each, by its name."""
+    return {name: version_of(name) for name in names}
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """`versions_of` those that are there."""
+    return {name: found for name, found in versions_of(names).items() if found != NOT_INSTALLED}
+
+
+def cache_folder() -> Path:
+    """Where Moored keeps what is its own beside the runs: MOORED_CACHE, else ~/.cache/moored."""
+    given = os.environ.get("MOORED_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(given) if given else Path(base) / "moored").expanduser()
 
 
 def slurm_job() -> SlurmJob | None:

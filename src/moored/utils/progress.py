@@ -173,14 +173,14 @@ def watch(
     Returns:
         Its exit status, and what it said, as text.
     """
+    pipe = subprocess.PIPE
     with contextlib.ExitStack() as stack:
         phase, stdin = stack.enter_context(Phase(what)), None
         if given is not None:
-            # Of what does not fit into a pipe, nothing would be written after the first timeout.
+            # A file: `communicate` forgets, after a timeout, what a pipe had no place for yet.
             stdin = stack.enter_context(tempfile.TemporaryFile("w+"))
             stdin.write(given)
             stdin.seek(0)
-        pipe = subprocess.PIPE
         process = stack.enter_context(
             subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=env)
         )

@@ -195,9 +195,9 @@ BAD_RECIPES = {
         GOOD + "optim: {warmup_steps: 100}\n",
         ["optim.warmup_steps: 100 is not less than train.steps 100", "lower warmup_steps"],
     ),
-    "an end of a constant schedule": (
-        GOOD + "optim: {schedule: constant, min_lr_ratio: 0.1}\n",
-        ["optim.min_lr_ratio: would be ignored, since schedule is constant: remove it"],
+    "an end of a constant weight": (
+        GOOD + "regularizer: {schedule: constant, end_ratio: 0.1}\n",
+        ["regularizer.end_ratio: would be ignored, since the weight has no schedule: remove it"],
     ),
     "a direction without divergence": (
         GOOD + "regularizer: {kind: none, direction: jsd}\n",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -682,12 +684,52 @@ def test_the_resolved_copy_loads_as_an_equal_config(tmp_path_factory, data):
     assert config.track.tags == data["track"]["tags"]
 
 
+# What older versions had, its default, another value, and what is said of that.
+GONE = [
+    ("adapter.use_dora", "false", "true", "set adapter.method to dora"),
+    ("optim.min_lr_ratio", "0", "0.1", "or set optim.schedule to constant"),
+    ("regularizer.budget.min_weight", "1.0e-3", "0.01", "the least weight is 0.001: remove it"),
+    ("compare.0.budget.min_weight", "0.001", "0", "the least weight is 0.001: remove it"),
+    ("parallel.quantization_statistics", "whole", "slice", "so that the base is one: remove it"),
+    ("parallel.replica_check_every", "50", "10", "compared every 50 steps: remove it"),
+    ("train.max_nonfinite_updates", "5", "1", "five refused updates in a row end the run: remove"),
+    ("evaluation.num_examples", "8", "0", "8 worst of each text: remove it"),
+]
+
+
+@pytest.mark.parametrize(("key", "default", "other", "instead"), GONE)
+def test_an_option_that_is_gone(tmp_path, key, default, other, instead):
+    recipe = f"{MINIMAL}regularizer: {{budget: {{retention_increase_pct: 1.0}}}}\n"
+    recipe += "compare:\n  - {kind: kl, budget: {retention_increase_pct: 2.0}}\n"
+    config = load_config(write(tmp_path, recipe))
+    section, _, name = key.rpartition(".")
+    assert load_config(tmp_path / "recipe.yaml", [f"{key}={default}"]) == config
+    nested = yaml.safe_load(recipe)
+    at = nested
+    for part in section.split("."):
+        at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+    at[name] = yaml.safe_load(default)
+    copy = write(tmp_path, yaml.safe_dump(nested), "config.yaml")
+    assert load_config(copy, ["name=recipe"]) == config  # as older run directories have it
+    at[name] = yaml.safe_load(other)
+    [problem] = problems(write(tmp_path, yaml.safe_dump(nested)))
+    assert re.fullmatch(
+        rf"recipe\.yaml:\d+: {re.escape(key)}: is no option any more: .*{instead}.*", problem
+    )
+
+
+def test_every_option_that_is_gone_is_tried():
+    tried = {re.sub(r"\.\d+\.", ".*.", key) for key, *_ in GONE}
+    assert tried == {".".join(map(str, place)) for place in wording.REMOVED}
+
+
 def test_the_full_recipe_comes_back_from_its_copy(tmp_path, tmp_path_factory):
     config = load_config(FULL_PATH(tmp_path_factory))
     again = load_config(write(tmp_path, config.dump_yaml(), "config.yaml"))
     assert again == config
     assert config.flat()["optim.betas"] == "[0.9, 0.95]"
     assert config.flat()["data.train.1.fields.prompt"] == "question"
+    assert not {"data.train.0.fields", "data.train.0.ignore"} & config.flat().keys()  # empty
 
 
 @pytest.mark.parametrize(

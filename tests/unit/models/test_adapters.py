@@ -97,7 +97,7 @@ def plain_output(
     weight = base.dequantized(torch.float64) if isinstance(base, FrozenLinear4bit) else base.weight
     weight = weight.detach().double()
     change = plain_change(layer, config, parts)
-    if config.family != "dora":
+    if config.method != "dora":
         return x @ (weight + change).t()
     norm = (weight + change).norm(dim=1, keepdim=True).detach()  # a constant: section 4.3 of DoRA
     return x @ (parts["magnitude"][:, None] * (weight + change) / norm).t()
@@ -238,10 +238,7 @@ def test_what_the_recipe_refuses_is_found_in_the_model_too(tmp_path, init, says)
     ("adapter", "says"),
     [
         ({"method": "randlora", "use_rslora": True}, "use_rslora: would be ignored, since method"),
-        ({"method": "randlora", "use_dora": True}, "use_dora: would be ignored"),
         ({"method": "randlora", "init": "gaussian"}, "init: would be ignored"),
-        ({"method": "sinelora", "use_dora": True}, "use_dora: would be ignored"),
-        ({"method": "dora", "use_dora": True}, "use_dora: would be ignored, since method is dora"),
         ({"method": "lora", "omega": 30.0}, "omega: would be ignored, since method is lora"),
         ({"method": "sinelora", "omega": 0.0}, "omega: must be greater than 0"),
         ({"method": "sinlora"}, "did you mean sinelora"),
@@ -255,17 +252,13 @@ def test_options_of_another_method_are_refused(tmp_path, adapter, says):
 def test_what_a_mesh_cannot_spread_is_refused_by_the_recipe(tmp_path):
     with pytest.raises(UserErrors, match=r"adapter\.method: randlora's bases .*degree to 1"):
         config_of(tmp_path, METHODS["randlora"], "parallel.tensor_parallel_degree=2")
-    for spelt, key in (({"method": "dora"}, "method"), ({"use_dora": True}, "use_dora")):
-        with pytest.raises(UserErrors, match=rf"adapter\.{key}: DoRA reads .*zero_stage to 2"):
-            config_of(tmp_path, spelt, "parallel.zero_stage=3")
+    with pytest.raises(UserErrors, match=r"adapter\.method: DoRA reads .*zero_stage to 2"):
+        config_of(tmp_path, {"method": "dora"}, "parallel.zero_stage=3")
 
 
-def test_a_recipe_says_the_method_in_one_way_and_resolves_it(tmp_path):
-    old, new = (config_of(tmp_path, spelt) for spelt in ({"use_dora": True}, {"method": "dora"}))
-    assert old.adapter.family == new.adapter.family == "dora"
-    assert "use_dora" not in new.resolved()["adapter"]
+def test_a_recipe_resolves_its_method(tmp_path):
     plain = config_of(tmp_path, {})
-    assert plain.adapter.family == "lora"
+    assert plain.adapter.method == "lora"
     assert "omega" not in plain.resolved()["adapter"]  # nor in the fingerprint of older runs
     randlora = config_of(tmp_path, {"method": "randlora", "r": 3})
     assert randlora.resolved()["adapter"]["alpha"] == 60.0

@@ -23,6 +23,7 @@ from moored.slurm.site import Site, load_site
 from moored.slurm.site import _seconds as limit_seconds
 from moored.slurm.site_reference import HEAD
 from moored.slurm.sweep import arms_of, array_of, split_values, submit_sweep
+from moored.tracking.run_directory import path_of
 from moored.utils.errors import UserError, UserErrors
 from tiny import write_recipe
 
@@ -268,9 +269,9 @@ def test_a_grid_has_every_arm_once(recipe: Path) -> None:
     text = render(array, load_site("cpu")[1], "cpu")
     assert "#SBATCH --array=1,4%2" in text
     assert shlex.split(next(x for x in text.splitlines() if x.startswith("arms=("))[6:-1]) == [
-        str(room.run_folder(arms[0].config) / "arms" / arm.name) for arm in arms
+        str(path_of(arms[0].config) / "arms" / arm.name) for arm in arms
     ]
-    assert report.commands[0] == ("report", str(room.run_folder(arms[0].config)))
+    assert report.commands[0] == ("report", str(path_of(arms[0].config)))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_both_ends_of_a_big_file_count(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_chain_consists_of(recipe: Path) -> None:
     config, site = load_config(recipe), load_site("cpu")[1]
-    run = room.run_folder(config)
+    run = path_of(config)
     jobs = room.jobs_of(config, site, run, nodes=3, stages=["export", "train"])
     assert [(stage, j.kind, j.nodes) for stage, j in jobs.items()] == [
         ("train", "train", 3),
@@ -347,7 +348,7 @@ def test_a_limit_may_be_minutes(recipe: Path, capsys: pytest.CaptureFixture[str]
 def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
     """A restart without training; a sweep where a run is; a run where a sweep is."""
     config, (name, site) = load_config(recipe), load_site("cpu")
-    run = room.run_folder(config)
+    run = path_of(config)
     (run / "slurm").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     with pytest.raises(UserError, match="--restart would remove the trained run"):
@@ -373,7 +374,7 @@ def test_nothing_is_lost_by_what_cannot_be_meant(recipe: Path) -> None:
 
 def test_a_mesh_that_cannot_be_is_refused_before_the_queue(recipe: Path) -> None:
     config, site = load_config(recipe, ["parallel.tensor_parallel_degree=2"]), load_site("cpu")[1]
-    run = room.run_folder(config)
+    run = path_of(config)
     with pytest.raises(UserError, match="=2 does not divide 3 nodes x 1 processes"):
         room.jobs_of(config, site, run, nodes=3, stages=["train"])
     assert room.jobs_of(config, site, run, nodes=2, stages=["train"])

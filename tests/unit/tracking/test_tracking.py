@@ -26,11 +26,11 @@ import psutil
 import pytest
 
 from moored.config import load_config
-from moored.tracking import Tracker, sync_run
+from moored.tracking import Tracker, provenance, sync_run
 from moored.tracking.cursor import Cursor, shipping
 from moored.tracking.journal import metrics
 from moored.tracking.mlflow_store import MlflowStore
-from moored.tracking.provenance import tracking_uri
+from moored.tracking.provenance import params, tracking_uri
 from moored.tracking.shipper import Shipper
 from moored.tracking.store import RejectedError, StopError
 from moored.utils.errors import UserError
@@ -159,6 +159,71 @@ def test_a_resumed_attempt_goes_on_in_the_same_run(place: Place) -> None:
     assert run.data.tags["moored.attempt"] == "2"
     names = [file.path for file in place.client().list_artifacts(run.info.run_id)]
     assert names == ["config-attempt-2.yaml", "config.yaml"]
+
+
+QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart" / "slurm-headers.yaml"
+
+
+def test_parameters_are_the_options_with_an_effect(place: Place) -> None:
+    overrides = ["track.system_metrics=false", f"output.dir={place.folder}/runs"]
+    config = load_config(QUICKSTART, overrides)
+    above = place.folder / "runs" / "quickstart"
+    (above / "arms").mkdir(parents=True)
+    trackers = {"quickstart": Tracker.start(config, above, attempt=1)}
+    for name, arm in config.arms().items():
+        folder = above / "arms" / name
+        trackers[f"quickstart {name}"] = Tracker.start(arm, folder, attempt=1, parent=above)
+    for tracker in trackers.values():
+        tracker.finish("FINISHED")
+    client = place.client()
+    experiment = client.get_experiment_by_name("quickstart")
+    runs = client.search_runs([experiment.experiment_id])
+    params = {run.info.run_name: run.data.params for run in runs}
+    assert params.keys() == trackers.keys()
+
+    for name, arm in config.arms().items():
+        mine = params[f"quickstart {name}"]
+        assert 60 < len(mine) <= 90
+        assert mine.keys() <= arm.flat().keys()
+        assert not [key for key in mine if key.startswith(("compare", "track"))]
+        # An override without an effect is refused.
+        recipe = place.folder / f"{name}.yaml"
+        recipe.write_text(arm.dump_yaml())
+        for key, text in mine.items():
+            again = load_config(recipe, [f"{key}={text}"])
+            assert again.fingerprint() == arm.fingerprint(), key
+    none, tmkl = params["quickstart none"], params["quickstart tmkl"]
+    assert [key for key in none if key.startswith("regularizer")] == ["regularizer.kind"]
+    assert tmkl["regularizer.weight"] == "0.2"
+    assert not [key for key in tmkl if "replay" in key or "budget" in key or "first" in key]
+    assert tmkl.items() - none.items() == {
+        (key, text) for key, text in tmkl.items() if key.startswith("regularizer")
+    }
+    both = params["quickstart"]
+    assert len(both) <= 90
+    assert (both["compare.0.kind"], both["compare.1.weight"]) == ("none", "0.2")
+    assert not [key for key in both if key.startswith(("regularizer", "compare.0.weight"))]
+
+
+def test_a_run_that_has_the_parameters_of_an_older_version_goes_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = place.config(system_metrics=False)
+    older = {"compare.0.kind": "none", "regularizer.first_tokens": "null", "adapter.omega": "200.0"}
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "params", lambda config, kind: params(config, kind) | older)
+        first = Tracker.start(config, place.run_dir, attempt=1)
+    train(first, range(3))
+    first.finish("KILLED", timeout=LONG_SECONDS)
+    second = Tracker.start(config, place.run_dir, attempt=2)
+    train(second, range(3, 6))
+    second.finish("FINISHED")
+    run = place.run()
+    assert run.info.status == "FINISHED"
+    assert run.data.params == params(config) | older
+    assert not [tag for tag in run.data.tags if "changed_params" in tag]
+    assert [step for step, _ in place.history("train/loss")] == list(range(6))
+    assert (place.run_dir / "logs" / "mlflow.log").read_text() == ""
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
 """Tracking of many at once: several machines, many runs on one store, parents, and the registry.
 
-How one run reaches MLflow is in test_track.py.
+How one run reaches MLflow is in test_tracking.py.
 """
 
 from __future__ import annotations
@@ -327,6 +327,21 @@ def test_children_make_the_parent_that_nobody_ships(place: Place, server: Server
     assert parent.info.status == "RUNNING"  # until somebody looks
     assert sync_run(sweep).status == "FINISHED"
     assert [run.info.status for run in runs()] == ["FINISHED"] * 4
+
+
+def test_a_sweep_has_the_parameters_that_its_arms_share(place: Place) -> None:
+    configs = [
+        place.config("regularizer.kind=none"),
+        place.config("regularizer.weight=0.1"),
+        place.config("regularizer.weight=0.3", "optim.learning_rate=1e-3"),
+    ]
+    sweep = place.folder / "runs" / "sweep"
+    Tracker.declare(configs[0], sweep, ["none", "a", "b"], configs)
+    start = first_start(sweep / JOURNAL_NAME)
+    assert start is not None
+    shared = start["fields"]["params"]
+    assert (shared["train.steps"], shared["optim.schedule"]) == ("5", "cosine")
+    assert not {"regularizer.kind", "regularizer.weight", "optim.learning_rate"} & shared.keys()
 
 
 def test_makers_without_a_common_lock_settle_on_one_parent(

@@ -78,8 +78,8 @@ def test_what_cannot_be_held_is_said_so() -> None:
 
 
 def test_a_budget_with_room_lets_the_weight_fall_to_its_least() -> None:
-    controller = held_by(Budget(drift_nats_per_token=1.0, min_weight=0.02), 1.0, strength=0.2)
-    assert controller.weight == 0.02
+    controller = held_by(Budget(drift_nats_per_token=1.0), 1.0, strength=0.2)
+    assert controller.weight == 1e-3
     assert controller.is_held
     assert not controller.is_lost
     assert controller.verdict(7).startswith("the budget was held: after step 7")
@@ -107,9 +107,9 @@ def test_a_state_goes_on_as_the_whole_did() -> None:
 
 
 def test_the_first_weight_is_within_the_bounds() -> None:
-    budget = Budget(retention_increase_pct=1.0, min_weight=0.1, max_weight=2.0)
+    budget = Budget(retention_increase_pct=1.0, max_weight=2.0)
     assert Controller(budget, 50.0).weight == 2.0
-    assert Controller(budget, 1e-6).weight == 0.1
+    assert Controller(budget, 1e-6).weight == 1e-3
 
 
 def test_metrics_carry_their_unit() -> None:

@@ -23,8 +23,8 @@ from typing import Any
 from moored.config import ModelConfig
 from moored.models.hub import wheels
 from moored.utils import atomic_dir
+from moored.utils.environment import cache_folder
 from moored.utils.errors import UserError
-from moored.utils.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
