@@ -17,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := docker/constraints.txt
 
-.PHONY: help quickstart test lint format clean install-run install-test install-dev
+.PHONY: help quickstart test test-all lint format clean install-run install-test install-dev
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -29,8 +29,13 @@ quickstart: install-run ## fine-tune a small real model with and without TMKL (1
 	@echo "MLflow   $(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db"
 
 # Two at a time: many wait more than they compute, for processes to start or for SLURM.
-test: install-test ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: install-test ## the tests, but for those marked long
+	$(PYTEST) -m "not long" $(PYTEST_ARGS)
+
+test-all: install-test ## all tests, with SLURM's faults, launchers and meshes
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: install-dev ## what CI checks besides the tests
 	@failed=; for check in "ruff check ." "ruff format --check ." "pyright --project pyproject.toml" \

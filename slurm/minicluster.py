@@ -31,7 +31,7 @@ from pathlib import Path
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "scontrol")
 SUBNET = "127.0.88"  # of the nodes; all of it is loopback
-START_SECONDS = 30.0
+START_SECONDS = 120.0  # for a daemon, and for nodes to come up
 
 CONF = """\
 ClusterName=mini
@@ -261,7 +261,7 @@ class Cluster:
             env=self._environment(),
             capture_output=True,
             text=True,
-            timeout=10,
+            timeout=START_SECONDS,
             check=False,
         )
         return done.stdout.strip()

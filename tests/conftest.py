@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from trackkit import Place, Server
+
+Chosen = Callable[[Iterable[Any]], list[Any]]
 
 # Two threads per process on two cores, times several processes, is many times slower than one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,8 +26,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Without a GPU, Triton's kernels run in its interpreter; it is asked when they are defined.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ["TRITON_INTERPRET"] = "1"
-for name in ("MLFLOW_TRACKING_URI", "MOORED_SHIP"):
-    os.environ.pop(name, None)
+# What a launcher has told the tests is not meant for those that they start.
+for name in list(os.environ):
+    if name.startswith("SLURM_") or name in (
+        *("MLFLOW_TRACKING_URI", "MOORED_SHIP", "MOORED_RENDEZVOUS_SECONDS"),
+        *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    ):
+        del os.environ[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +50,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(scope="module")
+def chosen(request: pytest.FixtureRequest) -> Chosen:
+    """Of some cases those that tests of this module have as a parameter, and that are to run.
+
+    What computes many cases in the same processes computes no more than that.
+    """
+    values = [
+        value
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == request.path
+        for value in (item.callspec.params.values() if hasattr(item, "callspec") else ())
+    ]
+    return lambda cases: [case for case in cases if case in values]
+
+
+@pytest.fixture
+def forked_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an export is verified by is a process that stock PEFT was imported in beforehand.
+
+    That it starts from nothing is proved by the commands of `tests/distributed`, and without this.
+    """
+    import forking
+    from moored.export import verification
+
+    monkeypatch.setattr(verification, "watch", forking.stock)
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store with its tables, made once: that takes seconds."""
@@ -54,9 +88,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, empty_store: Path) -> Place:
-    """A folder with a recipe and a store that is ready."""
-    from trackkit import Place
+def place(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A folder with a recipe and a store that is ready; a tracker waits until all is there."""
+    from moored.tracking import tracker
+    from trackkit import LONG_SECONDS, Place
+
+    monkeypatch.setattr(tracker, "FINISH_SECONDS", LONG_SECONDS)
 
     (tmp_path / "runs").mkdir()
     shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from forking import moored
 from moored.tracking.journal import metrics, read_journal
 
 ROOT = Path(__file__).parents[1]
 MOORED = [sys.executable, "-m", "moored"]
-STEPS, SAVED = 240, 40  # of the recipe: how long it takes, and between two checkpoints
+STEPS, SAVED = 80, 10  # of the recipe: how long it takes, and between two checkpoints
+SECONDS = 900.0  # after which a test gives up: never the reason on a slow machine
 
 
 def minicluster() -> Any:
@@ -36,15 +38,14 @@ def minicluster() -> Any:
     return module
 
 
-def until(condition: Callable[[], Any], seconds: float, what: Callable[[], str] | str) -> Any:
+def until(condition: Callable[[], Any], what: Callable[[], str], every: float = 0.2) -> Any:
     """The first true result; what was awaited is named when it does not come."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         if result := condition():
             return result
-        time.sleep(0.1)
-    said = what if isinstance(what, str) else what()
-    raise AssertionError(f"not within {seconds:.0f} s: {said}")
+        time.sleep(every)
+    raise AssertionError(f"not within {SECONDS:.0f} s: {what()}")
 
 
 class Desk:
@@ -63,25 +64,17 @@ class Desk:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=SECONDS,
             check=False,
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def moored(self, *arguments: str, code: int = 0, **variables: str) -> str:
-        done = subprocess.run(
-            [*MOORED, *arguments],
-            env=self.environment | variables,
-            cwd=self.recipe.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        text = done.stdout + done.stderr
-        assert done.returncode == code, f"{arguments}: {done.returncode}: {text}"
-        return text
+        process = moored(*arguments, cwd=self.recipe.parent, **self.environment | variables)
+        out, err = process.communicate(SECONDS)
+        assert process.returncode == code, f"{arguments}: {process.returncode}: {out}{err}"
+        return out + err
 
     def submit(
         self, name: str, *overrides: str, nodes: int = 2, sets: tuple[str, ...] = (), **more: Any
@@ -96,6 +89,11 @@ class Desk:
         found = re.search(r"^run +(.+)$", said, re.M)
         assert found, said
         return Job(self, Path(found[1]), re.findall(r"^job (\d+)", said, re.M))
+
+
+def facts(desk: Desk, job: str) -> str:
+    """What SLURM knows of a job."""
+    return desk.sh("scontrol", "--oneliner", "show", "job", job)
 
 
 class Job:
@@ -122,13 +120,13 @@ class Job:
         queue = self.desk.sh("squeue", "--noheader", "-o", "%i %T %r %N")
         return "\n".join([json.dumps(self.state()), queue, self.log()[-3000:], *tails])
 
-    def at_step(self, step: int, seconds: float = 90) -> None:
+    def is_at(self, step: int) -> bool:
+        """Whether so many steps are saved."""
+        return self.state().get("step", 0) >= step
+
+    def at_step(self, step: int) -> None:
         """Wait until so many steps are saved."""
-        until(
-            lambda: self.state().get("step", 0) >= step,
-            seconds,
-            lambda: f"step {step}; {self.words()}",
-        )
+        until(lambda: self.is_at(step), lambda: f"step {step}; {self.words()}", every=0.02)
 
     def slurm_states(self, job: str | None = None) -> set[str]:
         out = subprocess.run(
@@ -140,19 +138,19 @@ class Job:
         ).stdout
         return set(re.findall(r"JobState=([A-Z_]+)", out))
 
-    def ended(self, seconds: float = 150) -> None:
+    def ended(self) -> None:
         """Wait until SLURM is through with all of its jobs."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 
         def all_over() -> bool:
             return all((states := self.slurm_states(job)) and states <= over for job in self.ids)
 
-        until(all_over, seconds, lambda: f"the end of {self.ids}; {self.words()}")
+        until(all_over, lambda: f"the end of {self.ids}; {self.words()}")
 
-    def done(self, seconds: float = 150) -> Job:
+    def done(self) -> Job:
         """Wait until the run is trained, and SLURM agrees."""
-        until(lambda: self.state().get("status") == "done", seconds, self.words)
-        self.ended(30)
+        until(lambda: self.state().get("status") == "done", self.words)
+        self.ended()
         assert self.slurm_states(self.ids[-1]) == {"COMPLETED"}, self.words()
         return self
 
@@ -178,6 +176,7 @@ class Job:
     def held(self) -> Iterator[None]:
         """The trainers stand still, so that time passes and they get nowhere."""
         pids = self.tasks().values()
+        assert pids, f"nobody is at work: {self.words()}"
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
@@ -186,6 +185,13 @@ class Job:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def held_at(self, step: int) -> Iterator[None]:
+        """The trainers stand still once a step is saved: what befalls a job finds it at work."""
+        self.at_step(step)
+        with self.held():
+            yield
 
     def adapter(self) -> dict[str, torch.Tensor]:
         return load_file(self.run / "adapter/adapter_model.safetensors")

@@ -24,6 +24,9 @@ from moored.tracking.cursor import Cursor, shipping
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.provenance import address
 
+# After which a test gives up: never the reason on a slow machine.
+LONG_SECONDS = 600.0
+
 
 class Place:
     """A folder with a recipe and a ready store."""
@@ -84,9 +87,9 @@ class Place:
         return eventually(pid)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """The first true result within some time; a file that is not there yet counts as false."""
-    until = time.monotonic() + seconds
+def eventually(condition: Callable[[], Any]) -> Any:
+    """The first true result; a file that is not there yet counts as false."""
+    until = time.monotonic() + LONG_SECONDS
     while True:
         try:
             result = condition()
@@ -134,11 +137,11 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        eventually(self.answers, 120)
+        eventually(self.answers)
 
     def answers(self) -> bool:
         try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=1).status == 200
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
         except (urllib.error.URLError, OSError):
             return False
 

@@ -6,40 +6,37 @@ must be picklable. A rank that fails ends all of them at once, and its traceback
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import multiprocessing
 import os
 import pickle
 import queue
-import socket
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-# Forked from a process that has imported these: to import them costs each rank many seconds.
-PRELOADED = ["distributed.preloaded"]
+import forking
 
 
 def run_distributed(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120,
-    fresh: bool = False,
+    timeout: float = 900,
 ) -> list[Any]:
     """Call fn(rank, world_size, *args) on `world_size` processes of one gloo group.
 
     Each process has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT,
     and one torch thread, beside this process's environment. The group meets over a file, so no port
-    can be taken by another test. With `fresh` each process starts from nothing, as a launcher's do.
+    can be taken by another test.
 
     Returns:
         The results in rank order.
@@ -47,22 +44,20 @@ def run_distributed(
     Raises:
         RuntimeError: a rank raised (with its traceback), died, or `timeout` seconds passed.
     """
-    context = mp.get_context("spawn" if fresh else "forkserver")
-    if not fresh:
-        _start_server()
-    results = context.Queue()
+    results = multiprocessing.get_context("forkserver").Queue()
     # By value: tensors shared between processes would die with the process that made them.
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'meeting'}"
         place = (dict(os.environ), list(sys.path))
-        job = (world_size, meeting, _free_port(), place, timeout)
-        processes = [
-            context.Process(target=_worker, args=(rank, job, results, call))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        job = (world_size, meeting, forking.free_port(), place, timeout)
+        with forking.forked_from() as context:
+            processes = [
+                context.Process(target=_worker, args=(rank, job, results, call))
+                for rank in range(world_size)
+            ]
+            for process in processes:
+                process.start()
         grace = 0.0
         try:
             values = _collect(processes, results, timeout)
@@ -76,18 +71,11 @@ def run_distributed(
                     process.join()
 
 
-def _start_server() -> None:
-    """Start the process that ranks are forked from, if it does not run yet."""
-    mp.set_forkserver_preload(PRELOADED)
-    given = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # it is told no other way
-    try:
-        forkserver.ensure_running()
-    finally:
-        if given is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = given
+def mostly_long(cases: Iterable[Any], *short: Any) -> list[Any]:
+    """Cases as parameters of a test, of which `make test` has those that are named."""
+    known = list(cases)
+    assert all(case in known for case in short)
+    return [case if case in short else pytest.param(case, marks=pytest.mark.long) for case in known]
 
 
 def _collect(processes: list[Any], results: Any, timeout: float) -> list[Any]:
@@ -142,9 +130,3 @@ def _worker(rank: int, job: tuple[int, str, int, Any, float], results: Any, call
             dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.runner import run_distributed
+from distributed.runner import mostly_long, run_distributed
 from distributed.test_zero import STEPS, assert_same, build, by_case, global_batch, step_once
 from moored.config import Config, load_config
 from moored.data.batch import batches_of
@@ -26,7 +26,11 @@ from moored.training import checkpoint
 from tiny import tiny_recipe, write_recipe
 
 METHODS = ["randlora", "sinelora"]
-CASES = [(2, "none"), (3, "reentrant"), (3, "non_reentrant")]
+CASES = [
+    (method, stage, kind)
+    for method in METHODS
+    for stage, kind in [(2, "none"), (3, "reentrant"), (3, "non_reentrant")]
+]
 
 
 def config_of(folder: Path, method: str, *overrides: str) -> Config:
@@ -68,9 +72,9 @@ def train_each(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[A
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[dict, dict]:
-    folder = tmp_path_factory.mktemp("adapters")
-    one = {method: config_of(folder / method, method) for method in METHODS}
+def runs(tmp_path_factory, chosen) -> tuple[dict, dict]:
+    folder, cases = tmp_path_factory.mktemp("adapters"), chosen(CASES)
+    one = {method: config_of(folder / method, method) for method, _, _ in cases}
     two = {
         (method, stage, kind): config_of(
             folder / method,
@@ -78,20 +82,23 @@ def runs(tmp_path_factory) -> tuple[dict, dict]:
             f"parallel.zero_stage={stage}",
             f"train.gradient_checkpointing={kind}",
         )
-        for method in METHODS
-        for stage, kind in CASES
+        for method, stage, kind in cases
     }
     return tuple(
-        by_case(run_distributed(train_each, world_size, configs, timeout=300))
+        by_case(run_distributed(train_each, world_size, configs))
         for world_size, configs in ((1, one), (2, two))
     )
 
 
-@pytest.mark.parametrize(("stage", "checkpointing"), CASES)
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_equal_one(runs, method, stage, checkpointing):
+@pytest.mark.parametrize(
+    "case",
+    mostly_long(CASES, ("randlora", 3, "reentrant"), ("sinelora", 3, "non_reentrant")),
+    ids=lambda case: "-".join(map(str, case)),
+)
+def test_two_processes_equal_one(runs, case):
     one, two = runs
-    first, second = two[method, stage, checkpointing]
+    first, second = two[case]
+    method, stage, _ = case
     [expected] = one[method]
     assert_same(first, expected)
     np.testing.assert_allclose(first["drift"], expected["drift"], rtol=1e-4, atol=1e-7)
@@ -143,7 +150,7 @@ def continued(rank: int, world_size: int, folder: Path, configs: dict[str, Confi
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     dropout = "adapter.dropout=0.1"
     configs = {method: config_of(tmp_path / method, method, dropout) for method in METHODS}
-    [results] = run_distributed(continued, 1, tmp_path, configs, timeout=300)
+    [results] = run_distributed(continued, 1, tmp_path, configs)
     for method, result in results.items():
         expected, found = result["expected"], result["found"]
         assert found.pop("loss") == expected.pop("loss"), method

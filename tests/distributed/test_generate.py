@@ -74,7 +74,7 @@ def following(rank: int, world_size: int, folder: Path) -> None:
 
 
 def test_instructions_are_judged_before_and_after(tmp_path):
-    run_distributed(following, 1, tmp_path, timeout=300)
+    run_distributed(following, 1, tmp_path)
 
 
 def test_a_base_without_a_template_cannot_be_asked(tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from forking import finished, moored
 from moored.tracking.journal import read_journal
 from tiny import tiny_recipe, write_recipe
 
@@ -84,7 +85,7 @@ def start(place: Path, launcher: str, *arguments: str, **variables: str) -> subp
     )
 
 
-def finish(process: subprocess.Popen[str], code: int, seconds: float = 120.0) -> str:
+def finish(process: subprocess.Popen[str], code: int, seconds: float = 900.0) -> str:
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, out + err
     return out + err
@@ -106,7 +107,7 @@ def losses(path: Path) -> dict[int, float]:
     }
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> Any:
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 900) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert process.poll() is None, process.communicate()
@@ -153,7 +154,7 @@ def whole(place: Path) -> Path:
 
 
 def test_two_ranks_equal_one_process(place: Path, whole: Path) -> None:
-    finish(start(place, "local", "--ranks", "1", "tiny.yaml", "name=one"), 0)
+    finished(moored("train", "tiny.yaml", "name=one", cwd=place))
     one = losses(run_dir(place, "one"))
     assert sorted(one) == list(range(1, STEPS + 1))
     assert losses(whole) == pytest.approx(one, rel=1e-5)
@@ -161,6 +162,7 @@ def test_two_ranks_equal_one_process(place: Path, whole: Path) -> None:
     assert logs == {"rank-0.log", "rank-0.out", "rank-1.log", "rank-1.out"}
 
 
+@pytest.mark.long
 def test_a_killed_rank_costs_nothing(place: Path, whole: Path) -> None:
     process = start(place, "local", "--ranks", "2", "tiny.yaml", "name=killed")
     wait_for(at_step(place, "killed", 13), process)
@@ -173,13 +175,14 @@ def test_a_killed_rank_costs_nothing(place: Path, whole: Path) -> None:
     assert state(place, "killed")["attempt"] == 2
 
 
+@pytest.mark.long
 def test_a_signal_saves_and_ends(place: Path) -> None:
     """SIGTERM in the middle; then Ctrl-C while the ranks import their modules."""
     command = ("local", "--ranks", "2", "tiny.yaml", "name=signal", "train.steps=100000")
     process = start(place, *command)
     wait_for(at_step(place, "signal", 3), process)
     process.send_signal(signal.SIGTERM)
-    output = finish(process, 75, 30)
+    output = finish(process, 75)
     assert "starting again" not in output
     first = state(place, "signal")
     assert (first["status"], first["exit_code"]) == ("preempted", 75)
@@ -189,13 +192,14 @@ def test_a_signal_saves_and_ends(place: Path) -> None:
     process = start(place, *command)
     wait_for(lambda: len(ranks("signal")) == 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal sends it
-    finish(process, 75, 30)
+    finish(process, 75)
     second = state(place, "signal")
     assert (second["status"], second["attempt"]) == ("preempted", 2)
     assert second["step"] > first["step"]
     assert ranks("signal") == []
 
 
+@pytest.mark.long
 def test_what_the_user_must_mend_is_not_tried_again(place: Path) -> None:
     process = start(place, "local", "tiny.yaml", "optim.learning_rat=1")
     assert "did you mean learning_rate?" in finish(process, 2)
@@ -209,19 +213,21 @@ def test_what_the_user_must_mend_is_not_tried_again(place: Path) -> None:
     assert state(place, "wrong")["attempt"] == 1
 
 
+@pytest.mark.long
 def test_starts_that_save_nothing_are_capped(place: Path) -> None:
     """A rank's death ends the first, its agent's the second, and takes all ranks along."""
     process = start(place, "local", "--attempts", "2", "--ranks", "2", "tiny.yaml", "name=capped")
     for victim in ("rank", "agent"):
         first = wait_for(lambda: ranks("capped"), process)[0]
         (first if victim == "rank" else first.parent()).kill()
-        first.wait(10)
-        wait_for(lambda: not ranks("capped"), process, 15)
+        first.wait(900)
+        wait_for(lambda: not ranks("capped"), process)
     output = finish(process, 1)
     assert output.count("starting again") == 1
     assert "2 starts in a row saved no new step: giving up" in output
 
 
+@pytest.mark.long
 def test_two_machines_equal_one(place: Path, whole: Path) -> None:
     arguments = ("--hosts", HOSTS, "--env", "HF_TOKEN", "tiny.yaml", "name=two")
     process = start(place, "multinode", *arguments, HF_TOKEN=SECRET, LEFT_HERE="1")
@@ -245,6 +251,7 @@ def test_two_machines_equal_one(place: Path, whole: Path) -> None:
     assert key not in output
 
 
+@pytest.mark.long
 def test_no_rank_outlives_its_launcher(place: Path) -> None:
     """Nor are the steps lost that it could still save."""
     arguments = ("--hosts", HOSTS, "tiny.yaml", "name=orphan", "train.steps=100000")
@@ -254,7 +261,7 @@ def test_no_rank_outlives_its_launcher(place: Path) -> None:
     assert {rank.pid for rank in ranks("orphan")} < {one.pid for one in left}
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(left, timeout=15)
+    _, alive = psutil.wait_procs(left, timeout=900)
     assert alive == []
     assert state(place, "orphan")["status"] == "preempted"
 
@@ -308,6 +315,7 @@ def test_what_local_refuses(place: Path, arguments: list[str], complaint: str) -
     assert complaint in line
 
 
+@pytest.mark.long
 def test_deepspeeds_launcher_ends_with_the_code_of_the_run(place: Path) -> None:
     done = subprocess.run(
         [
@@ -320,7 +328,7 @@ def test_deepspeeds_launcher_ends_with_the_code_of_the_run(place: Path) -> None:
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 2, done.stdout + done.stderr

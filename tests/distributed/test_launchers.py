@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,35 +11,26 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from forking import finished, free_port, moored
 from moored.tracking.journal import read_journal
 from tiny import tiny_recipe, write_recipe
 
-MODULE = [sys.executable, "-m", "moored"]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
 
 def launch(launcher: str, arguments: list[str]) -> None:
-    """Run `moored ARGUMENTS` under a launcher with two processes, or directly."""
+    """Run `moored ARGUMENTS` under a launcher with two processes."""
     bin_dir = Path(sys.executable).parent
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node=2", "-m", "moored"]
-    elif launcher == "deepspeed":
+    else:
         command = [str(bin_dir / "deepspeed"), "--num_gpus=2", "--master_addr=127.0.0.1"]
         command += [f"--master_port={free_port()}", "--module", "moored"]
-    else:
-        command = MODULE
     done = subprocess.run(
         [*command, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -62,11 +52,13 @@ def alone(tmp_path_factory) -> tuple[Path, Path]:
     recipe["evaluation"] |= {"exact_match": True, "max_new_tokens": 4}
     recipe["evaluation"] |= {"instructions": True, "instruction_tokens": 4}
     path = write_recipe(folder, recipe)
-    launch("none", ["train", str(path), "name=alone"])
+    finished(moored("train", str(path), "name=alone"))
     return path, folder / "runs" / "alone"
 
 
-@pytest.mark.parametrize(("launcher", "stage"), [("torchrun", 3), ("deepspeed", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "stage"), [("torchrun", 3), pytest.param("deepspeed", 2, marks=pytest.mark.long)]
+)
 def test_two_processes_equal_one(alone, launcher, stage):
     """Tolerances: the derivation stands in test_zero.py."""
     path, expected = alone
@@ -89,13 +81,13 @@ def test_two_processes_equal_one(alone, launcher, stage):
 def test_evaluate_measures_a_run_and_a_bare_adapter_again(alone):
     path, run = alone
     before = json.loads((run / "report/report.json").read_text())
-    launch("none", ["evaluate", str(run), "--out", str(path.parent / "again")])
+    finished(moored("evaluate", str(run), "--out", str(path.parent / "again")))
     again = json.loads((path.parent / "again/report.json").read_text())
     assert again["arms"]["tmkl"]["retention_ppl"] == pytest.approx(
         before["arms"]["tmkl"]["retention_ppl"], rel=1e-6
     )
     assert again["base"]["retention_ppl"] == pytest.approx(before["base"]["retention_ppl"])
     out = path.parent / "bare"
-    launch("none", ["evaluate", str(run / "adapter"), "--recipe", str(path), "--out", str(out)])
+    finished(moored("evaluate", str(run / "adapter"), "--recipe", str(path), "--out", str(out)))
     (bare,) = json.loads((out / "report.json").read_text())["arms"].values()
     assert bare["retention_ppl"] == pytest.approx(before["arms"]["tmkl"]["retention_ppl"], rel=1e-6)

@@ -206,10 +206,10 @@ def assert_likelihoods(config: Config, folder: Path, run: Path) -> None:
 def test_figures_and_likelihoods_are_those_of_dense_arithmetic(tmp_path):
     write_tasks(tmp_path / "tasks")
     config = recipe_of(tmp_path)
-    run_distributed(asking, 1, config, tmp_path, timeout=300)
+    run_distributed(asking, 1, config, tmp_path)
     # On two ranks, of which each has its share of the requests.
     run = config.output.dir / "tiny"
-    run_distributed(asking_again, 2, run, tmp_path, timeout=300)
+    run_distributed(asking_again, 2, run, tmp_path)
     one, two = (
         json.loads((folder / "report.json").read_text())
         for folder in (run / "report", tmp_path / "two")

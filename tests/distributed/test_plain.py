@@ -154,7 +154,7 @@ def train_watched(rank: int, world_size: int, configs: list[Config]) -> list[str
         return found[:watched]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.long
 def test_no_library_unpickles_what_ranks_send(tmp_path: Path) -> None:
     """DeepSpeed in every stage, the device mesh, evaluation and generation: measured, not read."""
     recipe = tiny_recipe(
@@ -179,6 +179,6 @@ def test_no_library_unpickles_what_ranks_send(tmp_path: Path) -> None:
         )
         for stage, degree in meshes
     ]
-    assert run_distributed(train_watched, 2, configs, timeout=900) == [[], []]
+    assert run_distributed(train_watched, 2, configs) == [[], []]
     for config in configs:
         assert (config.output.dir / config.name / "adapter").is_dir()

@@ -1,43 +1,27 @@
-"""How far an evaluation is: by `moored evaluate` as people and jobs start it."""
+"""How far an evaluation is: by `moored evaluate` as people and jobs call it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forking import finished, moored, moored_ranks
 from moored.evaluation.instructions import TASKS
 from moored.utils.errors import PreemptedError
 from moored.utils.progress import VARIABLE
 from ptykit import left_on, on_a_terminal
 from tiny import TEXT, tiny_recipe, write_recipe
 
+LOUD = {VARIABLE: "0"}
 QUIET = {VARIABLE: "7200"}  # longer than anything here takes on a busy machine
 LINE = re.compile(r"INFO (?P<what>.+): (?P<done>[\d,.]+) of (?P<total>[\d,.]+) (?P<unit>\S+), ")
-
-
-def moored(*arguments: str, ranks: int = 1, **environment: str) -> tuple[str, str]:
-    """Stdout and stderr of a command that ends well."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else ()), "-m", "moored", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +34,7 @@ def run(tmp_path_factory) -> Path:
     recipe["retention"]["other"] = {"path": str(other), "window_tokens": 32}
     recipe["evaluation"] |= {"exact_match": True, "max_new_tokens": 3, "micro_batch_size": 2}
     recipe["evaluation"] |= {"instructions": True, "instruction_tokens": 3}
-    _, said = moored("train", str(write_recipe(folder, recipe)), **QUIET)
+    _, said = finished(moored("train", str(write_recipe(folder, recipe)), **QUIET))
     assert "so far" not in said
     return folder / "runs" / "tiny"
 
@@ -86,15 +70,19 @@ def num_batches(run: Path, ranks: int = 1) -> dict[str, int]:
     return {what: math.ceil(count / (2 * ranks)) for what, count in rows.items()}
 
 
-def test_an_evaluation_says_of_which_text_and_arm_how_much_is_done(run):
+@pytest.fixture(scope="module")
+def quiet(run) -> tuple[str, dict[str, Any]]:
+    """What an evaluation prints and reports; and it said nothing of how far it was."""
     before = report(run)
-    quiet_out, quiet = moored("evaluate", str(run), **QUIET)
-    assert "so far" not in quiet
+    out, said = finished(moored("evaluate", str(run), **QUIET))
+    assert "so far" not in said
     assert before["arms"]["tmkl"]["retention_ppl"] == report(run)["arms"]["tmkl"]["retention_ppl"]
-    quiet_report = report(run)
-    out, err = moored("evaluate", str(run), **{VARIABLE: "0"})
-    assert out == quiet_out, "stdout has results alone"
-    assert report(run) == quiet_report, "no figure depends on it"
+    return out, report(run)
+
+
+def test_an_evaluation_says_of_which_text_and_arm_how_much_is_done(run, quiet):
+    out, err = finished(moored("evaluate", str(run), **LOUD))
+    assert (out, report(run)) == quiet, "stdout has results alone, and no figure depends on it"
     said = said_by(err)
     expected = num_batches(run)
     assert {what: lines[-1] for what, lines in said.items() if what in expected} == {
@@ -111,7 +99,7 @@ def test_an_evaluation_says_of_which_text_and_arm_how_much_is_done(run):
 
 
 def test_one_rank_speaks_of_its_share(run):
-    _, err = moored("evaluate", str(run), ranks=2, **{VARIABLE: "0"})
+    _, err = finished(*moored_ranks(2, "evaluate", str(run), **LOUD))
     expected = num_batches(run, ranks=2)
     said = said_by(err)
     for what, total in expected.items():
@@ -121,9 +109,10 @@ def test_one_rank_speaks_of_its_share(run):
     assert set(counted.values()) == {1}
 
 
-def test_an_evaluation_on_a_terminal_has_bars_that_go(run):
-    out, seen = on_a_terminal("-m", "moored", "evaluate", str(run), **{VARIABLE: "0"})
-    assert out.decode() == moored("evaluate", str(run), **QUIET)[0]
+@pytest.mark.long
+def test_an_evaluation_on_a_terminal_has_bars_that_go(run, quiet):
+    out, seen = on_a_terminal("-m", "moored", "evaluate", str(run), **LOUD)
+    assert out.decode() == quiet[0]
     assert re.search(r"measuring retention\.fox \(tmkl and base\).* \d+ of \d+ batches.*━", seen)
     assert "so far" not in seen
     assert not [line for line in left_on(seen) if "━" in line or "batches" in line]
@@ -131,23 +120,13 @@ def test_an_evaluation_on_a_terminal_has_bars_that_go(run):
 
 def stopped(command: list[str], what: str) -> tuple[int, str]:
     """Exit code and stderr of a command that gets SIGTERM as soon as it says that it is at it."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "moored", *command],
-        env=os.environ | {VARIABLE: "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        said = ""
-        for line in process.stderr:
-            said += line
-            if f"{what}: 3 of" in line:
-                process.send_signal(signal.SIGTERM)
-    return process.returncode, said
+    with moored(*command, **LOUD) as process:
+        process.says(f"{what}: 3 of")
+        process.send_signal(signal.SIGTERM)
+        return process.wait(), process.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", pytest.param("evaluate", marks=pytest.mark.long)])
 def test_a_signal_amid_an_evaluation_ends_it_at_once(tmp_path, command):
     recipe = tiny_recipe(tmp_path)
     long = tmp_path / "long.txt"
@@ -157,7 +136,7 @@ def test_a_signal_amid_an_evaluation_ends_it_at_once(tmp_path, command):
     path = str(write_recipe(tmp_path, recipe))
     target, arm, code = path, "adapted", PreemptedError.exit_code
     if command == "evaluate":
-        moored("train", path, "retention.long.max_tokens=64")
+        finished(moored("train", path, "retention.long.max_tokens=64"))
         target, arm, code = str(tmp_path / "runs" / "tiny"), "tmkl", -signal.SIGTERM
     overrides = ["retention.long.max_tokens=40000"] if command == "evaluate" else []
     what = f"measuring retention.long ({arm} and base)"
@@ -170,9 +149,10 @@ def test_a_signal_amid_an_evaluation_ends_it_at_once(tmp_path, command):
         assert "stopped by a signal after step 4 of 4; step 4 is saved" in said
 
 
+@pytest.mark.long
 def test_an_export_says_how_far_it_is(run, tmp_path):
     command = ["export", str(run), "--merge", "--to", str(tmp_path / "merged")]
-    out, err = moored(*command, **{VARIABLE: "0"})
+    out, err = finished(moored(*command, **LOUD))
     assert "so far" not in out
     said = said_by(err)
     for what in ("loading the base", "merging into the w16 weights", "hashing the base"):
@@ -183,14 +163,15 @@ def test_an_export_says_how_far_it_is(run, tmp_path):
         assert f"a fresh process loads {what} and computes its logits: 0:0" in err
 
 
+@pytest.mark.long
 def test_what_is_prepared_says_how_far_it_is(tmp_path):
     recipe = tiny_recipe(tmp_path)
     drawn = {"builtin": "base-samples", "max_tokens": 300, "window_tokens": 32}
     recipe["retention"]["own"] = drawn
     recipe["reference"] = {"cache": True}
     path = str(write_recipe(tmp_path, recipe))
-    environment = {VARIABLE: "0", "MOORED_CACHE": str(tmp_path / "cache")}
-    out, err = moored("prepare", path, "--references", "1", **environment)
+    environment = {**LOUD, "MOORED_CACHE": str(tmp_path / "cache")}
+    out, err = finished(moored("prepare", path, "--references", "1", **environment))
     assert "so far" not in out
     said = said_by(err)
     done, total, unit = said["drawing texts from the base"][-1]

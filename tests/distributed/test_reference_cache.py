@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.runner import run_distributed
+from distributed.runner import mostly_long, run_distributed
 from moored.config import Config, load_config
 from moored.distributed.mesh import alone
 from moored.evaluation.report import Report
@@ -86,7 +86,7 @@ def train_all(_rank: int, _world_size: int, configs: dict[str, Config], folder: 
         train.run(config, path=folder / name, parent=folder)
 
 
-@pytest.mark.parametrize("ranks", MESHES)
+@pytest.mark.parametrize("ranks", mostly_long(MESHES, "one"))
 def test_a_run_with_the_cache_is_the_run_without_it(tmp_path: Path, ranks: str) -> None:
     size, meshes = MESHES[ranks]
     cache = ("reference.cache=true",)
@@ -101,7 +101,7 @@ def test_a_run_with_the_cache_is_the_run_without_it(tmp_path: Path, ranks: str) 
         for mesh, overrides in meshes.items()
         for name, options in runs.items()
     }
-    run_distributed(train_all, size, configs, tmp_path, timeout=300)
+    run_distributed(train_all, size, configs, tmp_path)
     for mesh in meshes:
         place = tmp_path / mesh
         assert_same(place / "filling", place / "without")
@@ -115,13 +115,14 @@ def test_a_run_with_the_cache_is_the_run_without_it(tmp_path: Path, ranks: str) 
         assert of(place / "another-weight")["losses"] != of(place / "filled")["losses"]
 
 
+@pytest.mark.long
 def test_samples_serve_in_the_next_epoch_and_on_another_mesh(tmp_path: Path) -> None:
     plain = ("data.packing=false", "adapter.dropout=0")
     on = (*plain, "reference.cache=true", "reference.match=sample")
     configs = {"without": recipe_of(tmp_path, *plain), "alone": recipe_of(tmp_path, *on)}
-    run_distributed(train_all, 1, configs, tmp_path, timeout=300)
+    run_distributed(train_all, 1, configs, tmp_path)
     spread = recipe_of(tmp_path, *on, "parallel.zero_stage=3")
-    run_distributed(train_all, 2, {"spread": spread}, tmp_path, timeout=300)
+    run_distributed(train_all, 2, {"spread": spread}, tmp_path)
     found = {name: of(tmp_path / name) for name in ("without", "alone", "spread")}
     # Two epochs of 24 samples in micro-batches of two; the rest are the texts that are measured.
     (said,) = found["alone"]["said"]
@@ -141,6 +142,7 @@ def fill(_rank: int, _world_size: int, config: Config, num_ranks: int) -> int:
     ).num_computed
 
 
+@pytest.mark.long
 def test_what_was_prepared_is_what_a_run_computes(tmp_path: Path) -> None:
     plain = ("parallel.zero_stage=3", "retention={}", "data.eval=[]")
     config = recipe_of(tmp_path, *plain, "reference.cache=true")
@@ -148,7 +150,7 @@ def test_what_was_prepared_is_what_a_run_computes(tmp_path: Path) -> None:
     (second,) = run_distributed(fill, 1, config, 2)
     assert (first > 0, second) == (True, 0)
     runs = {"prepared": config, "without": recipe_of(tmp_path, *plain)}
-    run_distributed(train_all, 2, runs, tmp_path, timeout=300)
+    run_distributed(train_all, 2, runs, tmp_path)
     assert_same(tmp_path / "prepared", tmp_path / "without")
     (said,) = of(tmp_path / "prepared")["said"]
     assert (said["read"] > 0, said["computed"]) == (True, 0)
@@ -162,16 +164,17 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path) -> None:
         references.require_fillable(spread)
 
 
+@pytest.mark.long
 def test_a_damaged_file_stops_no_rank(tmp_path: Path) -> None:
     """Under ZeRO-3 all ranks must run the base, if one of them has to."""
     on = ("parallel.zero_stage=3", "reference.cache=true")
-    run_distributed(train_all, 2, {"first": recipe_of(tmp_path, *on)}, tmp_path, timeout=300)
+    run_distributed(train_all, 2, {"first": recipe_of(tmp_path, *on)}, tmp_path)
     files = sorted(references_folder().glob("*/*.safetensors"))
     assert len(files) >= 2
     data = bytearray(files[0].read_bytes())
     data[-3] ^= 4
     files[0].write_bytes(data)
-    run_distributed(train_all, 2, {"again": recipe_of(tmp_path, *on)}, tmp_path, timeout=300)
+    run_distributed(train_all, 2, {"again": recipe_of(tmp_path, *on)}, tmp_path)
     assert_same(tmp_path / "again", tmp_path / "first")
     (said,) = of(tmp_path / "again")["said"]
     assert said["read"] > 0
@@ -186,7 +189,7 @@ def compare_all(_rank: int, _world_size: int, config: Config) -> str:
 def test_the_arms_of_a_comparison_share_it(tmp_path: Path) -> None:
     arms = "compare=[{kind: tmkl}, {kind: kl}, {kind: none}]"
     config = recipe_of(tmp_path, "reference.cache=true", arms)
-    (path,) = run_distributed(compare_all, 1, config, timeout=300)
+    (path,) = run_distributed(compare_all, 1, config)
     first, *others = [of(Path(path) / "arms" / name)["said"][0] for name in ("tmkl", "kl", "none")]
     assert first["read"] == 0
     assert all(said["computed"] == 0 and said["read"] > 0 for said in others)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.runner import run_distributed
-from distributed.test_launchers import free_port
+from distributed.runner import mostly_long, run_distributed
+from forking import finished, moored_ranks
 from moored.config import Config, load_config
 from moored.data.stream import TrainStream
 from moored.tracking.journal import read_journal
@@ -129,7 +125,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
+def runs(tmp_path_factory, chosen) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
     """All cases in one pair of processes, whose start costs more than a tiny run."""
     folder = tmp_path_factory.mktemp("runs")
     configs = {
@@ -143,12 +139,19 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict[Any, dict[str, Any]]]]:
                 else (f"parallel.offload={case[2]}",)
             ),
         )
-        for case in CASES
+        for case in chosen(CASES)
     }
-    return folder, run_distributed(cut_and_resume, 2, configs, folder, timeout=900)
+    return folder, run_distributed(cut_and_resume, 2, configs, folder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    mostly_long(
+        CASES,
+        ("float32", 0, "budget"),
+        ("bfloat16", 3, "none"),
+    ),
+)
 def test_resume_is_bit_exact(runs, case):
     folder, ranks = runs
     for rank in ranks:
@@ -157,46 +160,29 @@ def test_resume_is_bit_exact(runs, case):
     assert_identical(place / "cut", place / "whole")
 
 
-def start(recipe: Path, run_dir: str, world_size: int) -> subprocess.Popen[bytes]:
-    """The real command, in a process group of its own."""
-    launcher = [sys.executable, "-m", "moored"]
-    if world_size > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc-per-node={world_size}", "-m", "moored"]
-    return subprocess.Popen(
-        [*launcher, "train", str(recipe), f"name={run_dir}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-
-
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "stage"), [(1, 2), pytest.param(2, 3, marks=pytest.mark.long)]
+)
 def test_kill_9_in_the_middle_then_the_same_command_again(tmp_path, world_size, stage):
     config = recipe_of(tmp_path)
     recipe = json.loads((tmp_path / "tiny.yaml").read_text())
     recipe["parallel"]["zero_stage"] = stage
-    path = write_recipe(tmp_path, recipe)
+    path = str(write_recipe(tmp_path, recipe))
 
-    whole = start(path, "whole", world_size)
-    assert whole.wait(timeout=300) == 0, whole.stderr.read().decode()
-
-    killed = start(path, "killed", world_size)
+    finished(*moored_ranks(world_size, "train", path, "name=whole"))
+    killed = moored_ranks(world_size, "train", path, "name=killed")
     journal = config.output.dir / "killed" / "journal.jsonl"
-    deadline = time.monotonic() + 300
-    while not (journal.exists() and b'"step":3' in journal.read_bytes().replace(b" ", b"")):
-        assert killed.poll() is None, killed.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:
-        process.kill()  # torchrun's workers have process groups of their own
-    killed.wait(timeout=60)
+    try:
+        while not (journal.exists() and b'"step":3' in journal.read_bytes().replace(b" ", b"")):
+            assert [one.poll() for one in killed] == [None] * world_size, killed[0].stderr
+            time.sleep(0.002)
+    finally:
+        for process in killed:
+            process.kill()
     state = json.loads((config.output.dir / "killed" / "state.json").read_text())
     assert state["status"] == "running", "it ended before it could be killed: not a test"
 
-    again = start(path, "killed", world_size)
-    assert again.wait(timeout=300) == 0, again.stderr.read().decode()
+    finished(*moored_ranks(world_size, "train", path, "name=killed"))
     assert_identical(config.output.dir / "killed", config.output.dir / "whole")
     state = json.loads((config.output.dir / "killed" / "state.json").read_text())
     assert (state["status"], state["attempt"]) == ("done", 2)
@@ -206,33 +192,18 @@ def test_a_process_that_is_lost_is_named_by_the_others(tmp_path):
     recipe_of(tmp_path)
     recipe = json.loads((tmp_path / "tiny.yaml").read_text())
     recipe["train"]["steps"] = 100_000
-    path = write_recipe(tmp_path, recipe)
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moored", "train", str(path), "name=lost"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    path = str(write_recipe(tmp_path, recipe))
+    ranks = moored_ranks(2, "train", path, "name=lost")
     run = tmp_path / "runs" / "lost"
     try:
-        deadline = time.monotonic() + 120
         while not ((run / "journal.jsonl").exists() and losses(run)):
-            assert all(rank.poll() is None for rank in ranks)
-            assert time.monotonic() < deadline
+            assert [rank.poll() for rank in ranks] == [None] * 2, ranks[0].stderr
             time.sleep(0.05)
         ranks[1].kill()
-        _, error = ranks[0].communicate(timeout=60)
+        _, error = ranks[0].communicate()
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
     assert ranks[0].returncode == 1
     assert "error: rank 0 lost another process of the run" in error
     assert "Traceback" not in error

@@ -52,7 +52,7 @@ def report(run: Path) -> dict[str, Any]:
 
 
 def in_one_process(test: Callable[[Path], None], folder: Path) -> None:
-    run_distributed(_alone, 1, test, folder, timeout=300)
+    run_distributed(_alone, 1, test, folder)
 
 
 def _alone(rank: int, world_size: int, test: Callable[[Path], None], folder: Path) -> None:
@@ -183,6 +183,7 @@ def scaling(folder: Path) -> None:
     assert not (folder / "bad").exists()
 
 
+@pytest.mark.long
 def test_parts_of_an_adapter(tmp_path):
     in_one_process(scaling, tmp_path)
 
@@ -347,6 +348,7 @@ def over_budget(folder: Path) -> None:
     assert arm["budget_lost"] > 1e-6
 
 
+@pytest.mark.long
 def test_a_broken_budget_ends_the_run_as_the_recipe_says(tmp_path):
     in_one_process(over_budget, tmp_path)
 
@@ -371,6 +373,7 @@ def drift_budget(folder: Path) -> None:
     assert 0.001 < drifts["tiny"] < 0.006
 
 
+@pytest.mark.long
 def test_a_budget_of_drift_is_held(tmp_path):
     in_one_process(drift_budget, tmp_path)
 

@@ -31,7 +31,7 @@ def die_on_rank_0(rank: int, world_size: int) -> None:
 
 
 def hang(rank: int, world_size: int) -> None:
-    time.sleep(60)
+    time.sleep(3600)
 
 
 def test_results_come_back_in_rank_order() -> None:
@@ -43,8 +43,8 @@ def test_results_come_back_in_rank_order() -> None:
 @pytest.mark.parametrize(
     ("fn", "message", "timeout"),
     [
-        (fail_on_rank_1, "rank 1 of 2 failed(.|\n)*the reef at rank one", 60),
-        (die_on_rank_0, r"(died without a word, exit codes .*7|rank 1 of 2 failed)", 60),
+        (fail_on_rank_1, "rank 1 of 2 failed(.|\n)*the reef at rank one", 3600),
+        (die_on_rank_0, r"(died without a word, exit codes .*7|rank 1 of 2 failed)", 3600),
         (hang, r"no result from ranks \[0, 1\]", 6),
     ],
 )
@@ -52,4 +52,4 @@ def test_a_failure_ends_all_ranks_and_is_told(fn, message: str, timeout: float) 
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=message):
         run_distributed(fn, 2, timeout=timeout)
-    assert time.monotonic() - start < 50
+    assert time.monotonic() - start < 600

@@ -174,6 +174,7 @@ def kinds(folder: Path) -> None:
         assert (path / "arms").exists() == (second is compare)
 
 
+@pytest.mark.long
 def test_a_run_and_a_comparison_do_not_share_a_directory(tmp_path: Path, empty_store: Path) -> None:
     shutil.copy(empty_store, tmp_path / "store.db")
     in_one_process(kinds, tmp_path)

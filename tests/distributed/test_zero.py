@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from distributed.runner import run_distributed
+from distributed.runner import mostly_long, run_distributed
 from moored.config import Config, load_config
 from moored.data import TrainStream
 from moored.data.batch import Batch, Sample, batches_of
@@ -148,12 +148,18 @@ def largest_buffers(rank: int, world_size: int, configs: dict[int, Config]) -> d
 def test_zero_asks_for_no_buffer_of_gigabytes(tmp_path):
     """By default DeepSpeed's bucket of gradients has 5e8 elements, whatever is trained."""
     configs = {s: recipe_config(tmp_path, f"parallel.zero_stage={s}") for s in (1, 2, 3)}
-    [found] = run_distributed(largest_buffers, 1, configs, timeout=240)
+    [found] = run_distributed(largest_buffers, 1, configs)
     assert found.keys() == {1, 2, 3}
     assert all(0 < size <= 2**24 for size in found.values()), found
 
 
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+# Every stage with every kind of checkpointing, and with offload where the recipe takes it.
+STAGES = [
+    *((stage, kind) for stage in range(4) for kind in CHECKPOINTING),
+    *((stage, "offload") for stage in (1, 2, 3)),
+    (3, "half"),
+]
 # Rows of unequal length in every micro-batch, and weights that depend on the policy.
 BASELINES = {
     "l2": ("regularizer.kind=l2", "regularizer.weight=3"),
@@ -166,97 +172,78 @@ BASELINES = {
     ),
     "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
 }
-SPLITS = [(1, 1, 0), (1, 6, 0), (1, 4, 2), (2, 3, 3), (4, 1, 2)]  # world, micro-batch, stage
+ALONE = (1, 1, 0)  # world, micro-batch, stage
+SPLITS = [(1, 6, 0), (1, 4, 2), (2, 3, 3), (4, 1, 2)]
+
+
+def of_split(folder: Path, split: tuple[int, int, int]) -> Config:
+    _, size, stage = split
+    overrides = (f"train.micro_batch_size={size}", f"parallel.zero_stage={stage}")
+    return recipe_config(folder, *overrides)
+
+
+def of_stage(folder: Path, stage: int, kind: str) -> Config:
+    more = {
+        "offload": ("parallel.offload=optimizer",),
+        "half": ("train.gradient_checkpointing=non_reentrant", "train.checkpointed_layers=0.5"),
+    }.get(kind, (f"train.gradient_checkpointing={kind}",))
+    return recipe_config(folder, f"parallel.zero_stage={stage}", *more)
+
+
+def of_baseline(folder: Path, name: str, *more: str) -> Config:
+    overrides = (text.replace("FOLDER", str(folder)) for text in BASELINES[name])
+    return recipe_config(folder, *more, *overrides)
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> dict:
+def one_process(tmp_path_factory, chosen) -> dict:
     """The reference: stage 0, no checkpointing, micro-batches of one sequence; and other splits."""
     folder = tmp_path_factory.mktemp("one")
-    configs = {
-        split: recipe_config(
-            folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
-        )
-        for split in SPLITS
-        if split[0] == 1
-    }
-    for name, overrides in BASELINES.items():
-        configs[name] = recipe_config(
-            folder, *(text.replace("FOLDER", str(folder)) for text in overrides)
-        )
-    return by_case(run_distributed(train_each, 1, configs, timeout=300))
+    splits = [ALONE, *(split for split in chosen(SPLITS) if split[0] == 1)]
+    configs: dict[Any, Config] = {split: of_split(folder, split) for split in splits}
+    configs |= {name: of_baseline(folder, name) for name in chosen(BASELINES)}
+    return by_case(run_distributed(train_each, 1, configs))
 
 
 @pytest.fixture(scope="module")
 def expected(one_process) -> dict:
-    return one_process[SPLITS[0]][0]
+    return one_process[ALONE][0]
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> dict:
-    """Every stage with every kind of checkpointing, with offload, and another split."""
+def two_processes(tmp_path_factory, chosen) -> dict:
     folder = tmp_path_factory.mktemp("two")
-    configs: dict[Any, Config] = {
-        (stage, checkpointing): recipe_config(
-            folder,
-            f"parallel.zero_stage={stage}",
-            f"train.gradient_checkpointing={checkpointing}",
-        )
-        for stage in range(4)
-        for checkpointing in CHECKPOINTING
-    }
-    for name, overrides in BASELINES.items():
-        extra = (text.replace("FOLDER", str(folder)) for text in overrides)
-        configs[name] = recipe_config(folder, "parallel.zero_stage=2", *extra)
-    for stage in (1, 2, 3):
-        configs[stage, "offload"] = recipe_config(
-            folder, f"parallel.zero_stage={stage}", "parallel.offload=optimizer"
-        )
-    configs[3, "half"] = recipe_config(
-        folder,
-        "parallel.zero_stage=3",
-        "train.gradient_checkpointing=non_reentrant",
-        "train.checkpointed_layers=0.5",
-    )
-    for split in SPLITS:
+    configs: dict[Any, Config] = {case: of_stage(folder, *case) for case in chosen(STAGES)}
+    for name in chosen(BASELINES):
+        configs[name] = of_baseline(folder, name, "parallel.zero_stage=2")
+    for split in chosen(SPLITS):
         if split[0] == 2:
-            configs[split] = recipe_config(
-                folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
-            )
-    return by_case(run_distributed(train_each, 2, configs, timeout=600))
+            configs[split] = of_split(folder, split)
+    return by_case(run_distributed(train_each, 2, configs))
 
 
 @pytest.fixture(scope="module")
-def four_processes(tmp_path_factory) -> dict:
+def four_processes(tmp_path_factory, chosen) -> dict:
     folder = tmp_path_factory.mktemp("four")
-    configs = {
-        split: recipe_config(
-            folder, f"train.micro_batch_size={split[1]}", f"parallel.zero_stage={split[2]}"
-        )
-        for split in SPLITS
-        if split[0] == 4
-    }
-    return by_case(run_distributed(train_each, 4, configs, timeout=300))
+    configs = {split: of_split(folder, split) for split in chosen(SPLITS) if split[0] == 4}
+    return by_case(run_distributed(train_each, 4, configs)) if configs else {}
 
 
-@pytest.mark.parametrize("checkpointing", [*CHECKPOINTING, "offload"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_processes_equal_one(two_processes, expected, stage, checkpointing):
-    if (stage, checkpointing) == (0, "offload"):
-        assert (stage, checkpointing) not in two_processes  # the recipe refuses it
-        return
-    first, second = two_processes[stage, checkpointing]
+@pytest.mark.parametrize(
+    "case",
+    mostly_long(
+        STAGES, (0, "none"), (1, "none"), (2, "reentrant"), (3, "non_reentrant"), (2, "offload")
+    ),
+)
+def test_two_processes_equal_one(two_processes, expected, case):
+    first, second = two_processes[case]
     assert_same(first, expected)
     for name, tensor in first["adapter"].items():
         assert torch.equal(tensor, second["adapter"][name]), f"{name} differs between the ranks"
     assert first["loss"] == second["loss"]
 
 
-def test_layers_that_are_not_recomputed_change_nothing(two_processes, expected):
-    assert_same(two_processes[3, "half"][0], expected)
-
-
-@pytest.mark.parametrize("split", SPLITS[1:])
+@pytest.mark.parametrize("split", mostly_long(SPLITS, (1, 6, 0), (2, 3, 3)))
 def test_the_split_of_a_global_batch_does_not_matter(
     one_process, two_processes, four_processes, expected, split
 ):
@@ -265,7 +252,7 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "entropy"))
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
@@ -294,6 +281,7 @@ def gradients(rank: int, world_size: int, configs: dict[int, Config]) -> dict[in
     return results
 
 
+@pytest.mark.long
 def test_the_gradient_of_a_global_batch_is_one_number(tmp_path):
     """Micro-batches of 1, 2 and 6 samples on 1, 2 and 4 ranks."""
     found = {}
@@ -332,6 +320,7 @@ def poisoned(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any
     return results
 
 
+@pytest.mark.long
 def test_a_poisoned_update_is_refused_on_all_ranks_alike(tmp_path):
     cases = [(stage, "none") for stage in range(4)] + [(s, "optimizer") for s in (1, 2, 3)]
     configs = {
@@ -340,7 +329,7 @@ def test_a_poisoned_update_is_refused_on_all_ranks_alike(tmp_path):
         )
         for stage, offload in cases
     }
-    for case, ranks in by_case(run_distributed(poisoned, 2, configs, timeout=300)).items():
+    for case, ranks in by_case(run_distributed(poisoned, 2, configs)).items():
         for result in ranks:
             assert result["applied"] == [True, False, True], case
             first, second, third = result["adapters"]
@@ -416,6 +405,7 @@ def config_layers(engine: Engine) -> int:
     return engine.policy.causal_lm.get_base_model().config.num_hidden_layers
 
 
+@pytest.mark.long
 def test_packed_bytes_alive_under_zero_3_are_at_most_one_layers(tmp_path):
     # Wide enough for no weight to be below ZeRO-3's threshold of 1e5, under which it stays whole.
     wide = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 128}

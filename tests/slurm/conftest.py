@@ -74,7 +74,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model for long enough to be disturbed."""
     folder = tmp_path_factory.mktemp("recipe")
     values = tiny_recipe(folder)
-    values["train"] |= {"steps": STEPS, "save_every": SAVED, "micro_batch_size": 3}
+    values["train"] |= {"steps": STEPS, "save_every": SAVED, "global_batch_sequences": 4}
     return write_recipe(folder, values)
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from moored.slurm.script import Job as Script
 from moored.slurm.script import render
 from moored.slurm.site import load_site
-from slurmkit import Desk, Job, until
+from slurmkit import SAVED, Desk, Job, until
 from trackkit import Server
 
 SHORT = ("train.steps=6", "train.save_every=3")
@@ -31,7 +31,7 @@ def one_process(recipe: Path) -> Path:
     return recipe.parent / "runs/one-process"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_two_nodes_equal_one_process(
     desk: Desk, one_process: Path, server: Server, ranks: int
 ) -> None:
@@ -76,6 +76,7 @@ def in_node(desk: Desk, node: str, *command: str) -> None:
     subprocess.run(["nsenter", f"--target={pid}", "--mount", "--uts", *command], check=True)
 
 
+@pytest.mark.long
 def test_an_unfit_node_is_named_and_left_out(desk: Desk, tmp_path: Path) -> None:
     """One node does not see the data."""
     folder = tmp_path / "data"
@@ -95,6 +96,7 @@ def test_an_unfit_node_is_named_and_left_out(desk: Desk, tmp_path: Path) -> None
     assert job.log().count(", start ") == 2
 
 
+@pytest.mark.long
 def test_where_every_node_is_unfit_the_job_gives_up(desk: Desk) -> None:
     """It does not wait for ever for nodes that it has excluded itself."""
     sets = (
@@ -109,18 +111,21 @@ def test_where_every_node_is_unfit_the_job_gives_up(desk: Desk) -> None:
     assert job.log().count(", start ") == 3
 
 
+@pytest.mark.long
 def test_data_that_changed_end_the_job(desk: Desk, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text((desk.recipe.parent / "train.jsonl").read_text())
-    sets = ("slurm.preflight=true", "slurm.options=[--begin=now+4]")
+    sets = ("slurm.preflight=true", "slurm.options=[--hold]")
     job = desk.submit("changed", *SHORT, f"data.train.0.path={data}", sets=sets)
     data.write_text(data.read_text().replace("fox", "ox"))
+    desk.sh("scontrol", "release", job.ids[0])
     job.ended()
     assert job.slurm_states() == {"FAILED"}
     assert f"{data} changed after the job was submitted: submit it again" in job.log()
     assert "changed after" in desk.moored("status", str(job.run))
 
 
+@pytest.mark.long
 def test_the_model_is_staged_on_each_node(desk: Desk, tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     sets = ("slurm.preflight=true", f"storage.scratch={scratch}/$SLURMD_NODENAME")
@@ -132,43 +137,47 @@ def test_the_model_is_staged_on_each_node(desk: Desk, tmp_path: Path) -> None:
     assert copies[0].read_bytes() == original
 
 
+@pytest.mark.long
 def test_edits_after_submission_change_nothing(desk: Desk, tmp_path: Path) -> None:
     """Recipe and code are those of the submission."""
     text = desk.recipe.read_text()
     recipe = tmp_path / "edited.yaml"
     recipe.write_text(text)
     desk = Desk(desk.cluster, recipe)
-    job = desk.submit(
-        "edited", *SHORT, f"output.dir={tmp_path}", sets=("slurm.options=[--begin=now+3]",)
-    )
+    sets = ("slurm.options=[--hold]",)
+    job = desk.submit("edited", *SHORT, f"output.dir={tmp_path}", nodes=1, sets=sets)
     recipe.write_text("broken: [")
+    desk.sh("scontrol", "release", job.ids[0])
     job.done()
     assert job.state()["num_steps"] == 6
     code = job.run / "slurm/code/moored"
-    assert (code / "train.py").is_file()
+    assert (code / "training/train.py").is_file()
     lines = (job.run / "logs/rank-0.log").read_text()
     assert str(job.run) in lines
 
 
+@pytest.mark.long
 def test_the_same_run_twice(desk: Desk) -> None:
-    job = desk.submit("twice", "train.steps=1000")
-    job.at_step(40)
-    direct = desk.moored("train", str(desk.recipe), "name=twice", "train.steps=1000", code=2)
-    assert re.search(rf"is in use by job {job.ids[0]}, process \d+ on node\d: wait for it", direct)
-    said = desk.moored("submit", str(desk.recipe), "name=twice", "--site=minicluster", code=2)
-    assert f"has job {job.ids[0]} (train) in the queue" in said
-    assert said.count("\n") == 1
-    # Past `moored submit`: SLURM makes it wait.
-    second = desk.sh("sbatch", "--parsable", str(job.run / "slurm/job.sbatch")).strip()
-    assert job.slurm_states(second) == {"PENDING"}
+    job = desk.submit("twice", nodes=1)
+    with job.held_at(SAVED):
+        direct = desk.moored("train", str(desk.recipe), "name=twice", code=2)
+        of_job = rf"is in use by job {job.ids[0]}, process \d+ on node\d: wait for it"
+        assert re.search(of_job, direct)
+        said = desk.moored("submit", str(desk.recipe), "name=twice", "--site=minicluster", code=2)
+        assert f"has job {job.ids[0]} (train) in the queue" in said
+        assert said.count("\n") == 1
+        # Past `moored submit`: SLURM makes it wait.
+        second = desk.sh("sbatch", "--parsable", str(job.run / "slurm/job.sbatch")).strip()
+        assert job.slurm_states(second) == {"PENDING"}
     job.done()
-    until(lambda: job.slurm_states(second) == {"COMPLETED"}, 60, job.words)
+    until(lambda: job.slurm_states(second) == {"COMPLETED"}, job.words)
     assert job.num_attempts() == 1
-    arguments = ("submit", str(desk.recipe), "name=twice", "train.steps=1000")
+    arguments = ("submit", str(desk.recipe), "name=twice")
     said = desk.moored(*arguments, "--site=minicluster", code=2)
     assert "is finished already: --restart starts over" in said
 
 
+@pytest.mark.long
 def test_hostile_names_are_harmless(desk: Desk, tmp_path: Path) -> None:
     """Blanks, quotes, dollars and percents in every path, through a real sbatch."""
     folder = tmp_path / 'it\'s "a" $(touch pwned) `touch pwned` 100% &;|#~*'
@@ -224,28 +233,32 @@ def test_slurm_refuses_before_anything_is_kept(desk: Desk) -> None:
     assert not (desk.recipe.parent / "runs/big").exists()
 
 
+@pytest.mark.long
 def test_a_job_may_wait_for_nodes_in_maintenance(desk: Desk) -> None:
     nodes = "nodename=node[1-4]"
     desk.sh("scontrol", "update", nodes, "state=drain", "reason=test")
     try:
-        job = desk.submit("maintained", *SHORT)
+        job = desk.submit("maintained", *SHORT, nodes=1)
         assert job.slurm_states() == {"PENDING"}
     finally:
         desk.sh("scontrol", "update", nodes, "state=resume")
     job.done()
 
 
+@pytest.mark.long
 def test_secrets_reach_the_job_and_nothing_else(desk: Desk) -> None:
     canary = "canary-5cf1b2"
     shown = (
         'environment.setup=["[[ $MLFLOW_TRACKING_PASSWORD == canary-5cf1?2 ]] && echo it-is-here"]'
     )
-    job = desk.submit("secret", *SHORT, sets=(shown,), MLFLOW_TRACKING_PASSWORD=canary).done()
+    job = desk.submit("secret", *SHORT, nodes=1, sets=(shown,), MLFLOW_TRACKING_PASSWORD=canary)
+    job.done()
     assert "it-is-here" in job.log()
     for path in filter(Path.is_file, job.run.rglob("*")):
         assert canary.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.long
 def test_a_chain(desk: Desk) -> None:
     said = desk.moored(
         "submit",
@@ -259,13 +272,14 @@ def test_a_chain(desk: Desk) -> None:
     )
     job = Job(desk, desk.recipe.parent / "runs/chain", re.findall(r"^job (\d+)", said, re.M))
     assert len(job.ids) == 5
-    job.ended(240)
+    job.ended()
     for each in job.ids:
         assert job.slurm_states(each) == {"COMPLETED"}, job.words()
     exported = desk.recipe.parent / "runs/chain-export"
     assert (exported / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_a_sweep_with_an_arm_that_is_rerun_alone(desk: Desk) -> None:
     arguments = (
         "sweep",
@@ -282,8 +296,8 @@ def test_a_sweep_with_an_arm_that_is_rerun_alone(desk: Desk) -> None:
     array, report = re.findall(r"^job (\d+)", said, re.M)
     arms = {name: Job(desk, sweep / "arms" / name, [array]) for name in os.listdir(sweep / "arms")}
     assert sorted(arms) == ["tmkl-weight0.1", "tmkl-weight0.5", "tmkl-weight2"]
-    arms["tmkl-weight0.5"].at_step(40)
-    desk.sh("scancel", f"{array}_1")
+    with arms["tmkl-weight0.5"].held_at(SAVED):
+        desk.sh("scancel", f"{array}_1")
     whole = Job(desk, sweep, [array, report])
     whole.ended()
     log = (sweep / f"slurm/report-{report}.log").read_text()
@@ -318,6 +332,7 @@ def test_a_sweep_with_an_arm_that_is_rerun_alone(desk: Desk) -> None:
     assert client.list_artifacts(parent, "report")
 
 
+@pytest.mark.long
 def test_a_mended_recipe_is_submitted_under_the_same_name(desk: Desk) -> None:
     """Where no step was made yet, by a run or by any arm of a sweep, and no job is in the queue."""
     missing = f"model.name_or_path={desk.recipe.parent}/nomodel"
@@ -346,6 +361,7 @@ def test_a_mended_recipe_is_submitted_under_the_same_name(desk: Desk) -> None:
     assert "nomodel" not in (sweep / "journal.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_apptainer_is_called_with_what_it_needs(desk: Desk, tmp_path: Path) -> None:
     """A stand-in for the runtime, which has no package here: it notes its arguments and goes on."""
     image, noted = tmp_path / "moored.sif", tmp_path / "noted"
@@ -374,6 +390,7 @@ def test_apptainer_is_called_with_what_it_needs(desk: Desk, tmp_path: Path) -> N
         assert f"{desk.recipe.parent}:{desk.recipe.parent}" in binds
 
 
+@pytest.mark.long
 def test_pyxis_is_given_what_it_needs(desk: Desk, tmp_path: Path) -> None:
     """A stand-in for the plugin in a real srun: it takes the options, and starts no container."""
     noted = tmp_path / "noted"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from slurmkit import MOORED, Desk, Job, until
+from slurmkit import MOORED, SECONDS, Desk, Job, facts, until
+
+pytestmark = pytest.mark.long
 
 SHORT = ("train.steps=6", "train.save_every=3")
 DOCTOR = shlex.join([*MOORED, "doctor"])
@@ -22,7 +24,7 @@ def step(desk: Desk, *command: str, **variables: str) -> subprocess.CompletedPro
         cwd=desk.recipe.parent,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=SECONDS,
         check=False,
     )
 
@@ -45,14 +47,12 @@ def test_one_process_of_an_interactive_step(desk: Desk, tmp_path: Path) -> None:
     script = f"""
     if [ "$SLURM_PROCID" != 0 ]; then until [ -e {tmp_path}/over ]; do sleep 1; done; exit; fi
     trap 'touch {tmp_path}/over' EXIT
-    {DOCTOR}
+    MOORED_RENDEZVOUS_SECONDS=20 {DOCTOR}
     echo "alone it ended with $?"
     env -u SLURM_STEP_ID {DOCTOR}
     srun --overlap --ntasks=4 {DOCTOR}
     """
-    done = step(
-        desk, "--ntasks=4", "--nodes=1", "bash", "-c", script, MOORED_RENDEZVOUS_SECONDS="20"
-    )
+    done = step(desk, "--ntasks=4", "--nodes=1", "bash", "-c", script)
     said = done.stdout + done.stderr
     assert re.search(
         r"rank 0 of 4 waits for ranks 1-3, for \d+ s more \(parallel\.rendezvous_seconds, or "
@@ -63,10 +63,6 @@ def test_one_process_of_an_interactive_step(desk: Desk, tmp_path: Path) -> None:
     assert "alone it ended with 2" in said
     assert "processes   1, all-reduce works on cpu" in said
     assert "processes   4, all-reduce works on cpu" in said
-
-
-def facts(desk: Desk, job: str) -> str:
-    return desk.sh("scontrol", "--oneliner", "show", "job", job)
 
 
 def test_the_shell_changes_no_job(desk: Desk) -> None:
@@ -120,7 +116,7 @@ def test_the_secret_of_a_job_is_in_its_environment_alone(desk: Desk) -> None:
     """Every start has its own; neither commands nor SLURM's records nor the run hold one."""
     job = desk.submit("secret", "train.steps=100000", "train.save_every=3")
     job.at_step(3)
-    until(lambda: len(job.tasks()) == 2, 60, job.words)
+    until(lambda: len(job.tasks()) == 2, job.words)
     found = set()
     for pid in job.tasks().values():
         text = Path(f"/proc/{pid}/environ").read_text()
@@ -135,7 +131,7 @@ def test_the_secret_of_a_job_is_in_its_environment_alone(desk: Desk) -> None:
     for path in job.run.rglob("*"):
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
     desk.sh("scontrol", "requeue", job.ids[0])
-    until(lambda: job.state().get("attempt", 1) > 1 and job.tasks(), 150, job.words)
+    until(lambda: job.state().get("attempt", 1) > 1 and job.tasks(), job.words)
     again = Path(f"/proc/{job.tasks()[0]}/environ").read_text()
     assert "MOORED_MEETING_SECRET=" in again
     assert secret not in again

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,8 @@ import pytest
 
 import tiny
 from datakit import CHAT, TOKENIZER, config, jsonl
-from moored import data
+from forking import Forked, finished
+from moored import cli, data
 from moored.config import Config
 from moored.data import DataReader, load_samples, reading, token_cache
 from moored.data.files import SourceReader
@@ -76,23 +74,14 @@ def loaded(recipe: Config, reader: DataReader, **options: Any) -> data.SampleSet
 
 # ---------------------------------------------------------------- a whole start
 
-# Runs a command of `moored` and writes down how often the rows of each file were read.
-COUNTED = """
-import json, sys
-from collections import Counter
-from moored.data.files import SourceReader
-counts, rows = Counter(), SourceReader.rows
-def counted(reader, skip=0):
-    counts[reader.files[0][0].name] += 1
-    yield from rows(reader, skip)
-SourceReader.rows = counted
-from moored.cli import main
-try:
-    main(sys.argv[2:])
-finally:
-    with open(sys.argv[1], "w") as file:
-        json.dump(counts, file)
-"""
+
+def counting(to: Path, arguments: tuple[str, ...]) -> None:
+    """Runs a command of `moored` and writes down how often the rows of each file were read."""
+    spy = Spy(pytest.MonkeyPatch())
+    try:
+        cli.main(arguments)
+    finally:
+        to.write_text(json.dumps(spy.counts))
 
 
 def test_a_start_reads_each_file_once(tmp_path, cache):
@@ -115,14 +104,7 @@ def test_a_start_reads_each_file_once(tmp_path, cache):
     path = tiny.write_recipe(tmp_path, recipe)
 
     def counts(*arguments: str) -> dict[str, int]:
-        done = subprocess.run(
-            [sys.executable, "-c", COUNTED, str(tmp_path / "counts.json"), *arguments],
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        finished(Forked(counting, tmp_path / "counts.json", arguments))
         return json.loads((tmp_path / "counts.json").read_text())
 
     texts = {"eval.jsonl": 1, "fox.txt": 1, "laws.jsonl": 1}

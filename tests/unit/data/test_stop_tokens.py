@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit import adapter_on
 from distributed.runner import run_distributed
+from forking import finished, moored, stock
 from moored.config import load_config
 from moored.data import TurnEnd, load_samples, turn_ends
 from moored.distributed.mesh import Axis
@@ -24,6 +24,8 @@ from moored.models.untrained import untrained
 from moored.tracking.run_directory import RunDirectory
 from moored.training import doctor
 from tiny import CHATML, tiny_recipe, tiny_tokenizer, write_recipe
+
+pytestmark = pytest.mark.usefixtures("forked_verification")
 
 ALONE = Axis(name="tp")
 IM_START, IM_END, END = 1, 2, 0  # of the tiny tokenizer
@@ -171,11 +173,8 @@ def test_doctor_says_so_and_nothing_of_a_base_that_learned_it(tmp_path, capsys, 
 
 def test_a_run_says_so_and_writes_down_where_its_turns_end(tmp_path):
     recipe = with_untrained_end(tmp_path, tied=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "moored", "train", str(recipe)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "whose row in the output head is the same as that of '<|im_start|>'" in done.stderr
+    _, said = finished(moored("train", str(recipe)))
+    assert "whose row in the output head is the same as that of '<|im_start|>'" in said
     state = RunDirectory(tmp_path / "runs/tiny").state()
     assert state["turn_ends"] == [{"id": IM_END, "token": "<|im_end|>", "count": 24}]
 
@@ -184,25 +183,27 @@ def test_a_run_says_so_and_writes_down_where_its_turns_end(tmp_path):
 
 GENERATE = """
 import json, sys, transformers
-folder = sys.argv[1]
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-asked = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "count two"}], add_generation_prompt=True, return_tensors="pt",
-    return_dict=True,
-)
-out = model.generate(**asked, max_new_tokens=12, do_sample=False)
-ids = out[0, asked["input_ids"].shape[1]:].tolist()
-settings = model.generation_config.to_dict()
-print(json.dumps([ids, tokenizer.eos_token, tokenizer.pad_token, settings]))
+for folder in json.load(sys.stdin):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "count two"}], add_generation_prompt=True, return_dict=True,
+        return_tensors="pt",
+    )
+    out = model.generate(**asked, max_new_tokens=12, do_sample=False)
+    ids = out[0, asked["input_ids"].shape[1]:].tolist()
+    settings = model.generation_config.to_dict()
+    print("\\n" + json.dumps([ids, tokenizer.eos_token, tokenizer.pad_token, settings]))
 """
 
 
-def generated(folder: Path) -> list:
-    done = subprocess.run(
-        [sys.executable, "-c", GENERATE, str(folder)], capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def generated(*folders: Path) -> list[Any]:
+    """What a process that knows nothing of Moored generates with each."""
+    script = folders[0] / "generate.py"
+    script.write_text(GENERATE)
+    done = stock([str(script)], given=json.dumps([str(folder) for folder in folders]))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
 
 
 def stopping(folder: Path, *, base_stops: bool, named: bool = True, template: str = CHATML) -> Path:
@@ -238,9 +239,9 @@ def stopping(folder: Path, *, base_stops: bool, named: bool = True, template: st
 @pytest.mark.parametrize("named", [True, False])
 def test_a_merged_model_stops_in_stock_generate(tmp_path, capsys, named):
     recipe, out = stopping(tmp_path, base_stops=False, named=named), tmp_path / "out"
-    assert len(generated(tmp_path / "model")[0]) == 12  # the base goes on
     run_command(tmp_path / "adapter", out, merged=True, recipe=recipe)
-    ids, eos, pad, settings = generated(out)
+    base, (ids, eos, pad, settings) = generated(tmp_path / "model", out)
+    assert len(base[0]) == 12  # it goes on
     assert ids == [IM_END]
     assert settings["eos_token_id"] == [IM_END, END]
     assert (settings.get("temperature") == 0.7) == named  # the base's other settings
@@ -271,7 +272,7 @@ def test_an_adapter_says_where_to_stop(tmp_path, capsys):
 def test_what_stops_with_its_base_is_left_as_it_is(tmp_path, capsys):
     recipe, out = stopping(tmp_path, base_stops=True), tmp_path / "out"
     run_command(tmp_path / "adapter", out, merged=True, recipe=recipe)
-    ids, eos, _, settings = generated(out)
+    [(ids, eos, _, settings)] = generated(out)
     assert (ids, eos, settings["eos_token_id"]) == ([IM_END], "<|im_end|>", IM_END)
     assert "turns end with '<|im_end|>' (2), as the base's do" in capsys.readouterr().out
     page = (out / "README.md").read_text()
@@ -283,7 +284,7 @@ def test_a_template_that_writes_the_end_of_sequence_keeps_it(tmp_path):
     template = "{% if false %}{{ eos_token }}{% endif %}" + CHATML
     recipe = stopping(tmp_path, base_stops=False, template=template)
     run_command(tmp_path / "adapter", tmp_path / "out", merged=True, recipe=recipe)
-    ids, eos, _, settings = generated(tmp_path / "out")
+    [(ids, eos, _, settings)] = generated(tmp_path / "out")
     assert (ids, eos) == ([IM_END], "<|endoftext|>")
     assert settings["eos_token_id"] == [IM_END, END]
 

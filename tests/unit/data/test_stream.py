@@ -472,7 +472,7 @@ def test_the_next_step_is_made_while_this_one_is_computed() -> None:
     total = short_stream().total_steps()
     ahead = Prefetcher(short_stream(), total, prepare)
     first = ids(ahead.next_step(**ALONE))
-    assert second_is_there.wait(10), "nobody asked for it yet"
+    assert second_is_there.wait(600), "nobody asked for it yet"
     assert made[0] == first
     given = [ids(ahead.next_step(**ALONE)) for _ in range(total - 1)]
     ahead.close()

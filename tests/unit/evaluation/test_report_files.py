@@ -224,7 +224,7 @@ def test_needs_no_torch_no_mlflow_and_no_display(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.stdout.strip() == "set()"
     assert (tmp_path / "frontier.png").stat().st_size > 10_000

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 
+from forking import finished, moored
 from moored.config import ModelConfig, load_config
 from moored.evaluation.report import Report, write
 from moored.export import deltas, merge, run_command
@@ -36,6 +35,8 @@ from moored.utils import atomic_dir
 from moored.utils.errors import UserError
 from report_cases import arm, base, one, report_of, strict_json
 from tiny import tiny_model, tiny_recipe, write_recipe
+
+pytestmark = pytest.mark.usefixtures("forked_verification")
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "card"
 CPU = torch.device("cpu")
@@ -669,9 +670,7 @@ def test_a_readme_that_somebody_wrote_stays(tmp_path):
 def run(tmp_path_factory) -> Path:
     """A tiny run as `moored train` leaves it."""
     folder = tmp_path_factory.mktemp("card")
-    recipe = write_recipe(folder, tiny_recipe(folder))
-    command = [sys.executable, "-m", "moored", "train", str(recipe)]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    finished(moored("train", str(write_recipe(folder, tiny_recipe(folder)))))
     return folder / "runs" / "tiny"
 
 

@@ -25,6 +25,8 @@ from moored.utils import atomic_dir
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_model, tiny_recipe, tiny_tokenizer, write_recipe
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 CPU = torch.device("cpu")
 
 
@@ -225,7 +227,8 @@ def facts_of(folder: Path) -> dict:
     return facts
 
 
-def test_an_adapter_is_copied_and_verified_in_a_fresh_process(run, tmp_path, capsys):
+def test_an_adapter_is_copied_and_verified_in_a_fresh_process(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # whose start this is about
     to = tmp_path / "new" / "adapter"
     to.mkdir(parents=True)  # an empty one may be there
     umask = os.umask(0o022)

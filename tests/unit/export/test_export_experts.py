@@ -15,6 +15,8 @@ from moored.config import ModelConfig
 from moored.export import merge
 from tiny import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 64,

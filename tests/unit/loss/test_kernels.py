@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import moored.loss.chunks
 import moored.loss.logits
 from dense_reference import dense_logits, dense_loss, per_row
+from distributed.runner import mostly_long
 from moored.loss import triton_loss
 from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, LossSums, linear_tmkl_loss
@@ -46,7 +47,7 @@ def make(t: int, d: int, v: int, noise: float = 0.3, std: float = 4.0) -> tuple[
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("mask_target", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("noise", [8.0, 0.3, 0.003])
+@pytest.mark.parametrize("noise", mostly_long([8.0, 0.3, 0.003], 0.3))
 @pytest.mark.parametrize("extra", [{}, {"logit_softcap": 6.0, "logit_scale": 0.7, "bias": True}])
 def test_values_and_gradients(
     direction: Any, mask_target: bool, temperature: float, noise: float, extra: dict[str, Any]
@@ -70,7 +71,7 @@ def test_values_and_gradients(
 
 @pytest.mark.parametrize("mask_target", [True, False], ids=["masked", "plain"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("offset", [-300.0, -110.0, 110.0])
+@pytest.mark.parametrize("offset", mostly_long([-300.0, -110.0, 110.0], -110.0))
 def test_logits_that_differ_by_a_common_offset(
     offset: float, direction: Any, mask_target: bool
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_target_with_all_of_the_mass() -> None:
         assert float((grad - want).abs().max()) < 1e-6  # forward: about 1; jsd: below fp32's reach
 
 
-@pytest.mark.parametrize("noise", [1.0, 0.03, 1e-3])
+@pytest.mark.parametrize("noise", mostly_long([1.0, 0.03, 1e-3], 1e-3))
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(

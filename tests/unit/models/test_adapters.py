@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
+from forking import stock
 from moored import sinelora
 from moored.config import AdapterConfig, Config, ModelConfig, load_config
 from moored.export import merge
@@ -330,8 +329,9 @@ def test_an_adapter_that_peft_wrote_itself_is_opened(tmp_path):
 
 def test_peft_alone_refuses_a_sine_instead_of_taking_it_for_lora(tmp_path):
     _, _, adapter = saved(tmp_path, "sinelora")
-    script = f"import peft; peft.PeftConfig.from_pretrained({str(adapter)!r})"
-    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    script = tmp_path / "alone.py"
+    script.write_text(f"import peft; peft.PeftConfig.from_pretrained({str(adapter)!r})")
+    alone = stock([str(script)])
     assert alone.returncode == 1
     assert "SINELORA" in alone.stderr
     assert peft.PeftConfig.from_pretrained(str(adapter)).omega == 200.0

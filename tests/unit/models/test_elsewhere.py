@@ -22,6 +22,8 @@ from moored.models.reference import adapters_off, of_base
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, write_recipe
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 CPU = torch.device("cpu")
 IDS = (torch.arange(24)[None] * 7919 + 3) % 290
 IDS[0, 3], IDS[0, 9] = 5, 7  # tokens that some adapters train

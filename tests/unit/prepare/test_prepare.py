@@ -488,7 +488,7 @@ def test_of_two_processes_one_makes_the_tokens(tmp_path):
         assert process.stdout is not None
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
-    said = [process.communicate("\n", timeout=60)[0] for process in both]
+    said = [process.communicate("\n", timeout=600)[0] for process in both]
     assert sorted(text.count("tokenising a.jsonl, once") for text in said) == [0, 1]
     last = {text.splitlines()[-1] for text in said}
     assert len(last) == 1
@@ -649,7 +649,7 @@ def test_the_check_refuses_every_connection():
         "    except OSError as error: print(error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout.splitlines() == ["there is no network in this check"] * 3
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forking import moored
 from moored.cli.cluster import status as status_command
 from moored.slurm import status
 from moored.slurm.jobs import remembered
@@ -95,14 +94,8 @@ def test_a_ranks_own_log_is_shown_without_debugging(
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_the_log_of_a_run_that_ended_by_an_error_ends_with_it(tmp_path: Path, command: str) -> None:
     recipe = write_recipe(tmp_path, tiny_recipe(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-m", "moored", command, str(recipe), "data.train.0.path=nofile.jsonl"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
+    done = moored(command, str(recipe), "data.train.0.path=nofile.jsonl", cwd=tmp_path)
+    assert done.wait() == 2
     *_, line = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert "nofile.jsonl" in line

@@ -13,6 +13,7 @@ import pytest
 
 import tiny
 from datakit import CHAT, jsonl
+from forking import finished, moored
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,7 @@ def told(tmp_path_factory) -> str:
         "max_dropped_fraction": 0.9,
     }
     recipe["train"] = {k: v for k, v in recipe["train"].items() if k != "epochs"} | {"steps": 2}
-    done = subprocess.run(
-        [sys.executable, "-m", "moored", "doctor", str(tiny.write_recipe(folder, recipe))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80", "HF_HUB_OFFLINE": "1"},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return finished(moored("doctor", str(tiny.write_recipe(folder, recipe)), COLUMNS="80"))[0]
 
 
 def test_every_source_shows_one_sample_with_marks_that_a_log_keeps(told):

@@ -31,8 +31,8 @@ def test_lines_say_what_how_far_since_when_and_until_when(lines):
     with Phase("measuring fox", 4, "batches") as phase:
         for _ in phase.over(range(3)):
             time.sleep(0.01)
-    assert lines() == [
-        f"measuring fox: {n} of 4 batches, 0:00:00 so far, about 0:00:00 left" for n in (1, 2, 3)
+    assert [re.sub(r"\d:\d\d:\d\d", "TIME", line) for line in lines()] == [
+        f"measuring fox: {n} of 4 batches, TIME so far, about TIME left" for n in (1, 2, 3)
     ]
 
 
@@ -161,8 +161,8 @@ def test_a_watched_process_ends_with_who_watches_it(monkeypatch):
 
     monkeypatch.setattr(progress.subprocess, "Popen", Popen)
     with pytest.raises(KeyboardInterrupt):
-        watch([sys.executable, "-c", "import time; time.sleep(600)"], "asking")
-    assert started[0].wait(timeout=60) != 0
+        watch([sys.executable, "-c", "import time; time.sleep(3600)"], "asking")
+    assert started[0].wait(timeout=600) != 0
 
 
 # ---------------------------------------------------------------- files
@@ -198,12 +198,12 @@ def test_a_folder_that_another_process_makes_is_waited_for_aloud(lines, tmp_path
     ) as other:
         assert other.stdout is not None and other.stdin is not None  # noqa: PT018
         assert other.stdout.readline() == b"made\n"
-        with pytest.raises(UserError, match="has been held for 0 s"):
-            atomic_dir.make_once(folder, lambda new: {}, timeout=0.3)
+        with pytest.raises(UserError, match="has been held for 2 s"):
+            atomic_dir.make_once(folder, lambda new: {}, timeout=2)
         other.stdin.close()
         atomic_dir.make_once(folder, lambda new: pytest.fail("made twice"), timeout=600)
-    said = "waiting for another process that makes folder: 0:00:00 so far"
-    assert lines().count(said) >= 3
+    said = "waiting for another process that makes folder: 0:00:0"
+    assert sum(line.startswith(said) for line in lines()) >= 3
 
 
 @pytest.mark.parametrize("limit", [None, 2])
@@ -274,7 +274,7 @@ def test_bars_come_and_go_and_lines_stand_above_them():
     words = [re.sub(r"^\[?[\d:]{8}\]? INFO\s+", "", line) for line in left_on(seen)]
     bars = [line for line in words if "━" in line]
     assert len(bars) == 1
-    assert re.match(r"step 4/4 ━+ loss 1.5000  ce 1.0000  kl 0.5000  1,000 tok/s  0:00:0", bars[0])
+    assert re.match(r"step 4/4 ━+ loss 1.5000  ce 1.0000  kl 0.5000  1,000 tok/s  0:0", bars[0])
     assert [line for line in words if line not in bars] == [
         "amid a bar", "between", *["amid two bars"] * 3, "after",
     ]  # fmt: skip
@@ -289,7 +289,7 @@ def test_what_is_soon_over_has_no_bar_on_a_terminal():
 def test_a_terminal_that_cannot_redraw_has_lines():
     _, seen = on_a_terminal("-c", SCENE, term="dumb", **{VARIABLE: "0"})
     assert "━" not in seen
-    assert "measuring fox: 2 of 3 batches, 0:00:00 so far" in " ".join(seen.split())
+    assert "measuring fox: 2 of 3 batches, 0:00:" in " ".join(seen.split())
     assert "step 4/4  loss 1.5000" in seen
 
 
@@ -299,4 +299,4 @@ def test_the_file_has_the_lines_that_the_terminal_has_as_bars(tmp_path: Path):
     )
     on_a_terminal("-c", scene, **{VARIABLE: "0"})
     kept = (tmp_path / "logs" / "rank-0.log").read_text()
-    assert "measuring fox: 2 of 3 batches, 0:00:00 so far, about 0:00:00 left" in kept
+    assert re.search(r"measuring fox: 2 of 3 batches, 0:\S+ so far, about 0:\S+ left", kept)
