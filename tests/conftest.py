@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     The faults of jobs mostly wait, so they run beside what computes.
     """
-    order = ("slurm/test_faults.py", "distributed/", "slurm/", "")
+    order = ("slurm/test_faults.py", "distributed/", "slurm/", "unit/tracking/", "")
     here = Path(__file__).parent
 
     def place(item: pytest.Item) -> int:
