@@ -2,7 +2,7 @@
 
 `inputs`, `method`, `regularizer` and `running` have every key with its unit and bounds, `config`
 the relations between sections, `recipe` the reading of files and overrides, `validation` the
-collecting and `wording` the text of problems.
+collecting and the words of problems.
 """
 
 from moored.config.config import PROBE, Config, arm_names, load_config

@@ -58,7 +58,7 @@ class Budget(Section):
 
     @property
     def unit(self) -> str:
-        """Of the budget, in words."""
+        """The unit of the budget, in words."""
         return "nats per token" if self.by_drift else "% of perplexity"
 
     @property

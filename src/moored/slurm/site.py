@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moored.config import recipe as recipes
-from moored.config.recipe import shorten, suggest
+from moored.config.recipe import read_recipe, shorten, suggest
 from moored.config.section import (
     Ignored,
     Key,
@@ -336,7 +335,7 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
             )
         path = folder / f"{name_or_path}.yaml"
     empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
-    recipe = recipes.read(path, overrides, empty)
+    recipe = read_recipe(path, overrides, empty)
     if recipe.lines.keys() & {("model",), ("data",), ("train",)}:
         raise UserError(
             f"--site {path}: this is a recipe, and a site profile is needed: name one of "
