@@ -69,8 +69,8 @@ def run(config: Config | None) -> None:
 
 def _machine(console: Console, config: Config | None) -> None:
     versions = versions_of(PACKAGES)
-    for package, found in versions.items():
-        if found == NOT_INSTALLED:
+    for package, version in versions.items():
+        if version == NOT_INSTALLED:
             raise UserError(f"{package} is not installed: pip install {package}")
     memory = psutil.virtual_memory()
     folder = config.output.dir if config is not None else Path.cwd()
@@ -107,14 +107,14 @@ def _rendezvous(console: Console, mesh: Mesh) -> None:
 def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     """What is printed of a recipe; warnings come back."""
     check_data(config)
-    located = resolve_base(config.model, mesh)
-    source, tokenizer = located.source, located.tokenizer
-    samples = load_samples(config.data.train, tokenizer, config.data, located.vocab_size)
+    base_files = resolve_base(config.model, mesh)
+    source, tokenizer = base_files.source, base_files.tokenizer
+    samples = load_samples(config.data.train, tokenizer, config.data, base_files.vocab_size)
     held_out = load_samples(
-        config.data.eval, tokenizer, config.data, located.vocab_size, section="data.eval"
+        config.data.eval, tokenizer, config.data, base_files.vocab_size, section="data.eval"
     )
     ends = turn_ends(samples, tokenizer, config.data.max_length)
-    suite = build_suite(config, located, mesh)
+    suite = build_suite(config, base_files, mesh)
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
         _show(console, samples, tokenizer, config.data)
@@ -138,8 +138,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         )
         if policy.sharding is not None:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
-    found = untrained(policy.head, ends, mesh.tp)
-    return [in_words(one, tokenizer, config.model.name_or_path) for one in found]
+    unknown = untrained(policy.head, ends, mesh.tp)
+    return [in_words(end, tokenizer, config.model.name_or_path) for end in unknown]
 
 
 def _whole_size(policy: PolicyModel, name: str) -> int:
@@ -167,7 +167,7 @@ def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
 def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
     """What `traffic.py` needs to know of a model that is spread over ranks."""
     assert policy.sharding is not None
-    of_adapters = policy.trainable().items()
+    trained = policy.trainable().items()
     hf_config: Any = policy.causal_lm.get_base_model().config
     num_layers: int = hf_config.get_text_config().num_hidden_layers
     return Spread(
@@ -176,7 +176,7 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         num_layers=num_layers,
         activation_bytes=policy.compute_dtype.itemsize,
         shared_adapter_sizes=[
-            p.numel() for name, p in of_adapters if policy.sharding.split_of(name) is None
+            p.numel() for name, p in trained if policy.sharding.split_of(name) is None
         ],
         sequence_parallel=config.parallel.sequence_parallel,
         checkpointing=config.train.gradient_checkpointing,
@@ -190,7 +190,7 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
 
 
 def _show(console: Console, samples: SampleSet, tokenizer: Any, data: DataConfig) -> None:
-    """Of each source what there is and what was left out, and one sample of it as it is learned."""
+    """What there is of each source and what was left out, and one sample as it is learned."""
     for index, source in enumerate(samples.sources):
         is_held = isinstance(source, HeldSource)
         first = source if is_held else source.block(0)
