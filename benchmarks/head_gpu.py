@@ -33,6 +33,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import moored.loss.chunks
+from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
 
 SHAPES = ("8192,128256,4096", "8192,128256,8192", "8192,152064,3584")
@@ -185,7 +186,8 @@ def contestants(weight: Tensor) -> dict[str, Loss]:
     head = Head(torch.nn.Parameter(weight, requires_grad=False))
 
     def in_step(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
-        grad, sums = head(h, h0, y, ce_scale=1 / len(y), kl_scale=1 / len(y))
+        how = {"objective": Objective(), "scales": Scales(1 / len(y), 1 / len(y))}
+        grad, sums = head(h, h0, y, use=Head.loss, **how)
         return attach_gradient(h, grad, sums)
 
     def plain(h: Tensor, h0: Tensor, y: Tensor) -> Tensor:
@@ -240,7 +242,8 @@ def kl_gradient(
     found = moored.loss.chunks.kernels_run
     if "torch" in name:
         moored.loss.chunks.kernels_run = lambda *_: False
-    grad, _ = head(h, h0, y, ce_scale=0.0, kl_scale=1 / n)
+    how = {"objective": Objective(), "scales": Scales(0.0, 1 / n)}
+    grad, _ = head(h, h0, y, use=Head.loss, **how)
     moored.loss.chunks.kernels_run = found
     return grad
 

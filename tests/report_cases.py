@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,11 @@ from moored.evaluation.report import (
     increase_intervals,
     increase_pct,
 )
+
+if TYPE_CHECKING:  # of matplotlib, which most tests of reports need not load
+    from matplotlib.lines import Line2D
+
+    from moored.evaluation.report.drawing import Drawing
 
 CORPORA = ("python-reference", "base-samples")
 
@@ -145,6 +151,22 @@ def one(name: str, **changes: Any) -> Report:
     changes = {"kind": name, "adaptation": 1.018, **changes}
     kind, adaptation = changes.pop("kind"), changes.pop("adaptation")
     return Report(base=base(), arms={name: arm(kind, adaptation, 26.8, 4.25, **changes)})
+
+
+def points_of(line: Line2D) -> np.ndarray:
+    """Where a line of a drawing goes, in units of its axes."""
+    return np.asarray(line.get_xydata(), dtype=float)
+
+
+def spots(plot: Drawing) -> dict[str, tuple[float, float]]:
+    """Where a frontier plot has its marks, by their names, in units of its axes."""
+    # Of what has one tooltip the mark comes last.
+    return {
+        re.split(": | \\(mean", str(line.get_gid()).removeprefix("tip:"))[0]: (x, y)
+        for line in plot.axes.lines
+        if line.get_gid()
+        for x, y in points_of(line)[-1:]
+    }
 
 
 def strict_json(text: str) -> object:

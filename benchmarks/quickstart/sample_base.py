@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moored.config import load_config
-from moored.data.questions import QUESTIONS
+from moored.data.base_samples import QUESTIONS
 from moored.models.hub import resolve_model
 
 

@@ -18,7 +18,7 @@ from common import HERE, RESULTS, SETS
 
 from moored.evaluation.report import ArmResult, Report, merge
 from moored.evaluation.report.bootstrap import Interval, difference, interval, ratio_pct
-from moored.evaluation.report.picture import frontier_png
+from moored.evaluation.report.frontier import frontier_png
 
 PAGE = HERE.parents[1] / "docs" / "study.md"
 ALWAYS = ("none", "tmkl-0.3", "kl-0.3")  # stand in every table of their set, to compare with

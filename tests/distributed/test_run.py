@@ -72,7 +72,7 @@ def comparing(folder: Path) -> None:
     assert state(path)["status"] == "done"
     assert all(state(path / "arms" / name)["status"] == "done" for name in arms)
     page = (path / "report/report.html").read_text()
-    assert page.count("<polyline") >= 2
+    assert page.count('<svg class="plot panel') >= 2
     assert (path / "report/frontier.png").read_bytes().startswith(b"\x89PNG")
     for arm in arms.values():
         figures_fit_together(arm)
@@ -211,7 +211,9 @@ def failing_to_evaluate(folder: Path) -> None:
     [(name, arm)] = report(run)["arms"].items()
     assert (name, arm["num_steps"]) == ("tmkl", 4)
     assert arm["tokens_per_second"] > 0
-    assert "<polyline" in (run / "report/report.html").read_text(), "the curves are lost"
+    assert '<svg class="plot panel' in (run / "report/report.html").read_text(), (
+        "the curves are lost"
+    )
 
 
 def test_the_remedy_for_a_failed_evaluation(tmp_path):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_reference import dense_logits, dense_loss, many_digits, per_row
 from distributed.runner import run_distributed
+from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
 from moored.loss.tmkl import VocabShard, tmkl_loss
 
@@ -202,7 +203,8 @@ def small_kl(rank: int, world_size: int) -> None:
             h0 = h0.float()
         options: dict[str, Any] = {"direction": direction, "mask_target": mask_target}
         head = Head(nn.Parameter(weight[mine], requires_grad=False), shard=shard, chunk_tokens=4)
-        grad, sums = head(h, h0, y, ce_scale=0.0, kl_scale=1.0, **options)
+        how = {"objective": Objective(**options), "scales": Scales(0.0, 1.0)}
+        grad, sums = head(h, h0, y, use=Head.loss, **how)
         s, t = dense_logits(h, weight), dense_logits(h0, weight)
         _, want, _, kl_grad = many_digits(s, t, y, **options)
         limit = 2 * bound(h, h0, weight) * U32
@@ -270,7 +272,7 @@ def count(rank: int, world_size: int) -> dict[str, Any]:
     out["logits"] = traffic.counts(), max(n for _, n in traffic.seen) * 3 // 7, {}
     head = Head(nn.Parameter(weight[mine], requires_grad=False), shard=shard, chunk_tokens=3)
     with Traffic() as traffic:
-        head(h, h0, y.clamp_min(0), drift=True)
+        head(h, h0, y.clamp_min(0), use=Head.drift)
     out["drift"] = traffic.counts(), 30, {}
     with Traffic() as traffic:
         linear_tmkl_loss(h, h0, weight[mine], torch.full_like(y, -100), shard=shard)
@@ -306,7 +308,7 @@ def sharded_head(rank: int, world_size: int) -> list[Tensor]:
         shard=VocabShard(mine.start, mine.stop, 29, dist.group.WORLD),
         **options,
     )
-    rows, want = (one(h, h0, y, drift=True, num_spots=4) for one in (head, whole))
+    rows, want = (one(h, h0, y, use=Head.drift, num_spots=4) for one in (head, whole))
     assert torch.equal(rows.spots.rows, want.spots.rows)
     assert torch.equal(rows.spots.tokens, want.spots.tokens)
     for name in ("log_p_policy", "log_p_reference"):
@@ -323,22 +325,19 @@ def sharded_head(rank: int, world_size: int) -> list[Tensor]:
     )
     assert rel(rows.ce_policy, ce) <= bound(h, h0, weight[:29]) * U32
     assert rel(rows.tmkl, kl) <= (bound(h, h0, weight[:29]) + 132) * U32
-    grad, sums = head(h, h0, y, ce_scale=1 / 40, kl_scale=1 / 40)
-    want_grad, want_sums = whole(h, h0, y, ce_scale=1 / 40, kl_scale=1 / 40)
+    how: dict[str, Any] = {"use": Head.loss, "scales": Scales(1 / 40, 1 / 40)}
+    grad, sums = head(h, h0, y, objective=Objective(), **how)
+    want_grad, want_sums = whole(h, h0, y, objective=Objective(), **how)
     assert rel(grad, want_grad) <= bound(h, h0, weight[:29]) * U32
     assert rel(sums.loss, want_sums.loss) <= 132 * U32
     local = h.clone().requires_grad_()
     attach_gradient(local, grad, sums).backward()
     assert local.grad is not None
     assert torch.equal(local.grad, grad)
-    weighted: dict[str, Any] = {
-        "ce_weighting": "entropy",
-        "kl_weighting": "entropy",
-        "kl_weights": torch.arange(40.0) / 20,
-    }
-    scales = {"ce_scale": 1 / 40, "kl_scale": 1 / 40}
-    by_token, by_token_sums = head(h, h0, y, **scales, **weighted)
-    want_grad, want_sums = whole(h, h0, y, **scales, **weighted)
+    how["objective"] = Objective(ce_weighting="entropy", kl_weighting="entropy")
+    how["kl_weights"] = torch.arange(40.0) / 20
+    by_token, by_token_sums = head(h, h0, y, **how)
+    want_grad, want_sums = whole(h, h0, y, **how)
     assert rel(by_token, want_grad) <= bound(h, h0, weight[:29]) * U32
     assert rel(by_token_sums.loss, want_sums.loss) <= 132 * U32
     assert rel(by_token, grad) > 0.1

@@ -25,9 +25,10 @@ from distributed.test_zero import build, by_case, global_batch, step_once
 from moored.config import Config, load_config
 from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
+from moored.loss.divergence import Objective, Scales
 from moored.models.forward import final_hidden
 from moored.models.linear4bit import FrozenLinear4bit
-from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
 from tiny import ALONE, tiny_recipe, write_recipe
 
@@ -224,12 +225,9 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     batch = batch_of()
     with adapters_off(policy):
         reference = policy(batch)
-    arguments = LossArguments(
-        ce_scale=1 / batch.num_targets,
-        kl_scale=0.7 / batch.num_kl,
-        direction=config.regularizer.direction,
-    )
-    loss, _ = policy(batch, reference_hidden=reference, loss=arguments)
+    objective = Objective(config.regularizer.direction)
+    scales = Scales(1 / batch.num_targets, 0.7 / batch.num_kl)
+    loss, _ = policy(batch, reference, use=PolicyModel.loss, objective=objective, scales=scales)
     loss.backward()
     found = {"loss": loss.detach(), "hidden": reference}
     for name, parameter in policy.trainable().items():

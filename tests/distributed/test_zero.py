@@ -26,10 +26,11 @@ from moored.config import Config, load_config
 from moored.data import TrainStream
 from moored.data.batch import Batch, Sample, batches_of
 from moored.distributed.mesh import Mesh, start_mesh
+from moored.loss.divergence import Objective, Scales
 from moored.models import loading
 from moored.models.base import resolve_base
 from moored.models.engine import Engine
-from moored.models.policy import LossArguments, load_policy
+from moored.models.policy import load_policy
 from moored.training.step import StepStats, train_step
 from tiny import tiny_recipe, write_recipe
 
@@ -285,8 +286,8 @@ def gradients(rank: int, world_size: int, configs: dict[int, Config]) -> dict[in
         batches = local_batches(config, mesh, 0)
         for i, batch in enumerate(batches):
             reference = engine.reference(batch)
-            arguments = LossArguments(ce_scale=1 / num_targets, kl_scale=0.5 / num_targets)
-            loss, _ = engine.forward(batch, reference, arguments)
+            scales = Scales(1 / num_targets, 0.5 / num_targets)
+            loss, _ = engine.forward(batch, reference, Objective(), scales)
             engine.backward(loss, last=i == len(batches) - 1)
         results[case] = {n: p.grad.clone() for n, p in engine.policy.trainable().items()}
         engine.close()
@@ -380,8 +381,7 @@ def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -
             step_once(engine, mesh, config, step)
         batch = local_batches(config, mesh, 2)[0]
         reference = engine.reference(batch)
-        arguments = LossArguments(ce_scale=1 / 10, kl_scale=1 / 10)
-        loss, _ = engine.forward(batch, reference, arguments)
+        loss, _ = engine.forward(batch, reference, Objective(), Scales(1 / 10, 1 / 10))
         gc.collect()
         alive = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()

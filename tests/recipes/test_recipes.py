@@ -6,6 +6,7 @@ Nothing is downloaded: what comes from the hub is checked for its form only.
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 from pathlib import Path
@@ -65,6 +66,20 @@ def test_the_resolved_copy_is_the_recipe(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_is_listed_with_its_costs(path: Path) -> None:
     assert f"| `{name_of(path)}` |" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_what_is_planned_is_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe on every cluster of the table loads with its overrides, fits, and costs that."""
+    monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    written = runpy.run_path(str(ROOT / "benchmarks" / "plan_recipes.py"))["written"](page)
+    assert page == written, "run python benchmarks/plan_recipes.py"
+    listed = set(re.findall(r"^\| `([\w./-]+)` \| (?:\d nodes of )?`\d", page, re.M))
+    large = {name_of(path) for path in RECIPES} - {
+        "quickstart/slurm-headers.yaml",
+        "qwen2.5-0.5b/gsm8k.yaml",
+    }
+    assert listed == large
 
 
 def assert_hub_names(config: Config) -> None:

@@ -123,6 +123,27 @@ def test_every_file_that_is_named_exists_and_is_the_only_one():
     assert {key: found for key, found in fits.items() if len(found) != 1} == {}
 
 
+def test_the_equations_that_the_loss_names_are_numbered_on_its_page():
+    page = (ROOT / "docs" / "loss.md").read_text(encoding="utf-8")
+    numbered = [int(n) for n in re.findall(r"\\tag\{(\d+)\}", page)]
+    assert numbered == [*range(1, len(numbered) + 1)]
+    code = [p.read_text(encoding="utf-8") for p in (ROOT / "src/moored/loss").glob("*.py")]
+    named = {int(n) for text in code for n in re.findall(r"\beq\. (\d+)", text)}
+    assert named <= {*numbered}
+    nothing_is_subtracted = {*range(5, 13)}
+    assert nothing_is_subtracted <= named
+
+
+def test_every_folder_of_the_project_that_a_page_names_is_there():
+    tops = "src|tests|launch|docker|recipes|benchmarks"  # `slurm/` is a folder of runs, too
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(rf"`((?:{tops})/[\w./-]*)`", text):
+            assert (ROOT / path).exists() or (page.parent / path).exists(), f"{path} in {page}"
+
+
 def test_no_two_files_and_no_two_classes_of_the_package_have_one_name():
     files = [p for p in (ROOT / "src").rglob("*.py") if not p.name.startswith("__")]
     names = Counter(p.name for p in files)

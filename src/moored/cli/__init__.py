@@ -14,8 +14,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -30,9 +30,9 @@ from moored.utils.errors import (
     UserError,
     UserErrors,
 )
+from moored.utils.log import redact, setup
 
 log = logging.getLogger(__name__)
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 # How long a rank other than 0 waits before it prints its own error: when rank 0 had it too, the
 # launcher ends this process in the meantime, and the error stands in the log once, not N times.
@@ -77,16 +77,10 @@ def cli(debug: bool) -> None:
 for _command in (
     *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.sync),
     *(runs.doctor, runs.prepare, runs.where),
-    *(cluster.submit, cluster.sweep, cluster.status, cluster.logs, cluster.cancel),
+    *(cluster.plan, cluster.submit, cluster.sweep, cluster.status, cluster.logs, cluster.cancel),
     cluster.preflight,
 ):
     cli.add_command(_command)
-
-
-def _redact(text: str) -> str:
-    from moored.utils.log import redact
-
-    return redact(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -108,8 +102,6 @@ def _run(args: list[str], *, debug: bool) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if not {"-h", "--help", "--version"} & set(args):
-            from moored.utils.log import setup
-
             setup(own_rank(), None)
         code = cli.main(args=args, prog_name="moored", standalone_mode=False)
         sys.stdout.flush()
@@ -136,7 +128,7 @@ def _run(args: list[str], *, debug: bool) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         if debug:
-            click.echo(_redact(traceback.format_exc()), err=True, nl=False)
+            click.echo(redact(traceback.format_exc()), err=True, nl=False)
         click.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:
@@ -156,7 +148,7 @@ def _bug() -> int:
     log.error("%s", traceback.format_exc(), extra={"printed": True})
     who = f"rank {own_rank()}: " if own_rank() else ""
     click.echo(
-        f"{_redact(traceback.format_exc())}error: {who}this is a bug in Moored: please report it "
+        f"{redact(traceback.format_exc())}error: {who}this is a bug in Moored: please report it "
         "with the lines above, the recipe and the output of `moored doctor`",
         err=True,
     )
@@ -174,9 +166,9 @@ def _complain(messages: Sequence[str], *, debug: bool) -> None:
         prefix = f"error: rank {own_rank()}: "
     with contextlib.suppress(OSError):
         if debug:
-            click.echo(_redact(traceback.format_exc()), err=True, nl=False)
+            click.echo(redact(traceback.format_exc()), err=True, nl=False)
         for message in messages:
             if own_rank() != 0 and message.startswith("rank 0: "):
                 continue  # rank 0 told us of it, and prints it itself
-            line = _redact(" ".join(message.split()))
+            line = redact(" ".join(message.split()))
             click.echo(line if line.startswith("... and ") else f"{prefix}{line}", err=True)

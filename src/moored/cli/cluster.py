@@ -1,10 +1,11 @@
-"""Commands on jobs: submit, and what runs inside of them.
+"""Commands on jobs: plan and submit, and what runs inside of them.
 
 Those on recipes and run directories are in `runs.py`.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,14 @@ from typing import Any
 
 import click
 
-from moored.cli.options import Command, check_overrides, load, recipe_arguments, resume_option
+from moored.cli.options import (
+    PATH,
+    Command,
+    check_overrides,
+    load,
+    recipe_arguments,
+    resume_option,
+)
 from moored.utils.errors import UserError, UserErrors
 
 
@@ -74,6 +82,7 @@ def submit(
 
     wanted = [stage for stage in stages.split(",") if stage]
     run = path_of(config)
+    _warn_unless_planned(config, profile, nodes)
     if dry_run:
         jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted)
         click.echo("\n".join(render(job, profile, name) for job in jobs.values()), nl=False)
@@ -83,6 +92,55 @@ def submit(
         click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
     click.echo(f"run          {run}")
     click.echo(f"follow       moored status {run}; moored logs --follow {run}")
+
+
+def _warn_unless_planned(config: Any, profile: Any, nodes: int) -> None:
+    """One line where the recipe will not fit the site's GPUs."""
+    from moored.plan import site_warning
+
+    slurm = profile.slurm
+    if (line := site_warning(config, slurm.gpu_type, slurm.gpus_per_node, nodes)) is not None:
+        click.echo(f"warning: {line}", err=True)
+
+
+@click.command()
+@recipe_arguments
+@click.option("--gpus", metavar="NxNAME", help="Of each node, such as 8xh100-80gb.")
+@click.option("--site", help="Take them from a profile: its name in slurm/sites, or its path.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--host-factor",
+    type=click.FloatRange(0.1, 100),
+    help="How much slower the hosts start kernels than the fastest one measured; default: 1.4, "
+    "between 1 and 1.9, which were measured.",
+)
+@click.option("--json", "to_json", is_flag=True, help="Bytes and seconds, for programs.")
+def plan(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    gpus: str | None,
+    site: str | None,
+    nodes: int,
+    host_factor: float | None,
+    to_json: bool,
+) -> None:
+    """Foretell memory, time and cost of a recipe on GPUs.
+
+    From the model's config.json alone: no weights are read, nothing is started. What does not fit
+    is refused with the nearest that does.
+    """
+    if (gpus is None) == (site is None):
+        raise UserError("give either --gpus, such as 8xh100-80gb, or --site")
+    config = load(recipe, overrides)
+    from moored.plan import as_json, as_text, cluster_of, make_plan, site_cluster
+
+    if site is not None:
+        slurm = _site(site, (), None)[1].slurm
+        cluster = site_cluster(slurm.gpu_type, slurm.gpus_per_node, nodes, site)
+    else:
+        cluster = cluster_of(gpus or "", nodes)
+    found = make_plan(config, cluster, host_factor)
+    click.echo(json.dumps(as_json(found), indent=1) if to_json else as_text(found))
 
 
 @click.command()
@@ -128,7 +186,7 @@ def sweep(
 
 
 @click.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path), metavar="[RUN]...")
+@click.argument("runs", nargs=-1, type=PATH, metavar="[RUN]...")
 def status(runs: tuple[Path, ...]) -> None:
     """Say how runs are: state, step, loss, time left.
 
@@ -136,12 +194,12 @@ def status(runs: tuple[Path, ...]) -> None:
     """
     from moored.slurm.status import describe
 
-    found = runs or tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
-    if not found:
+    here = tuple(sorted(path.parent for path in Path("runs").glob("*/config.yaml")))
+    if not (runs or here):
         raise UserError("no run in ./runs: name a run directory")
     said: list[str] = []
     errors: list[str] = []
-    for run in found:  # one that cannot be read must not hide the others
+    for run in runs or here:  # one that cannot be read must not hide the others
         try:
             said.append("\n".join(describe(run)))
         except UserError as error:
@@ -153,7 +211,7 @@ def status(runs: tuple[Path, ...]) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--rank", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--lines", "-n", type=click.IntRange(0), default=20, show_default=True)
 @click.option("--follow", "-f", is_flag=True, help="Go on until the run has ended.")
@@ -165,7 +223,7 @@ def logs(run: Path, rank: int, lines: int, follow: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 def cancel(run: Path) -> None:
     """End the jobs of a run.
 
@@ -179,7 +237,7 @@ def cancel(run: Path) -> None:
 
 @click.command(hidden=True)
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--out", type=PATH, required=True)
 @click.option("--expect", type=click.Path(path_type=Path, exists=True), required=True)
 def preflight(run: Path, out: Path, expect: Path) -> None:
     """Check this node of a job (for the job's script)."""

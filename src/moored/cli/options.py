@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moored.config import Config
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
 
 
 def launcher_argument(command: Command) -> Command:
@@ -26,11 +27,16 @@ def launcher_argument(command: Command) -> Command:
     )
 
 
-def recipe_arguments(command: Command) -> Command:
+def recipe_arguments(command: Command, *, required: bool = True) -> Command:
     """RECIPE [KEY=VALUE]..."""
     command = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(command)
-    command = click.argument("recipe", type=click.Path(path_type=Path))(command)
+    command = click.argument("recipe", required=required, type=PATH)(command)
     return launcher_argument(command)
+
+
+def optional_recipe_arguments(command: Command) -> Command:
+    """[RECIPE] [KEY=VALUE]..."""
+    return recipe_arguments(command, required=False)
 
 
 def resume_option(command: Command) -> Command:

@@ -11,16 +11,24 @@ from typing import Any
 
 import click
 
-from moored.cli.options import launcher_argument, load, recipe_arguments, resume_option
+from moored.cli.options import (
+    PATH,
+    launcher_argument,
+    load,
+    optional_recipe_arguments,
+    recipe_arguments,
+    resume_option,
+)
 from moored.utils.environment import own_rank
 from moored.utils.errors import UserError
+from moored.utils.log import redact
 
 
 @click.command()
 @recipe_arguments
 @resume_option
-@click.option("--run-dir", type=click.Path(path_type=Path), hidden=True)
-@click.option("--arm-of", type=click.Path(path_type=Path), hidden=True)
+@click.option("--run-dir", type=PATH, hidden=True)
+@click.option("--arm-of", type=PATH, hidden=True)
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -61,12 +69,12 @@ def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|ADAPTER... [KEY=VALUE]...")
 @click.option(
     "--recipe",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Data and corpora for an adapter folder; a run directory brings its own.",
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the report; default: in the run, for an adapter ./report.",
 )
 @click.option(
@@ -85,7 +93,7 @@ def compare(recipe: Path, overrides: tuple[str, ...], resume: bool) -> None:
 @click.option(
     "--lm-eval-include",
     "include",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder with tasks of your own for --lm-eval.",
 )
 @launcher_argument
@@ -130,10 +138,10 @@ def evaluate(
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder for report.html and plots; default: in the run, for several ./report.",
 )
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
@@ -147,11 +155,11 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN|ADAPTER")
+@click.argument("run", type=PATH, metavar="RUN|ADAPTER")
 @click.option(
     "--to",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder to make; it must not exist, or be empty.",
 )
 @click.option("--merge", is_flag=True, help="A whole model instead of a PEFT adapter.")
@@ -166,12 +174,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 )
 @click.option(
     "--recipe",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Of an adapter from elsewhere: its base, and data to verify it on.",
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Of an adapter from elsewhere: what `moored evaluate` wrote, for its card.",
 )
 @launcher_argument
@@ -196,9 +204,7 @@ def export(
 
 
 @click.command()
-@click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@launcher_argument
+@optional_recipe_arguments
 def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
     """Check the machine, and a recipe's data and model.
 
@@ -213,8 +219,7 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
 
 
 @click.command()
-@click.argument("recipe", required=False, type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@optional_recipe_arguments
 @click.option("--offline-check", is_flag=True, help="Fetch nothing; only prove that all is here.")
 @click.option(
     "--prune",
@@ -231,7 +236,6 @@ def doctor(recipe: Path | None, overrides: tuple[str, ...]) -> None:
     help="Also fill the reference cache for a run on so many data-parallel ranks.",
 )
 @click.option("--site", help="Fill the cache of this site profile (storage.cache).")
-@launcher_argument
 def prepare(
     recipe: Path | None,
     overrides: tuple[str, ...],
@@ -263,7 +267,7 @@ def prepare(
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--uri", help="MLflow server or store; default: the one of the run's recipe.")
 def sync(run: Path, uri: str | None) -> None:
     """Replay the journal of a run to MLflow, with its arms if it is a comparison.
@@ -276,7 +280,7 @@ def sync(run: Path, uri: str | None) -> None:
 
     arms = sorted(journal.parent for journal in run.glob("arms/*/journal.jsonl"))
     summaries = [sync_run(each, uri) for each in [run, *arms]]
-    click.echo(_redact("\n".join(map(str, summaries))))
+    click.echo(redact("\n".join(map(str, summaries))))
     if not all(summary.complete for summary in summaries):
         raise UserError("MLflow does not have everything yet: sync again")
 
@@ -307,9 +311,3 @@ def _use_caches(site: str) -> None:
     if "$" in folder:
         raise UserError(f"storage.cache of {site}: {cache}: export what it names, it is not set")
     os.environ |= {name: os.path.join(folder, part) for name, part in CACHES.items()}
-
-
-def _redact(text: str) -> str:
-    from moored.utils.log import redact
-
-    return redact(text)

@@ -1,6 +1,8 @@
 """The section of a recipe that says what holds the policy near its base, and how much of it.
 
-Every key with its type, bounds, unit and default; the mathematics are in `divergence.py` and below.
+Every key with its type, bounds, unit and default. An option of the loss is here, as a key or as a
+property that follows from keys, by its name in `Objective` of divergence.py, and nowhere else but
+there.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class Budget(Section):
 
     @property
     def unit(self) -> str:
-        """The unit of the budget, in words."""
+        """The budget's unit, in words."""
         return "nats per token" if self.by_drift else "% of perplexity"
 
     @property
@@ -130,6 +132,23 @@ class Regularizer(Section):
     def is_divergent(self) -> bool:
         """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
         return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def mask_target(self) -> bool:
+        """Whether the target is removed from both distributions of the divergence."""
+        return self.kind == "tmkl"
+
+    @property
+    def ce_weighting(self) -> Literal["uniform", "probability", "entropy"]:
+        """How targets weigh in the cross-entropy, by what the policy says of them."""
+        if self.kind == "asft":
+            return "probability"
+        return "entropy" if self.kind == "eaft" else "uniform"
+
+    @property
+    def kl_weighting(self) -> Literal["uniform", "entropy"]:
+        """How positions weigh in the divergence."""
+        return self.token_weighting
 
     @property
     def has_schedule(self) -> bool:

@@ -1,9 +1,9 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
-`formats`, `files` and `corpora` read, `records` validates (they and all below without torch),
-`chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `prefetch` works ahead,
-`heldout` evaluates. What this front door names is imported when it is asked for, so that validation
-on a login node loads no torch.
+From files to batches: `find_files`, `formats` and `files` read, `records` validates, `reading` does
+so once for all who ask, `chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `batch`
+collates, `heldout` evaluates. What this front door names is imported when it is asked for, so that
+validation on a login node loads no torch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moored.data.base_samples import BaseIdentity
     from moored.data.corpora import by_domain, resolve_text
-    from moored.data.encode import HeldSource
-    from moored.data.ends import TurnEnd, turn_ends
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -23,17 +21,14 @@ if TYPE_CHECKING:
         prompts,
         retention_samples,
     )
-    from moored.data.prefetch import Prefetcher
-    from moored.data.records import check_data
+    from moored.data.reading import DataReader, check_data, what_is_checked
     from moored.data.samples import SampleSet, load_samples, pad_token_id
-    from moored.data.stream import TrainStream
+    from moored.data.stop_tokens import TurnEnd, turn_ends
+    from moored.data.stream import Prefetcher, TrainStream
+    from moored.data.token_arrays import HeldSource
 
 _ROOMS = {
-    "Prefetcher": "prefetch",
     "BaseIdentity": "base_samples",
-    "HeldSource": "encode",
-    "TurnEnd": "ends",
-    "turn_ends": "ends",
     "by_domain": "corpora",
     "resolve_text": "corpora",
     "Prompt": "heldout",
@@ -41,15 +36,22 @@ _ROOMS = {
     "eval_samples": "heldout",
     "prompts": "heldout",
     "retention_samples": "heldout",
-    "check_data": "records",
+    "DataReader": "reading",
+    "check_data": "reading",
+    "what_is_checked": "reading",
     "SampleSet": "samples",
     "load_samples": "samples",
     "pad_token_id": "samples",
+    "Prefetcher": "stream",
     "TrainStream": "stream",
+    "HeldSource": "token_arrays",
+    "TurnEnd": "stop_tokens",
+    "turn_ends": "stop_tokens",
 }
 
 __all__ = [
     "BaseIdentity",
+    "DataReader",
     "HeldSource",
     "Prefetcher",
     "Prompt",
@@ -66,6 +68,7 @@ __all__ = [
     "resolve_text",
     "retention_samples",
     "turn_ends",
+    "what_is_checked",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Samples and batches: collation, packing, the label shift, masks, how rows are dealt to ranks.
+"""Samples to batches: collation, packing, the label shift, masks, how rows are dealt to ranks.
 
 No file, tokenizer, model or loss lives here; this module knows token ids only. Letters: B rows,
 L row length, N targets of the batch.
@@ -13,33 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moored.data.token_arrays import Sample
+
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One tokenised sample.
-
-    Attributes:
-        sample_id: unique in its data set and stable between runs, for instance `train.jsonl:12`.
-        input_ids: int32 [n], without padding.
-        label_mask: bool [n]; True where the token itself is a target (predicted from the one before
-            it). The first token can be none, whatever the mask says.
-        kl_mask: bool [n] or None (every target); where the regulariser applies among the targets.
-    """
-
-    sample_id: str
-    input_ids: np.ndarray
-    label_mask: np.ndarray
-    kl_mask: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_targets(self) -> int:
-        """How many of its tokens are predicted."""
-        return int(np.count_nonzero(self.label_mask[1:]))
 
 
 Row = list[Sample]  # the samples packed into one row of a batch, in order
@@ -163,13 +139,13 @@ def collate(
 
 
 def _lengths(row: Row, length: int) -> tuple[int, ...]:
-    """Of the samples, and of the padding up to `length`."""
+    """Lengths of the samples, and of the padding up to `length`."""
     lengths = [len(sample) for sample in row if len(sample)]
     return (*lengths, *([rest] if (rest := length - sum(lengths)) else []))
 
 
 def answer_offsets(target_index: Tensor) -> Tensor:
-    """Of each target [N], how many targets stand before it in the same run without a gap.
+    """How many targets stand before each target [N] in the same run without a gap.
 
     A run is an answer, or a sample of plain text: between two runs stands at least one token that
     is no target.

@@ -8,29 +8,16 @@ given when it has to answer. No file is read and no sample dropped here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from moored.data.chat_layout import ChatLayout, chat_layouts, plain_layout
-from moored.data.stops import StopStrings
+from moored.data.stop_tokens import StopStrings
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
+from moored.data.token_arrays import Tokens
 from moored.utils.errors import UserError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """Token ids (int32) and which of them are targets (bool).
-
-    Attributes:
-        notes: of its layout.
-    """
-
-    input_ids: np.ndarray
-    label_mask: np.ndarray
-    notes: tuple[str, ...] = ()
 
 
 class ChatEncoder:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moored.data.stops import StopStrings
+from moored.data.stop_tokens import StopStrings
 from moored.data.template import ChatTemplate, Message, TemplateError, Tools
 from moored.data.turn_words import content_of, holds, said_before, said_more, unsaid, words_of
 
@@ -90,15 +90,15 @@ def chat_layouts(
     layouts: list[ChatLayout] = []
     last = len(messages) - 1
     while waiting:
-        found = {index: chat.answer(index, last) for index in reversed(waiting)}
-        newest = found.get(last)
+        by_turn = {index: chat.answer(index, last) for index in reversed(waiting)}
+        newest = by_turn.get(last)
         if newest is not None and newest.text is not None:
-            found = {last: newest}
-        answers = [answer for index in waiting if (answer := found.get(index)) is not None]
+            by_turn = {last: newest}
+        answers = [answer for index in waiting if (answer := by_turn.get(index)) is not None]
         if answers:
             layouts.append(_layout(chat.until(last).text, answers, last))
-            chat.check(layouts[-1].text, max(i for i in found if found[i] is not None))
-        waiting = [index for index in waiting if found.get(index) is None]
+            chat.check(layouts[-1].text, max(i for i in by_turn if by_turn[i] is not None))
+        waiting = [index for index in waiting if by_turn.get(index) is None]
         last = max(waiting, default=-1)
     return layouts
 
@@ -217,14 +217,14 @@ class _Chat:
         turns = [i for i in range(last + 1) if self.messages[i]["role"] == "assistant"]
         if len(spans) == len(turns):
             return {turn: [span] for turn, span in zip(turns, spans, strict=True)}
-        found: dict[int, list[tuple[int, int]]] = {}
+        by_turn: dict[int, list[tuple[int, int]]] = {}
         for span in spans:
             for turn in turns:
                 end = self.words_end(turn, last)
                 if turn == turns[-1] or (end is not None and span[0] < end):
-                    found.setdefault(turn, []).append(span)
+                    by_turn.setdefault(turn, []).append(span)
                     break
-        return found
+        return by_turn
 
     # ------------------------------------------------------------ what must hold
 
@@ -378,10 +378,10 @@ class _Chat:
                 return closing, closing
             # Nothing that is special ends the turn itself: what comes next may be the stop.
             words = self.words_end(index, last)
-            found = None if words is None else self.stops.first(text, words)
-            if found is None and index < last:
-                found = self.stops.first(text, len(own))
-            return found, len(own)
+            end = None if words is None else self.stops.first(text, words)
+            if end is None and index < last:
+                end = self.stops.first(text, len(own))
+            return end, len(own)
         words, own_words = self.words_end(index, last), self.words_end(index, index)
         if words is None or own_words is None or words < start:
             return (None, len(text)) if self.is_marked else None
@@ -394,12 +394,12 @@ class _Chat:
             return None
         same = words + len(_common_start(text[words:], own[own_words:]))
         if closing is not None:  # of what both write, the last; else what comes next
-            found = self.stops.last(text, words, same)
-            if found is None:
-                found = self.stops.first(text, self.stops.whole(text, words, same))
+            end = self.stops.last(text, words, same)
+            if end is None:
+                end = self.stops.first(text, self.stops.whole(text, words, same))
         else:
-            found = self.stops.first(text, words)
-        return found, same
+            end = self.stops.first(text, words)
+        return end, same
 
     def _says_all(self, index: int, last: int, spans: Sequence[tuple[int, int]]) -> bool:
         """Whether all that the turn says is learned; False if it is so only as the last turn.

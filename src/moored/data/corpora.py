@@ -7,25 +7,36 @@ here.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from moored.config.inputs import KNOWN_TEXTS
-from moored.data.files import Row, SourceReader, missing_problem, open_one, text_problem
+from moored.config.inputs import KNOWN_TEXTS, Corpus
+from moored.data.files import Row, SourceReader, open_one
+from moored.data.nested import missing_problem, text_problem
 from moored.utils.errors import UserError, UserErrors
-
-if TYPE_CHECKING:
-    from moored.config import Corpus
 
 MOST_DOMAINS = 20  # of one corpus: a report must stay one that a person reads
 
 
-def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
-    """The documents of a retention corpus, in order; blank ones are left out.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusDocument:
+    """One text of a corpus, which may be blank, and the domain that it is of."""
+
+    text: str
+    domain: str | None = None
+
+
+def read_corpus(corpus: Corpus, label: str = "retention") -> list[CorpusDocument]:
+    """All documents of a retention corpus, in order, whatever their domain.
 
     Of `base-samples` there are none: they are tokens, and `base_samples.py`'s matter.
 
+    Args:
+        corpus: of the recipe.
+        label: its place there, for messages.
+
     Raises:
-        UserError: it cannot be found or read, or holds no text.
+        UserError: it cannot be found or read.
     """
     if corpus.builtin == "python-reference":
         return _python_reference()
@@ -45,29 +56,54 @@ def resolve_text(corpus: Corpus, label: str = "retention") -> list[str]:
         ) from error
     if problems:
         raise UserErrors(problems)
-    if not documents:
-        of = f" of {corpus.domain_field}={corpus.domain}" if corpus.domain is not None else ""
-        raise UserError(f"{label}: holds no text{of}: give another path, hub or split")
     return documents
 
 
-def by_domain(name: str, corpus: Corpus) -> dict[str, Corpus]:
-    """The corpora that one of a recipe stands for, by name: itself, or one for each domain.
+CorpusReader = Callable[[Corpus, str], list[CorpusDocument]]  # `read_corpus`, or who reads it once
+
+
+def resolve_text(
+    corpus: Corpus, label: str = "retention", read: CorpusReader = read_corpus
+) -> list[str]:
+    """The texts of a retention corpus, in order; blank ones are left out.
+
+    Args:
+        corpus: of the recipe.
+        label: its place there, for messages.
+        read: reads it.
 
     Raises:
-        UserError: it cannot be read, or its column has no or too many values.
+        UserError: it cannot be found or read, or holds no text.
+    """
+    texts = [
+        document.text
+        for document in read(corpus, label)
+        if document.text.strip() and corpus.domain in (None, document.domain)
+    ]
+    if not texts and corpus.builtin != "base-samples":
+        of = f" of {corpus.domain_field}={corpus.domain}" if corpus.domain is not None else ""
+        raise UserError(f"{label}: holds no text{of}: give another path, hub or split")
+    return texts
+
+
+def by_domain(name: str, corpus: Corpus, read: CorpusReader = read_corpus) -> dict[str, Corpus]:
+    """The corpora that one of a recipe stands for, by name: itself, or one for each domain.
+
+    Args:
+        name: of the corpus.
+        corpus: of the recipe.
+        read: reads it.
+
+    Raises:
+        UserError: it cannot be read, or its column has too many values.
     """
     field = corpus.domain_field
     if field is None or corpus.domain is not None or corpus.builtin is not None:
         return {name: corpus}
     label = f"retention.{name}"
-    problems: list[str] = []
-    reader = _reader(corpus, label, problems)
-    found = dict.fromkeys(_domain(row, field) for row in reader.rows()) if reader else {}
-    if problems:
-        raise UserErrors(problems)
-    values = [value for value in found if value is not None]
-    if not values or len(values) > MOST_DOMAINS:
+    domains = dict.fromkeys(document.domain for document in read(corpus, label))
+    values = [domain for domain in domains if domain is not None]
+    if len(values) > MOST_DOMAINS:
         raise UserError(
             f"{label}.domain_field={field}: {len(values)} different values, where 1 to "
             f"{MOST_DOMAINS} make domains: name another column, or one value as domain"
@@ -97,8 +133,8 @@ def _reader(corpus: Corpus, label: str, problems: list[str]) -> SourceReader | N
 
 def _documents(
     corpus: Corpus, label: str, reader: SourceReader | None, problems: list[str]
-) -> list[str]:
-    documents: list[str] = []
+) -> list[CorpusDocument]:
+    documents: list[CorpusDocument] = []
     for row in reader.rows() if reader else ():
         text = row.value.get("text" if row.plain else corpus.text_field)
         if row.problem is None and not row.plain and corpus.text_field not in row.value:
@@ -110,14 +146,13 @@ def _documents(
             problem = f"no domain in {corpus.domain_field}: give one, or leave domain_field out"
         if problem:
             problems.append(f"{row.where}: {problem}")
-        elif corpus.domain is not None and domain != corpus.domain:
-            continue
-        elif isinstance(text, str) and text.strip():
-            documents.append(text)
+        else:
+            assert isinstance(text, str)
+            documents.append(CorpusDocument(text=text, domain=domain))
     return documents
 
 
-def _python_reference() -> list[str]:
+def _python_reference() -> list[CorpusDocument]:
     from pydoc_data.topics import topics
 
-    return [topics[topic] for topic in sorted(topics)]
+    return [CorpusDocument(text=topics[topic]) for topic in sorted(topics)]

@@ -5,17 +5,16 @@ How a file is decoded is in `formats.py`, what rows mean as samples in `records.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moored.data.columns import wanted
 from moored.data.find_files import display, find_files, of_split
 from moored.data.formats import PLAIN, count_rows, read_file, unread
-from moored.data.nested import as_written, kind_of
+from moored.data.layouts import wanted
+from moored.data.nested import as_written
 from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,8 +75,8 @@ class SourceReader:
             if self.hub is not None:
                 number = None if self.streaming else len(hub_dataset(self))
             else:
-                found = [count_rows(path) for path, _ in self.files]
-                number = None if None in found else sum(n for n in found if n is not None)
+                counts = [count_rows(path) for path, _ in self.files]
+                number = None if None in counts else sum(n for n in counts if n is not None)
         except (OSError, ValueError, UserError):  # who reads it will say so
             return None
         return number if number is None or self.limit is None else min(number, self.limit)
@@ -156,36 +155,6 @@ def open_sources(
     return readers
 
 
-def text_problem(text: Any, name: str, *, blank_is_fine: bool = False) -> str | None:
-    """What is wrong with a text field, in words, or None."""
-    if not isinstance(text, str):
-        fix = "fill it or remove the row" if text is None else "convert it to a string"
-        return f"{name}: holds {kind_of(text)}, not text: {fix}"
-    if not blank_is_fine and not text.strip():
-        return f"{name}: is empty: fill it or remove the row"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = f"\\u{ord(text[error.start]):04x}"
-            return (
-                f"{name}: holds half a character (lone surrogate {code} at character "
-                f"{error.start + 1}): repair the text where it was cut"
-            )
-    return None
-
-
-def missing_problem(column: str, row: dict[str, Any], fix: str) -> str:
-    """That a row lacks a column, what it has instead, and how to say so (`fix` holds `{}`)."""
-    names = [key for key in row if key is not None]
-    close = difflib.get_close_matches(column, names, 1, cutoff=0.6)
-    found = ", ".join(repr(name) for name in names[:8]) or "nothing"
-    meant = f"; did you mean {close[0]!r}? Then" if close else ":"
-    return (
-        f"no field {column!r}, found {found}{meant} set {fix.format(close[0] if close else '...')}"
-    )
-
-
 def open_one(
     label: str,
     path: str | None,
@@ -237,13 +206,13 @@ def open_one(
             columns=columns,
             beside=beside,
         )
-    found = find_files(Path(path), label, problems)
-    if found is not None and by_split:
-        found = of_split(Path(path), found, split, label, problems)
-    if found is None:
+    paths = find_files(Path(path), label, problems)
+    if paths is not None and by_split:
+        paths = of_split(Path(path), paths, split, label, problems)
+    if paths is None:
         return None
     name = _unique(Path(path).name, names)
-    files = tuple((file, name if file == Path(path) else f"{name}/{rest}") for file, rest in found)
+    files = tuple((file, name if file == Path(path) else f"{name}/{rest}") for file, rest in paths)
     return SourceReader(
         label=label,
         name=name,

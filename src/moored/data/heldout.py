@@ -14,34 +14,48 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from moored.data.base_samples import BaseIdentity, drawn_samples
-from moored.data.batch import Batch, Sample, batches_of
-from moored.data.chat import ChatEncoder, Tokens
+from moored.data.batch import Batch, batches_of
+from moored.data.chat import ChatEncoder
 from moored.data.corpora import resolve_text
 from moored.data.encode import Encoder
-from moored.data.files import open_sources
-from moored.data.records import Record, read_records
-from moored.data.samples import load_samples
+from moored.data.reading import DataReader
+from moored.data.samples import SampleSet, load_samples
 from moored.data.template import TemplateError
+from moored.data.token_arrays import Sample, Tokens
 from moored.data.token_cache import corpus_tokens
 from moored.utils.errors import UserError, UserErrors
 
 if TYPE_CHECKING:
     from moored.config import Config, Corpus
+    from moored.data.records import Record
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def eval_samples(config: Config, tokenizer: Any, *, vocab_size: int | None = None) -> list[Sample]:
+def eval_samples(
+    config: Config,
+    tokenizer: Any,
+    *,
+    vocab_size: int | None = None,
+    loaded: SampleSet | None = None,
+) -> list[Sample]:
     """The samples of data.eval, at most `evaluation.max_examples`, taken evenly from its sources.
+
+    Args:
+        config: the recipe.
+        tokenizer: of the model.
+        vocab_size: rows of the model's embedding.
+        loaded: all of data.eval, if that is there already.
 
     Raises:
         UserError: a file, field or sample is not as it must be; all problems at once.
     """
-    samples = load_samples(
-        config.data.eval, tokenizer, config.data, vocab_size, section="data.eval"
-    )
-    return _evenly(samples.held, config.evaluation.max_examples)
+    if loaded is None:
+        loaded = load_samples(
+            config.data.eval, tokenizer, config.data, vocab_size, section="data.eval"
+        )
+    return _evenly(loaded.held, config.evaluation.max_examples)
 
 
 def eval_batches(
@@ -84,10 +98,15 @@ class Prompt:
     stop_token_ids: tuple[int, ...]
 
 
-def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
+def prompts(config: Config, tokenizer: Any, reader: DataReader | None = None) -> list[Prompt]:
     """The last answer of each sample of data.eval, as a question.
 
     Those longer than data.max_length, which training would not see either, are left out.
+
+    Args:
+        config: the recipe.
+        tokenizer: of the model.
+        reader: has read data.eval, or reads it for others, too.
 
     Raises:
         UserError: a sample is plain text, or not as it must be.
@@ -95,16 +114,16 @@ def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
     encoder = Encoder(tokenizer, config.data)
     problems: list[str] = []
     per_source: list[list[Record]] = []
-    for reader in open_sources(config.data.eval, "data.eval", problems):
-        source = config.data.eval[int(reader.label.rsplit(".", 1)[1])]
+    sources = (reader or DataReader(hold=False)).sources(config.data.eval, "data.eval", problems)
+    for source in sources:
         records = (
             record
-            for record in read_records(reader, source, problems)
+            for record in source.records(problems)
             if record.learned is None or record.learned[-1]  # else it is no answer to match
         )
         per_source.append(list(itertools.islice(records, config.evaluation.max_examples)))
     records = _evenly(per_source, config.evaluation.max_examples)
-    found: list[Prompt] = []
+    asked: list[Prompt] = []
     for sample_id, record, tokens in encoder.encode(records):
         if record.kind == "text":
             problems.append(
@@ -115,14 +134,14 @@ def prompts(config: Config, tokenizer: Any) -> list[Prompt]:
             problems.append(f"{record.where}: {tokens}")
         elif sample_id == record.sample_id:  # not an earlier turn of it
             try:
-                found.append(_prompt(encoder.chat, sample_id, record, tokens))
+                asked.append(_prompt(encoder.chat, sample_id, record, tokens))
             except TemplateError as error:
                 problems.append(f"{record.where}: {error}")
     if problems:
         raise UserErrors(problems)
-    short = [prompt for prompt in found if len(prompt.input_ids) <= config.data.max_length]
-    if len(short) < len(found):
-        dropped = len(found) - len(short)
+    short = [prompt for prompt in asked if len(prompt.input_ids) <= config.data.max_length]
+    if len(short) < len(asked):
+        dropped = len(asked) - len(short)
         logger.warning("data.eval: %d prompts longer than data.max_length left out", dropped)
     if not short:
         raise UserError("data.eval: no prompt is left for exact match: raise data.max_length")
@@ -151,6 +170,7 @@ def retention_samples(
     keep: bool = False,
     place: str | None = None,
     base: BaseIdentity | None = None,
+    reader: DataReader | None = None,
 ) -> list[Sample]:
     """A retention corpus as samples.
 
@@ -166,6 +186,7 @@ def retention_samples(
         keep: keep the tokens in the cache.
         place: in the recipe, for messages; by default `retention.NAME`.
         base: whose texts `base-samples` are.
+        reader: has read the text, or reads it for others, too.
 
     Raises:
         UserError: it cannot be read, or is too short.
@@ -175,7 +196,7 @@ def retention_samples(
         if base is None:
             raise UserError(f"{label}: base-samples are nothing without their base")
         return drawn_samples(name, corpus, base, label=label)
-    documents = resolve_text(corpus, label)
+    documents = resolve_text(corpus, label, (reader or DataReader(hold=False)).corpus)
     chat = ChatEncoder(tokenizer)
     make = _windows if corpus.target == "all" else _last_words
     samples = corpus_tokens(
@@ -237,5 +258,5 @@ def _last_words(
 def _evenly(sources: Sequence[Sequence[_T]], limit: int | None) -> list[_T]:
     """The first of each source, then the second of each, ..."""
     rounds = itertools.zip_longest(*sources, fillvalue=None)
-    found = [item for round_ in rounds for item in round_ if item is not None]
-    return found[:limit]
+    items = [item for round_ in rounds for item in round_ if item is not None]
+    return items[:limit]

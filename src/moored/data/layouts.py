@@ -1,31 +1,86 @@
 """Which layout a row has, and which of its columns are read: ours, or Alpaca's, or ShareGPT's.
 
-What may stand in the columns is `records.py`'s and `turns.py`'s matter.
+The names that columns of rows and keys of turns have are here, ours and the field's. What may stand
+in the columns is `records.py`'s and `turns.py`'s matter.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from moored.data.columns import (
-    ALPACA,
-    ALPACA_BESIDE,
-    BESIDE,
-    COLUMNS,
-    CONVERSATIONS,
-    PARTS,
-    UNKNOWN_FLAGS,
-    VERDICTS,
-    RowLayout,
-)
-from moored.data.files import missing_problem
-from moored.data.nested import UNREAD, holds_text, kind_of
+from moored.data.nested import UNREAD, holds_text, kind_of, missing_problem
 
 if TYPE_CHECKING:
     from moored.config import Source
+
+# How the field names an answer's reasoning; templates read one of them, and which is their matter.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
+# What the field calls "learn this turn, or do not": OpenAI (weight), axolotl (train, training),
+# LLaMA-Factory, ms-swift and slime (loss, loss_mask).
+FLAGS = ("loss", "loss_mask", "train", "training", "trainable", "weight")
+# Likewise about learning, but of a part of a turn, by a fraction, or the other way round.
+UNKNOWN_FLAGS = (
+    "ignore_loss",
+    "loss_scale",
+    "loss_weight",
+    "mask",
+    "masked",
+    "no_loss",
+    "train_detail",
+    "training_detail",
+    "train_on_turn",
+)
+
+Kind = Literal["messages", "prompt_completion", "text"]
+RowLayout = Literal["messages", "prompt_completion", "text", "sharegpt", "alpaca"]
+COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+BESIDE = ("system", "tools")  # a chat or a pair
+CONVERSATIONS = ("conversations", "conversation")
+ALPACA = ("instruction", "output")
+ALPACA_BESIDE = ("input", "history")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+FIELDS = (*(name for names in COLUMNS.values() for name in names), *BESIDE)
+# Columns that are a part of the sample wherever they are met. Who leaves one unread is to say so.
+PARTS = (
+    "instruction",
+    "input",
+    "context",
+    "history",
+    "system_prompt",
+    "system_message",
+    "functions",
+    *REASONING_KEYS,
+    "chain_of_thought",
+    "chosen",
+    "rejected",
+    "documents",
+    "chat_template_kwargs",
+    "completion_mask",
+    "assistant_masks",
+    *MEDIA,
+)
+VERDICTS = (*FLAGS, *UNKNOWN_FLAGS, "label")  # `label: false` is KTO's word for a bad answer
+
+
+def wanted(source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of a source that may hold samples, and those that are read whatever they hold."""
+    foreign = (*CONVERSATIONS, *ALPACA, *ALPACA_BESIDE)
+    mapped = tuple(source.fields.get(name, name) for name in FIELDS)
+    judged = tuple(name for name in (*PARTS, *VERDICTS) if name not in MEDIA)
+    return _without((*mapped, *foreign), source), _without(
+        [name for name in (*foreign, *judged) if name not in mapped], source
+    )
+
+
+def _without(names: Iterable[str], source: Source) -> tuple[str, ...]:
+    return tuple(name for name in dict.fromkeys(names) if name not in source.ignore)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +153,10 @@ def _refused(others: Mapping[str, Any], layout: RowLayout, label: str) -> Iterat
             )
     if layout == "text":
         return  # a text is whole
-    found = [name for name in PARTS if name in others and _is_given(others[name])]
-    if found:
-        shown, they, them = ", ".join(found), "they are", "them"
-        if len(found) == 1:
+    lost = [name for name in PARTS if name in others and _is_given(others[name])]
+    if lost:
+        shown, they, them = ", ".join(lost), "they are", "them"
+        if len(lost) == 1:
             they, them = "it is", "it"
         yield (
             f"{shown}: would be lost, as {they} a part of the sample and not read: map {them} with "
@@ -134,15 +189,15 @@ def _layout(value: dict[str, Any], source: Source, label: str) -> RowLayout | li
     columns["sharegpt"] = [name for name in CONVERSATIONS if name not in mapped]
     if all(name in value and name not in mapped for name in ALPACA):
         columns["alpaca"] = list(ALPACA)
-    found: dict[RowLayout, list[str]] = {}
+    filled: dict[RowLayout, list[str]] = {}
     for layout, names in columns.items():
         full = [name for name in names if value.get(name)]
         if full and (layout != "alpaca" or len(full) == len(ALPACA)):
-            found[layout] = full
-    if len(found) == 1:
-        return next(iter(found))
-    if found:
-        return [_ambiguous(found, label)]
+            filled[layout] = full
+    if len(filled) == 1:
+        return next(iter(filled))
+    if filled:
+        return [_ambiguous(filled, label)]
     # A field that is there but empty is a fault of the row, not of its columns.
     for layout, names in columns.items():
         if any(name in value for name in names):
@@ -158,12 +213,12 @@ def _layout(value: dict[str, Any], source: Source, label: str) -> RowLayout | li
     ]
 
 
-def _ambiguous(found: Mapping[RowLayout, list[str]], label: str) -> str:
-    shown = " and ".join(repr(names[0]) for names in found.values())
-    formats = [layout for layout in found if layout not in ("sharegpt", "alpaca")]
-    if len(formats) == len(found):
+def _ambiguous(filled: Mapping[RowLayout, list[str]], label: str) -> str:
+    shown = " and ".join(repr(names[0]) for names in filled.values())
+    formats = [layout for layout in filled if layout not in ("sharegpt", "alpaca")]
+    if len(formats) == len(filled):
         return (
             f"has both {shown}: say which is meant, {label}.format={formats[0]} (or {formats[1]})"
         )
-    choices = [f"{label}.ignore=[{', '.join(names)}]" for names in reversed([*found.values()])]
+    choices = [f"{label}.ignore=[{', '.join(names)}]" for names in reversed([*filled.values()])]
     return f"has both {shown}: say which is not meant, {' or '.join(choices)}"

@@ -7,8 +7,10 @@ What the values mean is `turns.py`'s matter.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 MAX_DEPTH = 100  # of a value that a template may have to write
@@ -120,16 +122,16 @@ def from_json(value: Any, wanted: type[dict[str, Any]] | type[list[Any]]) -> Any
         return value
     what = "an object" if wanted is dict else "a list"
     try:
-        found = json.loads(value)
+        decoded = json.loads(value)
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         reason = getattr(error, "msg", None) or str(error)
         raise NotJsonError(
             f"holds text that is not JSON ({reason[:60]}{place}): write {what}"
         ) from error
-    if not isinstance(found, wanted):
-        raise NotJsonError(f"holds text with {kind_of(found)} in it: write {what}")
-    return found
+    if not isinstance(decoded, wanted):
+        raise NotJsonError(f"holds text with {kind_of(decoded)} in it: write {what}")
+    return decoded
 
 
 def _decoded_if_json(value: Any) -> Any:
@@ -164,3 +166,41 @@ def not_json(value: Any, depth: int = 0) -> str | None:
         if problem := not_json(item, depth + 1):
             return f"{place}{problem}"
     return None
+
+
+# ---------------------------------------------------------------- what is wrong, in words
+
+
+def text_problem(text: Any, name: str, *, blank_is_fine: bool = False) -> str | None:
+    """What is wrong with a text field, in words, or None."""
+    if not isinstance(text, str):
+        fix = "fill it or remove the row" if text is None else "convert it to a string"
+        return f"{name}: holds {kind_of(text)}, not text: {fix}"
+    if not blank_is_fine and not text.strip():
+        return f"{name}: is empty: fill it or remove the row"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = f"\\u{ord(text[error.start]):04x}"
+            return (
+                f"{name}: holds half a character (lone surrogate {code} at character "
+                f"{error.start + 1}): repair the text where it was cut"
+            )
+    return None
+
+
+def missing_problem(column: str, row: dict[str, Any], fix: str) -> str:
+    """Says that a row lacks a column, what it has instead, and the fix, which has a `{}`."""
+    names = [key for key in row if key is not None]
+    close = difflib.get_close_matches(column, names, 1, cutoff=0.6)
+    there = ", ".join(repr(name) for name in names[:8]) or "nothing"
+    meant = f"; did you mean {close[0]!r}? Then" if close else ":"
+    return (
+        f"no field {column!r}, found {there}{meant} set {fix.format(close[0] if close else '...')}"
+    )
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Some names for a message: the first three, and whether there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,6 +1,6 @@
 """How many held-out samples are learned, too: compared as they are in the data, by their content.
 
-Nothing is read here; `records.py` hands over what it checks.
+Nothing is read here; `reading.py` hands over what it checks.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moored.data.nested import first_few
 
 if TYPE_CHECKING:
     from moored.data.records import Record
@@ -21,89 +25,102 @@ _as_text = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(slots=True, kw_only=True)
-class Overlap:
-    """Counts the samples of `data.eval` that are in `data.train`.
-
-    Of each sample 16 bytes are held.
+class Digests:
+    """The samples of a source, 64 bits of each and 64 of what comes before its last answer.
 
     Attributes:
-        streamed: sources of the hub that are read as training goes, and only begun here.
+        wholes: int64, of each sample.
+        prompts: int64, of each as far as its last answer; of a text, which has none, of the whole.
+        places: of each, for messages; None where nobody will name them.
     """
 
-    streamed: list[str] = field(default_factory=list)
-    _learned: tuple[array[int], array[int]] = field(
-        default_factory=lambda: (array("q"), array("q"))
-    )
-    _held_out: list[tuple[str, int, int | None]] = field(default_factory=list)
+    wholes: Any = field(default_factory=lambda: array("q"))
+    prompts: Any = field(default_factory=lambda: array("q"))
+    places: list[str] | None = None
 
-    def add(self, section: str, record: Record) -> None:
-        """Takes a sample of a section of the recipe into account."""
+    def add(self, record: Record) -> None:
+        """Takes one more sample in."""
         whole, prompt = _digests(record)
-        if section == "data.train":
-            wholes, prompts = self._learned
-            wholes.append(whole)
-            if prompt is not None:
-                prompts.append(prompt)
-        elif section == "data.eval":
-            self._held_out.append((record.where, whole, prompt))
+        self.wholes.append(whole)
+        self.prompts.append(prompt)
+        if self.places is not None:
+            self.places.append(record.where)
 
-    def say(self) -> None:
-        """Logs what was found: a warning where there is any, else a line for the log file alone."""
-        lines = list(self._lines())
-        for line in lines:
-            logger.warning("%s", line)
-        if self._held_out and not lines:
-            total = len(self._held_out)
-            logger.debug("data.eval: none of %d samples is in data.train", total)
-
-    def _lines(self) -> Iterator[str]:
-        total = len(self._held_out)
-        if not total:
-            return
-        if self.streamed:
-            yield (
-                f"data.eval: of {', '.join(self.streamed)}, which the hub streams, only the first "
-                "rows were compared: see to it that the others have no sample of it"
-            )
-        wholes, prompts = (self._among(values) for values in self._learned)
-        same = [where for where, whole, _ in self._held_out if whole in wholes]
-        alike = [
-            where
-            for where, whole, prompt in self._held_out
-            if whole not in wholes and prompt in prompts
-        ]
-        if len(same) == total:
-            yield (
-                f"data.eval: ALL {total} SAMPLES ARE LEARNED, TOO: data.train has them, so what is "
-                "measured on data.eval is memory: hold other samples out"
-            )
-        elif same:
-            yield (
-                f"data.eval: {len(same)} of {total} samples are learned, too, since data.train has "
-                f"them ({_some(same)}): take them out of one of both"
-            )
-        if alike:
-            yield (
-                f"data.eval: {len(alike)} of {total} samples have the prompt of a sample of "
-                f"data.train with another answer ({_some(alike)})"
-            )
-
-    def _among(self, learned: array[int]) -> set[int]:
-        held_out = {value for _, whole, prompt in self._held_out for value in (whole, prompt)}
-        return {value for value in learned if value in held_out}
+    def over(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records, each of which is taken in."""
+        for record in records:
+            self.add(record)
+            yield record
 
 
-def _some(places: list[str]) -> str:
-    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+def report_overlap(
+    learned: Sequence[Digests], held_out: Sequence[Digests], streamed: Sequence[str] = ()
+) -> None:
+    """Logs which samples of `data.eval` are in `data.train`.
+
+    A warning where there is any, else a line for the log file alone.
+
+    Args:
+        learned: of each source of `data.train`.
+        held_out: of each source of `data.eval`, with places.
+        streamed: sources of the hub that are read as training goes, and only begun here.
+    """
+    lines = list(_lines(learned, held_out, streamed))
+    for line in lines:
+        logger.warning("%s", line)
+    total = sum(len(one.wholes) for one in held_out)
+    if total and not lines:
+        logger.debug("data.eval: none of %d samples is in data.train", total)
 
 
-def _digests(record: Record) -> tuple[int, int | None]:
-    """Of the whole sample, and of what comes before its last answer, if it is a chat.
+def _lines(
+    learned: Sequence[Digests], held_out: Sequence[Digests], streamed: Sequence[str]
+) -> Iterator[str]:
+    places = [place for one in held_out for place in one.places or ()]
+    total = len(places)
+    if not total:
+        return
+    if streamed:
+        yield (
+            f"data.eval: of {', '.join(streamed)}, which the hub streams, only the first rows were "
+            "compared: see to it that the others have no sample of it"
+        )
+    is_same = np.isin(
+        _joined([one.wholes for one in held_out]), _joined([one.wholes for one in learned])
+    )
+    is_alike = ~is_same & np.isin(
+        _joined([one.prompts for one in held_out]), _joined([one.prompts for one in learned])
+    )
+    same, alike = ([places[i] for i in np.flatnonzero(mask)] for mask in (is_same, is_alike))
+    if len(same) == total:
+        yield (
+            f"data.eval: ALL {total} SAMPLES ARE LEARNED, TOO: data.train has them, so what is "
+            "measured on data.eval is memory: hold other samples out"
+        )
+    elif same:
+        yield (
+            f"data.eval: {len(same)} of {total} samples are learned, too, since data.train has "
+            f"them ({first_few(same)}): take them out of one of both"
+        )
+    if alike:
+        yield (
+            f"data.eval: {len(alike)} of {total} samples have the prompt of a sample of "
+            f"data.train with another answer ({first_few(alike)})"
+        )
+
+
+def _joined(parts: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *(np.asarray(part, np.int64) for part in parts)])
+
+
+def _digests(record: Record) -> tuple[int, int]:
+    """A sample's two digests; see `Digests`.
 
     Blanks around a turn's words do not count: many templates take them away.
     """
     if record.kind == "text":
-        return _number(hashlib.blake2b(record.text.strip().encode(), digest_size=8)), None
+        whole = _number(hashlib.blake2b(record.text.strip().encode(), digest_size=8))
+        return whole, whole
     *asked, last = (
         turn | {"content": (turn.get("content") or "").strip()} for turn in record.messages
     )

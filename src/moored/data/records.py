@@ -1,45 +1,26 @@
 """What rows mean: chats, prompt and completion pairs, or texts, every field validated.
 
-Nothing is tokenised here, and no torch is needed: `check_data` runs before anything large loads.
+Nothing is tokenised here, and no torch is needed. Who reads which source when is `reading.py`'s
+matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-import jinja2
-
-from moored.data.columns import Kind
-from moored.data.corpora import resolve_text
-from moored.data.files import (
-    Row,
-    SourceReader,
-    display,
-    open_sources,
-    text_problem,
-)
-from moored.data.foreign import alpaca_history, alpaca_prompt
-from moored.data.layouts import Cells, cells_of
-from moored.data.overlap import Overlap
-from moored.data.turns import Turns, read_tools, read_turns
-from moored.utils.errors import UserError, UserErrors
-from moored.utils.progress import Phase
+from moored.data.files import Row, SourceReader
+from moored.data.layouts import Cells, Kind, cells_of
+from moored.data.nested import text_problem
+from moored.data.turns import Turns, alpaca_history, alpaca_prompt, read_tools, read_turns
+from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from moored.config import Config, Source
+    from moored.config import Source
 
-logger = logging.getLogger(__name__)
-
-_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 MAX_PROBLEMS = 10_000  # per source; more of them say nothing new
-STREAM_CHECKED = 1000  # rows of a streamed hub dataset that are checked at the start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +52,46 @@ class Record:
     unread: tuple[str, ...] = ()
 
 
-def read_records(
-    reader: SourceReader, source: Source, problems: list[str], *, skip: int = 0
-) -> Iterator[Record]:
-    """The valid records of a source after the first `skip` rows; the others go to `problems`."""
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """What the records of a source are like, all together.
+
+    Attributes:
+        num_records: how many there are.
+        unread: columns of any row that hold text and are not read, in the order they were met.
+        has_text: whether any record is plain text.
+    """
+
+    num_records: int = 0
+    unread: dict[str, None] = dataclasses.field(default_factory=dict)
+    has_text: bool = False
+
+    def add(self, record: Record) -> None:
+        """Takes one more record into account."""
+        self.num_records += 1
+        self.unread |= dict.fromkeys(record.unread)
+        self.has_text = self.has_text or record.kind == "text"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON values, out of which `from_json` makes it again."""
+        return dataclasses.asdict(self) | {"unread": list(self.unread)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """See `as_json`."""
+        return cls(**{**values, "unread": dict.fromkeys(values["unread"])})
+
+
+def read_records(reader: SourceReader, source: Source, problems: list[str]) -> Iterator[Record]:
+    """The valid records of a source; what is wrong with its other rows goes to `problems`."""
     before = len(problems)
     try:
-        for row in reader.rows(skip):
-            found = parse(row, source, reader.label)
-            if isinstance(found, Record):
-                yield found
+        for row in reader.rows():
+            record = parse(row, source, reader.label)
+            if isinstance(record, Record):
+                yield record
                 continue
-            problems += [f"{row.where}: {problem}" for problem in found]
+            problems += [f"{row.where}: {problem}" for problem in record]
             if len(problems) - before >= MAX_PROBLEMS:
                 problems.append(f"{reader.label}: gave up after {MAX_PROBLEMS} problems")
                 return
@@ -98,10 +107,10 @@ def parse(row: Row, source: Source, label: str) -> Record | list[str]:
         source: says the format and which column holds which field.
         label: the source's place in the recipe.
     """
-    found = _parse(row, source, label)
-    if isinstance(found, Record) and source.rendered:
-        return dataclasses.replace(found, rendered=found.kind != "messages")
-    return found
+    record = _parse(row, source, label)
+    if isinstance(record, Record) and source.rendered:
+        return dataclasses.replace(record, rendered=record.kind != "messages")
+    return record
 
 
 def _parse(row: Row, source: Source, label: str) -> Record | list[str]:
@@ -167,103 +176,3 @@ def _text_problem(cells: Cells, name: str) -> str | None:
             f"{column}: holds a list of turns, not text: put the whole chat into one messages list"
         )
     return text_problem(value, column)
-
-
-def read_template(path: Path | None, problems: list[str]) -> str | None:
-    """The chat template of the recipe, or None."""
-    if path is None:
-        return None
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        problems.append(f"data.chat_template={display(Path(path))}: cannot be read: {reason}")
-        return None
-    if not text.strip():
-        problems.append(f"data.chat_template={display(Path(path))}: the file is empty: fill it")
-        return None
-    try:
-        # What transformers adds to the language: these marks, and the tags of loop controls.
-        extensions = ["jinja2.ext.loopcontrols"]
-        jinja2.Environment(extensions=extensions).parse(_MARKS.sub("", text))
-    except jinja2.TemplateSyntaxError as error:
-        place = f"data.chat_template={display(Path(path))}:{error.lineno}"
-        problems.append(f"{place}: not a Jinja template ({error.message}): mend it here")
-        return None
-    return text
-
-
-def streaming_problems(config: Config) -> list[str]:
-    """Streamed sources where the number of their samples would have to be known."""
-    problems = [
-        f"data.eval.{index}.streaming: evaluation reads everything at the start: remove it"
-        for index, source in enumerate(config.data.eval)
-        if source.streaming
-    ]
-    for index, source in enumerate(config.data.train):
-        if source.streaming and source.hub and not source.limit and len(config.data.train) > 1:
-            problems.append(
-                f"data.train.{index}.streaming: beside other sources its size must be known, to "
-                f"weigh it: set data.train.{index}.limit"
-            )
-    return problems
-
-
-def check_data(config: Config) -> dict[str, int]:
-    """Reads and validates every file of the recipe: format, fields, types, roles, emptiness.
-
-    Of a streamed hub dataset only the first rows are checked. How many held-out samples are
-    learned, too, and which columns with text are not read is logged.
-
-    Returns:
-        How many samples each source has, by its place in the recipe (retention: documents).
-
-    Raises:
-        UserErrors: all problems of all sources, each naming file and line.
-    """
-    problems: list[str] = []
-    counts: dict[str, int] = {}
-    problems += streaming_problems(config)
-    read_template(config.data.chat_template, problems)
-    overlap = Overlap()
-    for section, sources in config.sources().items():
-        for reader in open_sources(sources, section, problems):
-            source = sources[int(reader.label.rsplit(".", 1)[1])]
-            records = read_records(reader, source, problems)
-            if reader.hub is not None and reader.streaming:
-                records = itertools.islice(records, STREAM_CHECKED)
-                overlap.streamed += [reader.label] if section == "data.train" else []
-            text_only, count = False, 0
-            unread: dict[str, None] = {}
-            with Phase(f"checking {reader.name}", reader.count, "rows") as phase:
-                for record in phase.over(records):
-                    count += 1
-                    if config.data.eval:
-                        overlap.add(section, record)
-                    unread |= dict.fromkeys(record.unread)
-                    text_only = text_only or record.kind == "text"
-            counts[reader.label] = count
-            if unread:
-                logger.warning(
-                    "%s (%s): columns with text that are not read: %s; map them with fields, or "
-                    "list them as ignore",
-                    reader.label,
-                    reader.name,
-                    ", ".join(repr(name) for name in unread),
-                )
-            if text_only and section == "data.eval" and config.evaluation.exact_match:
-                problems.append(
-                    f"{reader.label}: exact match needs prompts, but this source is plain text: "
-                    "set evaluation.exact_match=false"
-                )
-    for place, corpus in config.corpora().items():
-        try:
-            counts[place] = len(resolve_text(corpus, place))
-        except UserErrors as errors:
-            problems += errors.problems
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserErrors(problems)
-    overlap.say()
-    return counts

@@ -13,15 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moored.data.batch import Sample
-from moored.data.encode import Drops, Encoder, HeldSource, build
-from moored.data.files import Row, SourceReader, open_sources
-from moored.data.records import Record, parse, read_records
+from moored.data.encode import Encoder, build
+from moored.data.files import Row
+from moored.data.reading import DataReader, RecordSource
+from moored.data.records import Record, parse
+from moored.data.token_arrays import Drops, HeldSource, Sample
 from moored.data.token_cache import source_tokens
 from moored.utils.errors import UserError, UserErrors
+from moored.utils.progress import Phase
 
 if TYPE_CHECKING:
     from moored.config import DataConfig, Source
+    from moored.data.overlap import Digests
 
 logger = logging.getLogger(__name__)
 
@@ -34,30 +37,34 @@ class StreamedSource:
 
     Every row is validated once at the start if it is local, only the first block of a hub dataset;
     what proves unusable later is dropped and counted.
+
+    Attributes:
+        first: the samples of its first block.
     """
 
-    def __init__(self, reader: SourceReader, source: Source, encoder: Encoder, problems: list[str]):
-        self.name = reader.name
-        self.reader = reader
-        self.source = source
+    def __init__(self, records: RecordSource, encoder: Encoder, problems: list[str]):
+        self.name = records.name
+        self.reader = records.reader
+        self.source = records.source
         self.encoder = encoder
-        self.num_rows: int | None = source.limit
+        self.num_rows: int | None = self.source.limit
         self._rows: Iterator[Row] = iter(())
         self._next = -1
         self._digest: str | None = None
         count = len(problems)
-        if reader.hub is None:
-            self.num_rows = sum(1 for _ in read_records(reader, source, problems))
+        if self.reader.hub is None:
+            summary = records.summary or records.check(problems)
+            self.num_rows = summary.num_records
         if len(problems) > count:
             return
         first, drops = self._block(0, problems)
         if len(problems) > count:
             return
         if first is None:
-            problems.append(f"{reader.label}: holds no sample: fill it or take it out")
+            problems.append(f"{self.reader.label}: holds no sample: fill it or take it out")
             return
-        drops.check(reader.label, encoder.data)
-        self.first_digest = first.digest()
+        drops.check(self.reader.label, encoder.data)
+        self.first = first
 
     def block(self, number: int) -> HeldSource | None:
         """The samples of rows [number * BLOCK, ...), None past the end; cheap in sequence.
@@ -65,6 +72,8 @@ class StreamedSource:
         Raises:
             UserError: too many of them cannot be used.
         """
+        if number == 0:
+            return self.first
         problems: list[str] = []
         samples, drops = self._block(number, problems)
         for problem in problems[:10]:
@@ -86,18 +95,18 @@ class StreamedSource:
             return None, drops
         records = []
         for row in rows:
-            found = parse(row, self.source, self.reader.label)
-            if isinstance(found, Record):
-                records.append(found)
+            record = parse(row, self.source, self.reader.label)
+            if isinstance(record, Record):
+                records.append(record)
             else:
-                problems += [f"{row.where}: {problem}" for problem in found]
+                problems += [f"{row.where}: {problem}" for problem in record]
         return build(self.name, records, self.encoder, problems, drops), drops
 
     def digest(self) -> str:
         """SHA-256 of the files, or of a hub dataset's name, revision and first block."""
         if self._digest is None:
             sha = hashlib.sha256(f"{self.reader.hub}@{self.reader.revision}".encode())
-            sha.update(self.first_digest.encode())
+            sha.update(self.first.digest().encode())
             for path, name in self.reader.files:
                 with path.open("rb") as file:
                     sha.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
@@ -128,7 +137,7 @@ class SampleSet:
 
     @property
     def name(self) -> str:
-        """Of all sources, for tracking."""
+        """The names of all sources, for tracking."""
         return ", ".join(source.name for source in self.sources)
 
     @property
@@ -140,6 +149,10 @@ class SampleSet:
     def num_tokens(self) -> int:
         """Tokens held; those of streamed sources are not counted."""
         return sum(source.num_tokens for source in self.held)
+
+    def at_hand(self) -> list[HeldSource]:
+        """All that is in memory: of each streamed source, the first block."""
+        return [s if isinstance(s, HeldSource) else s.first for s in self.sources]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -155,7 +168,7 @@ class SampleSet:
         return sha.hexdigest()
 
     def describe(self) -> list[Mapping[str, str | int | float | None]]:
-        """For tracking: name, counts and digest of each source."""
+        """Name, counts and digest of each source, for tracking."""
         return [
             {
                 "name": source.name,
@@ -179,6 +192,7 @@ def load_samples(
     *,
     section: str = "data.train",
     keep: bool = False,
+    reader: DataReader | None = None,
 ) -> SampleSet:
     """Reads, validates and tokenises the sources of a section; or reads the tokens that are kept.
 
@@ -189,6 +203,7 @@ def load_samples(
         vocab_size: rows of the model's embedding.
         section: where the sources stand in the recipe, for messages.
         keep: keep the tokens of every source that is not streamed, not of large ones alone.
+        reader: has read the sources, or reads them for others, too.
 
     Raises:
         UserErrors: every problem of every source, `file:line: field: what and how to mend it`.
@@ -198,12 +213,11 @@ def load_samples(
     problems: list[str] = []
     loaded: list[HeldSource | StreamedSource] = []
     total = Drops()
-    for reader in open_sources(sources, section, problems):
-        source = sources[int(reader.label.rsplit(".", 1)[1])]
-        if source.streaming:
-            loaded.append(StreamedSource(reader, source, encoder, problems))
+    for records in (reader or DataReader(hold=False)).sources(sources, section, problems):
+        if records.source.streaming:
+            loaded.append(StreamedSource(records, encoder, problems))
             continue
-        held = source_tokens(reader, source, encoder, problems, keep=keep)
+        held = _held(records, encoder, problems, keep=keep)
         loaded.append(held)
         total.add(held.drops)
     if problems:
@@ -215,6 +229,21 @@ def load_samples(
             raise UserError(f"{section}: no sample of {source.name} is left: raise data.max_length")
     weights = tuple(source.weight for source in sources)
     return SampleSet(section=section, sources=tuple(loaded), weights=weights, vocab_size=vocab_size)
+
+
+def _held(
+    records: RecordSource, encoder: Encoder, problems: list[str], *, keep: bool
+) -> HeldSource:
+    """A source's tokens, out of the cache if they are there."""
+
+    def make(digests: Digests | None) -> HeldSource:
+        with Phase(f"tokenising {records.name}", records.reader.count, "rows") as phase:
+            valid = phase.over(records.records(problems))
+            if digests is not None:
+                valid = digests.over(valid)
+            return build(records.name, valid, encoder, problems, Drops())
+
+    return source_tokens(records, encoder, make, problems, keep=keep)
 
 
 def pad_token_id(tokenizer: Any) -> int:

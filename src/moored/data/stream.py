@@ -1,4 +1,4 @@
-"""The order of training: samples to global batches, deterministic and resumable.
+"""The order of training: samples to global batches, deterministic and resumable, one step ahead.
 
 What a sample is and how it was tokenised is `samples.py`'s matter. Everything here is a pure
 function of the recipe, the data and a small cursor: nothing depends on how many ranks there are,
@@ -10,15 +10,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from moored.data.batch import Batch, Row, Sample, batches_of, pack, row_tokens
-from moored.data.encode import HeldSource
+from moored.data.batch import Batch, Row, batches_of, pack, row_tokens
+from moored.data.reading import DataReader
 from moored.data.samples import SampleSet, StreamedSource, load_samples, pad_token_id
+from moored.data.token_arrays import HeldSource, Sample
 from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,8 +94,6 @@ class _StreamedFeed:
         if self._block is None or self._block[:2] != (number, block):
             samples = self.source.block(block)
             if samples is None:
-                if block == 0:
-                    raise UserError(f"{self.source.reader.label}: holds no sample any more")
                 return None, np.zeros(0, dtype=np.int64)
             order = _permutation(_hashes(samples.sample_ids), self.seed, number)
             self._block = (number, block, samples, order)
@@ -167,8 +167,22 @@ class TrainStream:
         self._total_steps: int | None = None
 
     @staticmethod
-    def of_replay(config: Config, tokenizer: Any, vocab_size: int, num_steps: int) -> TrainStream:
-        """The stream of `regularizer.replay`: its share of rows (or tokens) beside each batch."""
+    def of_replay(
+        config: Config,
+        tokenizer: Any,
+        vocab_size: int,
+        num_steps: int,
+        reader: DataReader | None = None,
+    ) -> TrainStream:
+        """The stream of `regularizer.replay`: its share of rows (or tokens) beside each batch.
+
+        Args:
+            config: of the run.
+            tokenizer: of the model.
+            vocab_size: rows of the model's embedding.
+            num_steps: of the run.
+            reader: has read the sources, or reads them for others, too.
+        """
         regularizer, train = config.regularizer, config.train
         sizes = {
             name: max(1, round(regularizer.replay_fraction * size))
@@ -188,7 +202,12 @@ class TrainStream:
             update={"data": data, "train": train.model_copy(update=sizes | length)}
         )
         samples = load_samples(
-            regularizer.replay, tokenizer, config.data, vocab_size, section="regularizer.replay"
+            regularizer.replay,
+            tokenizer,
+            config.data,
+            vocab_size,
+            section="regularizer.replay",
+            reader=reader,
         )
         return TrainStream(beside, tokenizer, samples)
 
@@ -390,3 +409,56 @@ def _rates(samples: SampleSet, epochs: float | None) -> list[float | None]:
             )
         rates.append(None if size is None else size * weight)
     return rates
+
+
+class Prefetcher:
+    """A stream of which a thread makes the next step's batches while this one is computed.
+
+    Its cursor is that of the steps that were given out.
+
+    Args:
+        stream: whose steps are given in order; only this object may move it.
+        num_steps: of the run; none is made beyond them.
+        prepare: is given each step's batches, in the thread, as soon as they are made.
+    """
+
+    def __init__(
+        self,
+        stream: TrainStream,
+        num_steps: int,
+        prepare: Callable[[Sequence[Batch]], object] = len,
+    ):
+        self._stream, self._num_steps, self._prepare = stream, num_steps, prepare
+        self._state = stream.state_dict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: Future[tuple[list[Batch], dict[str, Any]]] | None = None
+
+    def next_step(self, *, dp_rank: int, dp_size: int) -> list[Batch]:
+        """See `TrainStream.next_step`, whose errors come out here, at the step that they are of."""
+        share = {"dp_rank": dp_rank, "dp_size": dp_size}
+        ahead = self._next or self._thread.submit(self._make, share)
+        self._next = None
+        batches, self._state = ahead.result()
+        if self._state["step"] < self._num_steps:
+            self._next = self._thread.submit(self._make, share)
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor after the last step that was given out."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TrainStream.load_state_dict`; before the first step."""
+        assert self._next is None
+        self._stream.load_state_dict(state)
+        self._state = state
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, share: dict[str, int]) -> tuple[list[Batch], dict[str, Any]]:
+        batches = self._stream.next_step(**share)
+        state = self._stream.state_dict()
+        self._prepare(batches)
+        return batches, state

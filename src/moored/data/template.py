@@ -145,12 +145,12 @@ class ChatTemplate:
 
 def _calls(messages: Sequence[Message]) -> list[tuple[str, Any]]:
     """Name and arguments of every call of a conversation."""
-    found = []
+    calls = []
     for message in messages:
         for call in message.get("tool_calls") or ():
             inner = call.get("function") or call
-            found.append((str(inner.get("name", "")), inner.get("arguments")))
-    return found
+            calls.append((str(inner.get("name", "")), inner.get("arguments")))
+    return calls
 
 
 def _has_python(text: str, messages: Sequence[Message]) -> bool:

@@ -2,7 +2,8 @@
 
 How tokens are made is `encode.py`'s and `heldout.py`'s matter. A folder's name holds all that
 its tokens depend on, this room's own code included, so that a stale one cannot be met; its content
-is verified before it is used. Arrays are mapped: the processes of a machine share them.
+is verified before it is used. Arrays are mapped: the processes of a machine share them. Tokens are
+kept of valid rows only, and with what their records were like: such rows need not be read again.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moored.data.batch import Sample
-from moored.data.chat import ChatEncoder, Tokens
-from moored.data.encode import Drops, Encoder, Flat, HeldSource, build
 from moored.data.files import SourceReader, hub_dataset
-from moored.data.records import read_records
+from moored.data.overlap import Digests
+from moored.data.records import Summary
+from moored.data.token_arrays import Drops, Flat, HeldSource, Sample, Tokens
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder, version_of
 from moored.utils.errors import UserError
-from moored.utils.progress import Phase
 
 if TYPE_CHECKING:
-    from moored.config import Corpus, Source
+    from moored.config import Corpus
+    from moored.data.chat import ChatEncoder
+    from moored.data.encode import Encoder
+    from moored.data.reading import RecordSource
 
 log = logging.getLogger(__name__)
 
 KEEP_BYTES = 16 << 20  # of a source, from which its tokens are kept without `moored prepare`
 _VERSIONS = ("transformers", "tokenizers", "jinja2")
 _FACTS = "source.json"
+_SUMMARY = "records.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,9 @@ def tokens_folder() -> Path:
 
 
 def source_tokens(
-    reader: SourceReader,
-    source: Source,
+    source: RecordSource,
     encoder: Encoder,
+    make: Callable[[Digests | None], HeldSource],
     problems: list[str],
     *,
     keep: bool = False,
@@ -86,24 +89,19 @@ def source_tokens(
     Several processes may call this at once: one tokenises and keeps, the others wait and read.
 
     Args:
-        reader: of the source.
         source: of the recipe.
-        encoder: makes the tokens.
-        problems: of records that cannot be tokenised; such a source is not kept.
+        encoder: with which its tokens are made.
+        make: makes them; takes every record into the digests, if it is given some.
+        problems: to which `make` appends; a source that has any is not kept.
         keep: keep also a source of less than KEEP_BYTES, and fail if that is not possible.
 
     Raises:
         UserError: only with `keep`: the cache cannot be written.
     """
 
-    def make() -> HeldSource:
-        with Phase(f"tokenising {reader.name}", reader.count, "rows") as phase:
-            records = phase.over(read_records(reader, source, problems))
-            return build(reader.name, records, encoder, problems, Drops())
-
-    def key() -> _Key | None:
-        tokenizer, found = _tokenizer(encoder.chat), content(reader)
-        if tokenizer is None or found is None:
+    def key(held: Content | None) -> _Key | None:
+        tokenizer = _tokenizer(encoder.chat)
+        if tokenizer is None or held is None:
             return None
         parts = {
             **tokenizer,
@@ -112,17 +110,50 @@ def source_tokens(
             "vocab_size": encoder.vocab_size,
             "max_length": encoder.data.max_length,
             "too_long": encoder.data.too_long,
-            "format": source.format,
-            "fields": source.fields,
-            "rendered": source.rendered,
-            "ignore": source.ignore,
-            "limit": source.limit,
-            "names": [reader.name, *(name for _, name in reader.files)],
-            "content": found.digest,
+            "rows": _rows(source, held),
         }
-        return _Key(parts=parts, keep=keep or found.num_bytes >= KEEP_BYTES)
+        return _Key(parts=parts, keep=keep or held.num_bytes >= KEEP_BYTES)
 
-    return _kept(reader.name, key, make, problems, must=keep)
+    def make_in(folder: Path | None) -> HeldSource:
+        if folder is None:
+            return make(None)
+        digests = Digests()
+        tokens = make(digests)
+        _save(folder, wholes=np.asarray(digests.wholes), prompts=np.asarray(digests.prompts))
+        assert source.summary is not None, "all of it has been read"
+        (folder / _SUMMARY).write_text(json.dumps(source.summary.as_json()))
+        return tokens
+
+    before = key(source.content)
+    return _kept(
+        source.name, before, lambda: key(content(source.reader)), make_in, problems, must=keep
+    )
+
+
+def kept_summary(source: RecordSource) -> tuple[Summary, Digests] | None:
+    """What the records of a source are like, from where its tokens are kept; None if they are not.
+
+    Whichever tokenizer made them: that its rows are valid, and what they are like, is the same.
+    """
+    for folder in sorted(tokens_folder().glob(f"{_slug(source.name)}-*")):
+        try:
+            manifest = atomic_dir.read_manifest(folder)
+            made_from = manifest["made_from"]
+            if "rows" not in made_from or made_from["code"] != _code():
+                continue
+            if source.content is None or made_from["rows"] != _rows(source, source.content):
+                continue
+            if any(
+                atomic_dir.sha256(folder / name) != manifest["files"][name]["sha256"]
+                for name in (_SUMMARY, "wholes.npy", "prompts.npy")
+            ):
+                continue
+            summary = Summary.from_json(json.loads((folder / _SUMMARY).read_text()))
+            wholes, prompts = _load(folder, "wholes"), _load(folder, "prompts")
+            return summary, Digests(wholes=wholes, prompts=prompts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # half a folder, or not one of ours: whoever needs its tokens says so
+    return None
 
 
 def corpus_tokens(
@@ -155,13 +186,16 @@ def corpus_tokens(
         parts = {**tokenizer, "corpus": name, "options": options, "content": text}
         return _Key(parts=parts, keep=keep)
 
-    return list(_kept(f"retention.{name}", key, flat, [], must=keep))
+    return list(_kept(f"retention.{name}", key(), key, lambda _: flat(), [], must=keep))
 
 
 def content(reader: SourceReader) -> Content | None:
     """What the files of a source hold, of a hub data set those in its cache.
 
     None where that cannot be told: a file that cannot be read, or rows that are in no file.
+
+    Raises:
+        UserError: the hub cannot be reached, or knows no such data set.
     """
     try:
         if reader.hub is None:
@@ -170,11 +204,11 @@ def content(reader: SourceReader) -> Content | None:
         files = [Path(entry["filename"]) for entry in getattr(dataset, "cache_files", None) or ()]
         if not files or getattr(dataset, "_indices", None) is not None:
             return None
-        found = _content_of_files(files)
-    except (OSError, UserError):
+        cached = _content_of_files(files)
+    except OSError:
         return None
-    which = [reader.subset, reader.split, len(dataset), repr(dataset.features), found.digest]
-    return Content(num_bytes=found.num_bytes, digest=_digest(which))
+    which = [reader.subset, reader.split, len(dataset), repr(dataset.features), cached.digest]
+    return Content(num_bytes=cached.num_bytes, digest=_digest(which))
 
 
 def content_of_texts(texts: Sequence[str]) -> Content:
@@ -197,6 +231,20 @@ def _content_of_files(files: Sequence[Path]) -> Content:
 
 
 # ---------------------------------------------------------------- what tokens depend on
+
+
+def _rows(source: RecordSource, held: Content) -> dict[str, Any]:
+    """What the records of a source depend on."""
+    options = source.source
+    return {
+        "format": options.format,
+        "fields": options.fields,
+        "rendered": options.rendered,
+        "ignore": list(options.ignore),
+        "limit": options.limit,
+        "names": [source.name, *(name for _, name in source.reader.files)],
+        "content": held.digest,
+    }
 
 
 def _tokenizer(chat: ChatEncoder) -> dict[str, Any] | None:
@@ -223,7 +271,7 @@ def _tokenizer(chat: ChatEncoder) -> dict[str, Any] | None:
 
 @functools.cache
 def _code() -> str:
-    """Of this room's files: a version of Moored that encodes otherwise has other folders."""
+    """A hash of this room's files: a version of Moored that encodes otherwise has other folders."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return _digest([(path.name, atomic_dir.sha256(path)) for path in files])
 
@@ -237,27 +285,35 @@ def _digest(value: Any) -> str:
 
 def _kept(
     name: str,
-    key: Callable[[], _Key | None],
-    make: Callable[[], HeldSource],
+    before: _Key | None,
+    now: Callable[[], _Key | None],
+    make: Callable[[Path | None], HeldSource],
     problems: list[str],
     *,
     must: bool,
 ) -> HeldSource:
-    """Reads the folder of this key, made first if it is broken, or absent and to be kept."""
-    before = key()
+    """Reads the folder of a key, made first if it is broken, or absent and to be kept.
+
+    Args:
+        name: of the source.
+        before: the key; None where it cannot be told.
+        now: the key as it is once the tokens are made.
+        make: makes them; where they are kept, it may write something of its own beside them.
+        problems: to which `make` appends; a source that has any is not kept.
+        must: an error if they cannot be kept.
+    """
     if before is None:
-        return make()
-    digest = _digest(before.parts)[:24]
-    folder = tokens_folder() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)[:40]}-{digest}"
+        return make(None)
+    folder = tokens_folder() / f"{_slug(name)}-{_digest(before.parts)[:24]}"
     if not before.keep and not folder.exists():
-        return make()
+        return make(None)
     made: list[HeldSource] = []
     count = len(problems)
 
     def fill(new: Path) -> dict[str, Any]:
         log.info("tokenising %s, once: %s", name, folder)
-        made.append(make())
-        if len(problems) > count or not len(made[0]) or key() != before:
+        made.append(make(new))
+        if len(problems) > count or not len(made[0]) or now() != before:
             raise _NotToKeepError
         _write(made[0], new)
         return {"made_from": before.parts}
@@ -275,38 +331,49 @@ def _kept(
         if must and isinstance(error, UserError):
             raise
         log.warning("the tokens of %s are not kept: %s", name, error)
-    return made[0] if made else make()
+    return made[0] if made else make(None)
+
+
+def _slug(name: str) -> str:
+    """The beginning of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)[:40]
+
+
+def _save(folder: Path, **arrays: np.ndarray) -> None:
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+
+def _load(folder: Path, name: str) -> np.ndarray:
+    """An array of a folder, mapped."""
+    mapped = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    return mapped.view(np.ndarray)
 
 
 def _write(source: HeldSource, folder: Path) -> None:
     names = [sample_id.encode() for sample_id in source.sample_ids]
-    arrays = {
-        "offsets": source.flat.offsets,
-        "input_ids": source.flat.input_ids,
-        "label_mask": source.flat.label_mask,
-        "lengths": np.array(source.drops.lengths, dtype=np.int32),
-        "names": np.frombuffer(b"".join(names), dtype=np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
-    }
-    for name, values in arrays.items():
-        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+    _save(
+        folder,
+        offsets=source.flat.offsets,
+        input_ids=source.flat.input_ids,
+        label_mask=source.flat.label_mask,
+        lengths=np.array(source.drops.lengths, dtype=np.int32),
+        names=np.frombuffer(b"".join(names), dtype=np.uint8),
+        name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+    )
     counts = source.drops.counts()
     facts = {"digest": source.digest(), "num_samples": len(source), "drops": counts}
     (folder / _FACTS).write_text(json.dumps(facts))
 
 
 def _read(folder: Path, name: str) -> HeldSource:
-    def values(name: str) -> np.ndarray:
-        mapped = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        return mapped.view(np.ndarray)
-
     facts = json.loads((folder / _FACTS).read_text())
     lengths = array("i")
-    lengths.frombytes(values("lengths").astype(np.intc).tobytes())
+    lengths.frombytes(_load(folder, "lengths").astype(np.intc).tobytes())
     return HeldSource.kept(
         name,
-        _Names(values("names"), values("name_ends")),
-        Flat(**{field: values(field) for field in ("offsets", "input_ids", "label_mask")}),
+        _Names(_load(folder, "names"), _load(folder, "name_ends")),
+        Flat(**{field: _load(folder, field) for field in ("offsets", "input_ids", "label_mask")}),
         Drops(**facts["drops"], lengths=lengths),
         digest=facts["digest"],
         folder=folder,

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moored.data.columns import REASONING_KEYS
+from moored.data.layouts import REASONING_KEYS
 from moored.data.template import Message
 
 MARK = "\ue000"  # private use: no text has it

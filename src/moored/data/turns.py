@@ -1,28 +1,44 @@
 """What the turns of a chat may be: roles and their order, words, calls, and what is not learned.
 
-Which column holds them is `records.py`'s matter, how a template lays them out `chat.py`'s.
+Those that other trainers write (ShareGPT's, Alpaca's) become ours. Which column holds them is
+`layouts.py`'s matter, how a template lays them out `chat.py`'s.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moored.data.columns import FLAGS, UNKNOWN_FLAGS
-from moored.data.files import missing_problem, text_problem
-from moored.data.foreign import is_sharegpt, sharegpt_turns
-from moored.data.nested import NotJsonError, from_json, kind_of, not_json
+from moored.data.layouts import FLAGS, UNKNOWN_FLAGS
+from moored.data.nested import (
+    NotJsonError,
+    from_json,
+    kind_of,
+    missing_problem,
+    not_json,
+    text_problem,
+)
 
 ROLES = ("system", "user", "assistant", "tool")
-ROLE_ALIASES: Mapping[str, str] = {
+# ShareGPT's `from`, as our role.
+SHAREGPT_ROLES: Mapping[str, str] = {
     "human": "user",
+    "user": "user",
     "gpt": "assistant",
+    "assistant": "assistant",
     "bot": "assistant",
-    "developer": "system",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
 }
+_MEANT = {**SHAREGPT_ROLES, "developer": "system"}  # by a role that is none of ours
 _MARKS = frozenset((*FLAGS, *UNKNOWN_FLAGS))
 _YES_NO = {0: False, 1: True}  # True, False, 0.0 and 1.0 are keys of it, too
 
@@ -90,13 +106,13 @@ def read_tools(tools: Any, name: str) -> list[dict[str, Any]] | str | None:
     if isinstance(tools, str) and tools.strip() in ("", "null"):
         return None
     try:
-        found = from_json(tools, list)
+        given = from_json(tools, list)
     except NotJsonError as error:
         return f"{name}: {error} of JSON schemas, or remove the column"
-    if found is not None and not isinstance(found, list):
-        return f"{name}: holds {kind_of(found)}: write a list of JSON schemas, or remove the column"
+    if given is not None and not isinstance(given, list):
+        return f"{name}: holds {kind_of(given)}: write a list of JSON schemas, or remove the column"
     schemas: list[dict[str, Any]] = []
-    for number, tool in enumerate(found or ()):
+    for number, tool in enumerate(given or ()):
         try:
             schema = _object(tool, "")
             for key in ("function", "parameters"):
@@ -135,7 +151,7 @@ def _read_turn(message: Any) -> dict[str, Any]:
     role = message["role"]
     if role not in ROLES:
         near = difflib.get_close_matches(str(role), ROLES, 1)
-        meant = ROLE_ALIASES.get(str(role).lower()) or (near[0] if near else None)
+        meant = _MEANT.get(str(role).lower()) or (near[0] if near else None)
         hint = f"; did you mean {meant!r}?" if meant else f": use one of {', '.join(ROLES)}"
         raise _ProblemError(f".role: {role!r} is unknown{hint}")
     if problem := _flag_problem(message):
@@ -196,12 +212,12 @@ def _looks_like_object(value: Any) -> bool:
 def _object(value: Any, place: str) -> dict[str, Any]:
     """An object, if need be out of JSON text."""
     try:
-        found = from_json(value, dict)
+        decoded = from_json(value, dict)
     except NotJsonError as error:
         raise _ProblemError(f"{place}: {error}") from error
-    if not isinstance(found, dict):
-        raise _ProblemError(f"{place}: holds {kind_of(found)}: write an object")
-    return dict(found)
+    if not isinstance(decoded, dict):
+        raise _ProblemError(f"{place}: holds {kind_of(decoded)}: write an object")
+    return dict(decoded)
 
 
 def _require_json(value: dict[str, Any]) -> None:
@@ -272,3 +288,86 @@ def _order_problem(roles: list[str]) -> str | None:
     if roles[last] != "assistant":
         return f"[{last}].role: the last turn is {roles[last]!r}: end with the assistant's answer"
     return None
+
+
+# ---------------------------------------------------------------- as other trainers have them
+
+
+def is_sharegpt(turns: Any) -> bool:
+    """Whether all turns have `from` and `value`, and none a role."""
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(
+            isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn
+            for turn in turns
+        )
+    )
+
+
+def sharegpt_turns(turns: Sequence[dict[str, Any]], name: str) -> list[Any] | list[str]:
+    """ShareGPT's turns with roles and content, in a list of objects; else problems, in words.
+
+    Args:
+        turns: for which `is_sharegpt` holds.
+        name: of their column.
+    """
+    ours: list[Any] = []
+    problems: list[str] = []
+    for index, turn in enumerate(turns):
+        place = f"{name}[{index}]"
+        role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            problems.append(
+                f"{place}.from: {turn['from']!r} is unknown: use one of {', '.join(SHAREGPT_ROLES)}"
+            )
+            continue
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        if str(turn["from"]).lower() != "function_call":
+            ours.append({"role": role, "content": turn["value"]} | rest)
+            continue
+        calls = _calls(turn["value"])
+        if isinstance(calls, str):
+            problems.append(f"{place}.value: {calls}")
+        else:
+            ours.append({"role": role, "tool_calls": calls} | rest)
+    return problems or ours
+
+
+def _calls(value: Any) -> list[dict[str, Any]] | str:
+    """The calls of a `function_call` turn: one, or a list of them."""
+    fix = 'write {"name": ..., "arguments": {...}}, or a list of such'
+    try:
+        wanted = list if str(value).lstrip().startswith("[") else dict
+        given = from_json(value, wanted)
+    except NotJsonError as error:
+        return f"{error}: {fix}"
+    calls = given if isinstance(given, list) else [given]
+    for call in calls:
+        if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
+            what = kind_of(call) if not isinstance(call, dict) else "an object without them"
+            return f"a function_call has a name and arguments, this is {what}: {fix}"
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def alpaca_history(history: Any) -> list[dict[str, Any]] | str:
+    """The turns before Alpaca's instruction; else what is wrong with them, in words."""
+    try:
+        pairs = from_json(history or [], list)
+    except NotJsonError as error:
+        return str(error)
+    fix = "write a list of [instruction, output] pairs"
+    if not isinstance(pairs, list):
+        return f"holds {kind_of(pairs)}: {fix}"
+    turns: list[dict[str, Any]] = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            return f"entry {index} is {kind_of(pair)}: {fix}"
+        roles = ("user", "assistant")
+        turns += [{"role": r, "content": text} for r, text in zip(roles, pair, strict=True)]
+    return turns
+
+
+def alpaca_prompt(instruction: str, given: str) -> str:
+    """Alpaca's instruction, and after an empty line what it is about, where there is that."""
+    return f"{instruction}\n\n{given}" if given.strip() else instruction

@@ -42,7 +42,7 @@ class ProcessGroup(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the axis."""
+        """The axis's name."""
         ...
 
     @property

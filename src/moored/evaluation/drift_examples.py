@@ -1,6 +1,6 @@
 """Where a policy drifts on a text: gathered row by row while the text is measured.
 
-The rows come from `drift.py`; what is made of them for people is `report/where.py`'s.
+The rows come from `drift.py`; what is made of them for people is `report/results.py`'s.
 """
 
 from __future__ import annotations

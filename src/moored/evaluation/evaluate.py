@@ -17,10 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from moored.config import PROBE, Config, Corpus, EvaluationConfig
 from moored.data import (
     BaseIdentity,
+    DataReader,
     Prompt,
+    SampleSet,
     by_domain,
     eval_batches,
     eval_samples,
+    load_samples,
     pad_token_id,
     prompts,
     retention_samples,
@@ -132,13 +135,27 @@ class Evaluation:
     answered: Answered
 
 
-def build_suite(config: Config, located: BaseFiles, mesh: Mesh) -> Suite:
+def build_suite(
+    config: Config,
+    located: BaseFiles,
+    mesh: Mesh,
+    reader: DataReader | None = None,
+    held_out: SampleSet | None = None,
+) -> Suite:
     """Read and tokenise everything that will be evaluated.
+
+    Args:
+        config: the recipe.
+        located: the base.
+        mesh: the processes.
+        reader: has read the recipe's data, if somebody has.
+        held_out: all of data.eval, if somebody has tokenised it.
 
     Raises:
         UserError: a file is missing, broken or too short, by name.
     """
     tokenizer, vocab_size = located.tokenizer, located.vocab_size
+    reader = reader or DataReader()
     windows = {f"{place}.window_tokens": c.window_tokens for place, c in config.corpora().items()}
     require_positions(located, {"data.max_length": config.data.max_length, **windows})
     deal = {
@@ -157,13 +174,22 @@ def build_suite(config: Config, located: BaseFiles, mesh: Mesh) -> Suite:
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     adaptation = None
     if config.data.eval:
-        adaptation = text(eval_samples(config, tokenizer, vocab_size=vocab_size))
+        if held_out is None:
+            held_out = load_samples(
+                config.data.eval,
+                tokenizer,
+                config.data,
+                vocab_size,
+                section="data.eval",
+                reader=reader,
+            )
+        adaptation = text(eval_samples(config, tokenizer, loaded=held_out))
     corpora: dict[str, Corpus] = {}
     for name, corpus in config.retention.items():
-        corpora |= by_domain(name, corpus)
+        corpora |= by_domain(name, corpus, reader.corpus)
     retention = {
         name: text(
-            retention_samples(name, corpus, tokenizer, base=base),
+            retention_samples(name, corpus, tokenizer, base=base, reader=reader),
             last_words=corpus.target == "last_word",
         )
         for name, corpus in corpora.items()
@@ -171,12 +197,14 @@ def build_suite(config: Config, located: BaseFiles, mesh: Mesh) -> Suite:
     probe = None
     if config.regularizer.budget is not None:
         corpus = config.regularizer.budget.probe
-        probe = text(retention_samples("probe", corpus, tokenizer, place=PROBE, base=base))
+        probe = text(
+            retention_samples("probe", corpus, tokenizer, place=PROBE, base=base, reader=reader)
+        )
     asked = config.evaluation
     return Suite(
         adaptation=adaptation,
         retention=retention,
-        prompts=prompts(config, tokenizer) if asked.exact_match else [],
+        prompts=prompts(config, tokenizer, reader) if asked.exact_match else [],
         instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
         probe=probe,
     )

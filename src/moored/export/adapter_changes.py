@@ -105,7 +105,7 @@ def _hollow(model: Any, filled: Collection[str]) -> None:
 
 
 def _changes(path: str, module: Any, adapter: Path) -> Iterator[tuple[str, Change | None]]:
-    """Names of the base's tensors, and what a layer does to each; None: as to another's."""
+    """The base's tensors that a layer changes, by name, and how; None: as it does another's."""
     plain = plain_name(path)
     if isinstance(module, ModulesToSaveWrapper):
         for name, tensor in module.modules_to_save["default"].named_parameters():

@@ -6,18 +6,18 @@ What lies in it is made beside; modes are those of the umask, since others are t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moored.export.card.gather import utc
 from moored.utils import atomic_dir
 from moored.utils.environment import versions_of
 from moored.utils.errors import UserError
+from moored.utils.json_files import write_json
 
 FACTS = "export.json"
 EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")
@@ -58,23 +58,14 @@ def require_disk(folder: Path, num_bytes: int) -> None:
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write `export.json`: facts, time, versions, and size and SHA-256 of each file in `folder`."""
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    with atomic_dir.hashing("hashing what is exported", paths) as phase:
-        files = {
-            p.relative_to(folder).as_posix(): {
-                "bytes": p.stat().st_size,
-                "sha256": atomic_dir.sha256(p, phase),
-            }
-            for p in paths
-        }
     whole = {
         "format": 1,
         **facts,
         "versions": versions_of(EXPORT_VERSIONS),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "files": files,
+        "created": utc(time.time()),
+        "files": atomic_dir.contents(folder, "hashing what is exported"),
     }
-    (folder / FACTS).write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(folder / FACTS, whole)
 
 
 @contextlib.contextmanager
@@ -88,10 +79,8 @@ def publishing(to: Path) -> Iterator[tuple[Path, Path]]:
         UserError: something else took the name in the meantime.
     """
     to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{to.name}.", suffix=".tmp", dir=to.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        new, work = Path(temporary) / "new", Path(temporary) / "work"
+    with atomic_dir.beside(to) as temporary:
+        new, work = temporary / "new", temporary / "work"
         new.mkdir()
         work.mkdir()
         yield new, work
@@ -99,10 +88,7 @@ def publishing(to: Path) -> Iterator[tuple[Path, Path]]:
         os.umask(umask)
         for path in (new, *new.rglob("*")):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        atomic_dir.fsync_directory(new)
+        atomic_dir.flush(new)
         try:
             os.rename(new, to)  # an empty folder may be there, and nothing else
         except OSError as error:

@@ -5,7 +5,6 @@ Nothing of the size of dW is made for an adapter, see `adapters.product_squares`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moored.export.card import Delta, Deltas
+from moored.export.card.facts import Delta, Deltas
 from moored.models.adapters import product_squares
+from moored.models.elsewhere import read_settings
 from moored.models.weights import Files
 from moored.utils.progress import Phase
 
@@ -27,13 +27,13 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """Of one matrix, squared Frobenius norms.
+    """Squared Frobenius norms of one matrix.
 
     Attributes:
-        name: of the matrix's module.
-        delta: of dW.
-        weight: of W; None: it was not read.
-        rounding: of what rounding to the written dtype changed; None: nothing was written.
+        name: the matrix's module.
+        delta: dW.
+        weight: W; None: it was not read.
+        rounding: what rounding to the written dtype changed; None: nothing was written.
     """
 
     name: str
@@ -62,7 +62,7 @@ def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
         source: of the base.
         read_base: read the base's adapted weights, for norms relative to theirs.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_settings(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     other = _not_a_plain_product(config, tensors)
     if other is not None:
@@ -75,16 +75,20 @@ def of_adapter(folder: Path, source: Path, *, read_base: bool) -> Deltas:
             module = key.removesuffix(".lora_A.weight")
             a, b = tensors[key], tensors[f"{module}.lora_B.weight"]
             name = module.removeprefix(PREFIX)
+            product = max(0.0, product_squares(a.double(), b.double()).item())
             weight = None
-            if files is not None and f"{name}.weight" in files.names:
-                stored = files.whole(f"{name}.weight")
-                # Packed codes have another shape, and say nothing of the weights' size.
-                if stored.numel() == a.shape[1] * b.shape[0] and stored.is_floating_point():
-                    weight = squares(stored)
-            scale = _scale(config, name)
-            delta = scale**2 * max(0.0, product_squares(a.double(), b.double()).item())
-            moved.append(Moved(name=name, delta=delta, weight=weight))
+            if files is not None:
+                weight = _weight_squares(files, f"{name}.weight", a.shape[1] * b.shape[0])
+            moved.append(Moved(name=name, delta=_scale(config, name) ** 2 * product, weight=weight))
     return summary("adapter", moved)
+
+
+def _weight_squares(files: Files, name: str, size: int) -> float | None:
+    """`squares` of a stored weight; packed codes have another size, and say nothing of it."""
+    if name not in files.names:
+        return None
+    stored = files.whole(name)
+    return squares(stored) if stored.numel() == size and stored.is_floating_point() else None
 
 
 def _not_a_plain_product(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
@@ -103,31 +107,30 @@ def _not_a_plain_product(config: Mapping[str, Any], tensors: Mapping[str, Tensor
         if kind not in ("A.weight", "B.weight") or other not in tensors or tensor.dim() != 2:
             return f"the adapter has more than products of two matrices ({key})"
         rank = tensor.shape[0 if kind == "A.weight" else 1]
-        if rank != _of(config, "rank_pattern", "r", module.removeprefix(PREFIX)):
+        if rank != _setting(config, "rank_pattern", "r", module.removeprefix(PREFIX)):
             return f"the rank of {key} is not that of its configuration"
     return None
 
 
-def _of(config: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
+def _setting(config: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
     pattern = config.get(patterns) or {}
     return pattern.get(get_pattern_key(list(pattern), name), config[default])
 
 
 def _scale(config: Mapping[str, Any], name: str) -> float:
-    rank = _of(config, "rank_pattern", "r", name)
-    alpha = _of(config, "alpha_pattern", "lora_alpha", name)
+    rank = _setting(config, "rank_pattern", "r", name)
+    alpha = _setting(config, "alpha_pattern", "lora_alpha", name)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def summary(of: str, moved: Sequence[Moved]) -> Deltas:
-    """Matrices, each for itself, as a card has them."""
+    """What became of matrices, as a card has it: in all, by kind, and which moved most."""
     if not moved:
         return Deltas(of=of, missing="the adapter changes no matrix")
     kinds: dict[str, list[Moved]] = {}
     for one in moved:
         kinds.setdefault(one.name.rpartition(".")[2], []).append(one)
-    each = [(one.name, _delta([one])) for one in moved]
-    largest, most = max(each, key=lambda item: _size(item[1]))
+    largest = max(moved, key=lambda one: _size(_delta([one])))
     total, written = _delta(moved), [one.rounding for one in moved if one.rounding is not None]
     rounding = None
     if len(written) == len(moved) and total.norm > 0:
@@ -136,8 +139,8 @@ def summary(of: str, moved: Sequence[Moved]) -> Deltas:
         of=of,
         total=total,
         by_module={kind: _delta(kinds[kind]) for kind in sorted(kinds)},
-        largest=largest,
-        largest_delta=most,
+        largest=largest.name,
+        largest_delta=_delta([largest]),
         rounding=rounding,
     )
 

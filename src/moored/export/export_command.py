@@ -10,17 +10,14 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-import torch
-
 from moored.config import Config
 from moored.distributed.mesh import Mesh, leave_mesh, start_mesh
-from moored.export import card, deltas, generation_config, merge
+from moored.export import deltas, generation_config, merge
 from moored.export.adapter_folder import (
     EXPORT_VERSIONS,
     publishing,
@@ -28,6 +25,8 @@ from moored.export.adapter_folder import (
     require_free_name,
     write_facts,
 )
+from moored.export.card import gather, markdown
+from moored.export.card.facts import Card, Deltas, Merged, Provenance, Stops
 from moored.export.resolve_target import (
     ADAPTER,
     ExportInput,
@@ -40,6 +39,7 @@ from moored.export.verification import (
     Outputs,
     Probe,
     compare,
+    dtype_name,
     kl_per_token,
     make_probe,
     needed_import,
@@ -61,11 +61,13 @@ class Export:
 
     Attributes:
         given: the run or the adapter, as it is.
+        adapter: the run's, or a copy at another scale.
+        scale: factor of what was trained, 1 as trained.
         config: its recipe.
         located: its base on this machine.
         mesh: this process.
-        adapter: the run's, or a copy at another scale.
-        scale: factor of what was trained, 1 as trained.
+        folder: what is filled.
+        work: for what is not kept.
         probe: what is compared.
         trained: the logits of the policy that was trained, with that adapter.
         stops: where generation is to stop.
@@ -78,9 +80,11 @@ class Export:
     config: Config
     located: BaseFiles
     mesh: Mesh
+    folder: Path
+    work: Path
     probe: Probe
     trained: Outputs
-    stops: card.Stops
+    stops: Stops
     tokenizer: Any
 
     @property
@@ -89,6 +93,21 @@ class Export:
         if self.config.model.quantization == "none" or merge.is_quantised(self.located.source.path):
             return None
         return self.config.model.double_quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What lies in the folder, and was verified.
+
+    Attributes:
+        facts: what `export.json` says of it.
+        weights: how far it moves the base's.
+        merged: a merged model's own facts.
+    """
+
+    facts: dict[str, Any]
+    weights: Deltas
+    merged: Merged | None = None
 
 
 def run_command(
@@ -130,61 +149,58 @@ def run_command(
     mesh = start_mesh()
     try:
         with publishing(to) as (folder, work):
-            _make(given, mesh, folder, work, base, scale)
+            _export(given, mesh, folder, work, base=base, scale=scale)
     finally:
         leave_mesh()
     print(f"{'merged model' if merged else 'adapter'} in {to}")
 
 
-def _make(
+def _export(
     given: ExportInput,
     mesh: Mesh,
     folder: Path,
     work: Path,
+    *,
     base: str | None,
     scale: float | None,
 ) -> None:
-    config, adapter = given.config, given.adapter
+    """Fill the folder; whatever can be refused is refused before the policy is loaded."""
+    config, adapter, disk = given.config, given.adapter, folder.parent.parent
     located = resolve_base(config.model, mesh)
     warn_of_another_base(given.run, config, located)
-    source = located.source.path
-    plan = None
     if scale is not None:
         adapter = work / "scaled"
         write_scaled(given.adapter, adapter, scale)
+    plan = None
     if base is None:
-        require_disk(folder.parent.parent, sum((adapter / n).stat().st_size for n in ADAPTER))
+        require_disk(disk, sum((adapter / name).stat().st_size for name in ADAPTER))
     else:
-        plan = _plan(source, config, adapter, mesh, work, base)
-        require_disk(folder.parent.parent, plan.num_bytes)
+        plan = _plan(located.source.path, config, adapter, mesh, work, base)
+        require_disk(disk, plan.num_bytes)
         merge.require_memory(plan, merge.device_for(plan, mesh.device))
     probe = make_probe(config, located)
     log.info("the trained policy computes %d tokens of %s", probe.num_tokens, probe.origin)
     trained = trained_outputs(config, located, mesh, adapter, probe)
-    ends = generation_config.stops_of(given.run, config, located)
+    stops = generation_config.stops_of(given.run, config, located)
     export = Export(
         given=given,
+        adapter=adapter,
+        scale=1.0 if scale is None else scale,
         config=config,
         located=located,
         mesh=mesh,
-        adapter=adapter,
-        scale=1.0 if scale is None else scale,
+        folder=folder,
+        work=work,
         probe=probe,
         trained=trained,
-        stops=ends,
-        tokenizer=generation_config.tokenizer_of(config, located, ends),
+        stops=stops,
+        tokenizer=generation_config.tokenizer_of(config, located, stops),
     )
     export.tokenizer.save_pretrained(folder)
-    if plan is None:
-        made = _adapter(export, folder, work)
-        weights = _product(export)
-    else:
-        made, moved = _merge(export, plan, folder, work)
-        weights = deltas.summary("merged", moved)
-    print(generation_config.in_words(export.stops))
-    readme = card.readme_of(given.adapter)
-    card.write(_card(export, made, weights), folder, readme)
-    write_facts(folder, made | ({} if scale is None else {"scale": scale}) | _facts(export))
+    made = _adapter(export) if plan is None else _merged(export, plan)
+    print(generation_config.in_words(stops))
+    markdown.write(_card(export, made), folder, markdown.readme_of(given.adapter))
+    write_facts(folder, made.facts | ({} if scale is None else {"scale": scale}) | _facts(export))
 
 
 def _plan(
@@ -192,8 +208,7 @@ def _plan(
 ) -> merge.Plan:
     with contextlib.suppress(merge.OtherNamesError):
         return merge.plan(source, config.model, adapter, base, mesh.device)
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    require_disk(work.parent.parent, 2 * size)
+    require_disk(work.parent.parent, 2 * _weight_bytes(source))
     merge.renamed(source, config.model, work / "renamed")
     try:
         return merge.plan(work / "renamed", config.model, adapter, base, mesh.device)
@@ -204,7 +219,15 @@ def _plan(
         ) from error
 
 
-def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
+def _weight_bytes(source: Path) -> int:
+    return sum(file.stat().st_size for file in source.glob("*.safetensors"))
+
+
+# ---------------------------------------------------------------- an adapter
+
+
+def _adapter(export: Export) -> Made:
+    source, folder = export.located.source.path, export.folder
     for name in ADAPTER:
         copyfile(export.adapter / name, folder / name)
     generation_config.write_generation_config(folder, export.located, export.stops)
@@ -213,115 +236,117 @@ def _adapter(export: Export, folder: Path, work: Path) -> dict[str, Any]:
         export.config,
         export.probe,
         device=export.mesh.device,
-        model=export.located.source.path,
+        model=source,
         adapter=folder,
         double=export.double,
         tokenizer=export.tokenizer,
         tokenizer_folder=folder,
-        work=work,
+        work=export.work,
     )
-    hf_config = json.loads((export.located.source.path / "config.json").read_text())
-    text = hf_config.get("text_config", hf_config)
-    found = compare(
-        stock.on,
-        export.trained,
-        tolerance_of(
-            text.get("num_hidden_layers") or text["n_layer"],
-            max(v for k in ("hidden_size", "intermediate_size", "n_embd") if (v := text.get(k))),
-            resolve_dtype(export.config.model, export.mesh.device),
-        ),
-    )
-    found.require("its logits in stock PEFT and in Moored")
-    facts = {"kind": "adapter", "verified": _verified(export, found, against="trained policy")}
+    dtype = resolve_dtype(export.config.model, export.mesh.device)
+    agreement = compare(stock.on, export.trained, tolerance_of(*_depth_and_width(source), dtype))
+    agreement.require("its logits in stock PEFT and in Moored")
     module = needed_import(folder)
-    if module is None:
-        _say(export, found, "stock PEFT and the trained policy")
-        return facts
-    _say(export, found, f"PEFT with {module} and the trained policy")
-    print(
-        f"PEFT alone does not know {export.config.adapter.method}: `import {module}` before it "
-        "loads this adapter, or export with --merge, which needs nothing"
-    )
-    return facts | {"import_first": module}
+    loader = "stock PEFT" if module is None else f"PEFT with {module}"
+    _say(export, agreement, f"{loader} and the trained policy")
+    facts = {"kind": "adapter", "verified": _verified(export, agreement, "trained policy")}
+    if module is not None:
+        print(
+            f"PEFT alone does not know {export.config.adapter.method}: `import {module}` before it "
+            "loads this adapter, or export with --merge, which needs nothing"
+        )
+        facts["import_first"] = module
+    read_base = _weight_bytes(source) <= gather.HASHED_BYTES
+    return Made(facts=facts, weights=deltas.of_adapter(export.adapter, source, read_base=read_base))
 
 
-def _merge(
-    export: Export, plan: merge.Plan, folder: Path, work: Path
-) -> tuple[dict[str, Any], Sequence[deltas.Moved]]:
-    source, config = export.located.source.path, export.config
+def _depth_and_width(source: Path) -> tuple[int, int]:
+    """Layers of a base, and the larger of its hidden and intermediate size."""
+    config = json.loads((source / "config.json").read_text())
+    text = config.get("text_config", config)
+    widths = (text.get(key) for key in ("hidden_size", "intermediate_size", "n_embd"))
+    return text.get("num_hidden_layers") or text["n_layer"], max(filter(None, widths))
+
+
+# ---------------------------------------------------------------- a merged model
+
+
+def _merged(export: Export, plan: merge.Plan) -> Made:
+    config, folder = export.config, export.folder
     log.info("merging into the %s weights: %.2f GB", plan.base, plan.num_bytes / 1e9)
     moved = merge.write(plan, folder, export.mesh.device)
     generation_config.write_generation_config(folder, export.located, export.stops)
     device = merge.device_for(plan, export.mesh.device)
     log.info("stock transformers and PEFT load it, and what it must equal, in fresh processes")
-    merged = stock_outputs(
+    stock = stock_outputs(
         config,
         export.probe,
         device=device,
         model=folder,
         tokenizer=export.tokenizer,
         tokenizer_folder=folder,
-        work=work,
+        work=export.work,
     )
     expected = stock_outputs(
         config,
         export.probe,
         device=device if plan.base == "w16" else export.mesh.device,
-        model=source,
+        model=export.located.source.path,
         adapter=export.adapter,
         double=export.double if plan.base == "nf4" else None,
-        work=work,
+        work=export.work,
     )
     dtypes = (resolve_dtype(config.model, at) for at in (device, export.mesh.device))
     tolerance = tolerance_of(plan.layers, plan.width, *dtypes, plan.coarsest)
-    found = compare(merged.on, expected, tolerance)
-    found.require("the logits of the merged model and of base and adapter apart")
-    _say(export, found, "the merged model and its base with the adapter beside it")
-    kl = kl_per_token(export.trained.on, merged.on)
-    effect = kl_per_token(export.trained.on, _off(export.trained))
+    agreement = compare(stock.on, expected, tolerance)
+    agreement.require("the logits of the merged model and of base and adapter apart")
+    _say(export, agreement, "the merged model and its base with the adapter beside it")
+    on, off = export.trained.on, export.trained.off
+    assert off is not None
+    merged = Merged(
+        into=plan.base,
+        dtype=dtype_name(plan.coarsest),
+        kl_trained_merged_nats_per_token=kl_per_token(on, stock.on),
+        kl_trained_base_nats_per_token=kl_per_token(on, off),
+    )
     print(
-        f"KL(trained || merged) = {kl:.3g} nats per token with --base {plan.base}; the adapter "
-        f"itself makes {effect:.3g} (trained || base)"
+        f"KL(trained || merged) = {merged.kl_trained_merged_nats_per_token:.3g} nats per token "
+        f"with --base {plan.base}; the adapter itself makes "
+        f"{merged.kl_trained_base_nats_per_token:.3g} (trained || base)"
     )
     if plan.base == "w16" and config.model.quantization == "nf4":
         print("what was trained had 4-bit weights: --base nf4 writes these, dequantised")
     against = f"stock PEFT, {plan.base} base with the adapter beside it"
-    made = {
+    facts = {
         "kind": "merged",
         "merged_into": plan.base,
-        "dtype": str(plan.coarsest).removeprefix("torch."),
-        "kl_trained_merged_nats_per_token": kl,
-        "kl_trained_base_nats_per_token": effect,
-        "verified": _verified(export, found, against=against),
+        **merged.model_dump(exclude={"into"}),
+        "verified": _verified(export, agreement, against),
     }
-    return made, moved
+    return Made(facts=facts, weights=deltas.summary("merged", moved), merged=merged)
 
 
-def _off(outputs: Outputs) -> torch.Tensor:
-    assert outputs.off is not None
-    return outputs.off
+# ---------------------------------------------------------------- what is said and written
 
 
-# ---------------------------------------------------------------- what is written
-
-
-def _say(export: Export, found: Agreement, what: str) -> None:
-    share = "" if found.share is None else f", {100 * found.share:.1f} % of the adapter's effect"
+def _say(export: Export, agreement: Agreement, what: str) -> None:
+    effect = f"the adapter moves {agreement.adapter_effect:.2g}"
+    share = agreement.share
     print(
-        f"verified on {export.probe.num_tokens} tokens: {what} differ by {found.difference:.2g} "
-        f"(rounding explains {found.tolerance:.2g}; the adapter moves {found.adapter_effect:.2g})"
-        f"{share}"
+        f"verified on {export.probe.num_tokens} tokens: {what} differ by "
+        f"{agreement.difference:.2g} (rounding explains {agreement.tolerance:.2g}; {effect})"
+        + ("" if share is None else f", {100 * share:.1f} % of the adapter's effect")
     )
 
 
-def _verified(export: Export, found: Agreement, *, against: str) -> dict[str, Any]:
+def _verified(export: Export, agreement: Agreement, against: str) -> dict[str, Any]:
     return {
         "against": against,
         "num_tokens": export.probe.num_tokens,
         "text": export.probe.origin,
-        "compute_dtype": str(resolve_dtype(export.config.model, export.mesh.device)).split(".")[-1],
+        "compute_dtype": dtype_name(resolve_dtype(export.config.model, export.mesh.device)),
         "device": export.mesh.device.type,
-        "relative_rms_of_logits": asdict(found),
+        "relative_rms_of_logits": asdict(agreement),
         "keys_and_values_exact": True,
         "tokenizer_equal": True,
     }
@@ -329,23 +354,11 @@ def _verified(export: Export, found: Agreement, *, against: str) -> dict[str, An
 
 def _facts(export: Export) -> dict[str, Any]:
     model, run = export.config.model, export.given.run
-    state = {} if run is None else run.state()
-    of_run = (
-        {}
-        if run is None
-        else {
-            "run": {
-                "name": export.config.name,
-                "folder": run.path.resolve().name,
-                "status": state.get("status"),
-                "steps": state.get("step"),
-                "recipe": export.config.fingerprint(),
-            }
-        }
-    )
-    ends = [asdict(end) for end in export.stops.learned]
-    return of_run | {
-        "stops": {"learned": ends, "eos_token_id": export.stops.ids},
+    facts: dict[str, Any] = {
+        "stops": {
+            "learned": [end.model_dump() for end in export.stops.learned],
+            "eos_token_id": export.stops.ids,
+        },
         "base": {
             "name": model.name_or_path,
             "revision": export.located.source.revision,
@@ -353,46 +366,41 @@ def _facts(export: Export) -> dict[str, Any]:
             "double_quantization": model.double_quantization,
         },
     }
+    if run is None:
+        return facts
+    state = run.state()
+    of_run = {
+        "name": export.config.name,
+        "folder": run.path.resolve().name,
+        "status": state.get("status"),
+        "steps": state.get("step"),
+        "recipe": export.config.fingerprint(),
+    }
+    return {"run": of_run} | facts
 
 
-# ---------------------------------------------------------------- the forgetting card
-
-
-def _product(export: Export) -> card.Deltas:
-    source = export.located.source.path
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    return deltas.of_adapter(export.adapter, source, read_base=size <= card.HASHED_BYTES)
-
-
-def _card(export: Export, made: dict[str, Any], weights: card.Deltas) -> card.Card:
+def _card(export: Export, made: Made) -> Card:
     given, config = export.given, export.config
-    training, data, provenance = None, None, card.Provenance()
+    training, data, provenance = None, None, Provenance()
+    named = "ADAPTER --recipe RECIPE.yaml"
     if given.run is not None:
-        training, data, provenance = card.of_run(given.run, config)
-    named = "RUN" if given.run is not None else "ADAPTER --recipe RECIPE.yaml"
-    is_merged = made["kind"] == "merged"
-    return card.Card(
-        kind=made["kind"],
-        name=card.public(given.name),
-        created=card.utc(time.time()),
+        training, data, provenance = gather.of_run(given.run, config)
+        named = "RUN"
+    report = given.report_file(export.scale)
+    is_merged = made.merged is not None
+    return Card(
+        kind=made.facts["kind"],
+        name=gather.public(given.name),
+        created=gather.utc(time.time()),
         scale=export.scale,
-        figures=card.figures_for(
-            named, given.report_file(export.scale), export.scale, config.retention, given.name
-        ),
-        base=card.base_of(config.model, export.located.source, hash_all=is_merged),
-        adapter=card.adapter_of(export.adapter),
+        figures=gather.figures_for(named, report, export.scale, config.retention, given.name),
+        base=gather.base_of(config.model, export.located.source, hash_all=is_merged),
+        adapter=gather.adapter_of(export.adapter),
         training=training,
         data=data,
-        deltas=weights,
-        merged=card.Merged(
-            into=made["merged_into"],
-            dtype=made["dtype"],
-            kl_trained_merged_nats_per_token=made["kl_trained_merged_nats_per_token"],
-            kl_trained_base_nats_per_token=made["kl_trained_base_nats_per_token"],
-        )
-        if is_merged
-        else None,
+        deltas=made.weights,
+        merged=made.merged,
         stops=export.stops,
-        verified=made["verified"],
-        provenance=replace(provenance, export_versions=versions_of(EXPORT_VERSIONS)),
+        verified=made.facts["verified"],
+        provenance=provenance.model_copy(update={"export_versions": versions_of(EXPORT_VERSIONS)}),
     )

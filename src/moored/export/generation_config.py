@@ -19,7 +19,7 @@ import transformers
 
 from moored.config import Config
 from moored.data import load_samples, turn_ends
-from moored.export import card
+from moored.export.card.facts import End, Stops
 from moored.models.base import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.utils.errors import UserError
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FILE = transformers.utils.GENERATION_CONFIG_NAME
 
 
-def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> card.Stops:
+def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> Stops:
     """The ends that a run wrote down; or, where it did not, those of the recipe's data.
 
     Args:
@@ -38,42 +38,43 @@ def stops_of(run: RunDirectory | None, config: Config, located: BaseFiles) -> ca
     """
     tokenizer: Any = located.tokenizer
     state = {} if run is None else run.state()
-    learned: list[Any] = state.get("turn_ends") or []
-    if not learned:
-        data = config.data
-        for section, sources in (("data.train", data.train), ("data.eval", data.eval)):
-            try:
-                samples = load_samples(
-                    sources, tokenizer, data, located.vocab_size, section=section
-                )
-            except UserError as error:
-                log.warning("%s cannot be read any more (%s)", section, str(error).splitlines()[0])
-                continue
-            ends = turn_ends(samples, tokenizer, data.max_length)
-            learned = [{"id": e.id, "token": e.token, "count": e.count} for e in ends]
-            break
-    base = _ends_of_base(located)
-    return card.Stops(
-        learned=tuple(card.End(**end) for end in learned),
-        base=tuple(
-            card.End(id=i, token=str(tokenizer.convert_ids_to_tokens(i)), count=None) for i in base
-        ),
+    learned = [End(**end) for end in state.get("turn_ends") or ()]
+    base = [(i, str(tokenizer.convert_ids_to_tokens(i))) for i in _ends_of_base(located)]
+    return Stops(
+        learned=tuple(learned or _ends_of_data(config, located)),
+        base=tuple(End(id=i, token=token) for i, token in base),
     )
 
 
+def _ends_of_data(config: Config, located: BaseFiles) -> list[End]:
+    """The ends of turns in the recipe's data, of the first section that is still there."""
+    data = config.data
+    for section, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        try:
+            samples = load_samples(
+                sources, located.tokenizer, data, located.vocab_size, section=section
+            )
+        except UserError as error:
+            log.warning("%s cannot be read any more (%s)", section, str(error).splitlines()[0])
+        else:
+            ends = turn_ends(samples, located.tokenizer, data.max_length)
+            return [End(id=end.id, token=end.token, count=end.count) for end in ends]
+    return []
+
+
 def _ends_of_base(located: BaseFiles) -> list[int]:
-    """At which stock `generate` stops the base."""
+    """The tokens at which stock `generate` stops the base."""
     path = located.source.path
     for name in (FILE, "config.json"):
         if (path / name).is_file():
-            found = json.loads((path / name).read_text()).get("eos_token_id")
-            if found is not None:
-                return list(found) if isinstance(found, Sequence) else [found]
-    eos: Any = located.tokenizer.eos_token_id
-    return [eos]
+            eos = json.loads((path / name).read_text()).get("eos_token_id")
+            if eos is not None:
+                return list(eos) if isinstance(eos, Sequence) else [eos]
+    tokenizer: Any = located.tokenizer
+    return [tokenizer.eos_token_id]
 
 
-def write_generation_config(folder: Path, located: BaseFiles, stops: card.Stops) -> None:
+def write_generation_config(folder: Path, located: BaseFiles, stops: Stops) -> None:
     """Write the base's `generation_config.json`, which stops at the learned ends, too.
 
     Args:
@@ -92,8 +93,8 @@ def write_generation_config(folder: Path, located: BaseFiles, stops: card.Stops)
     (folder / FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def tokenizer_of(config: Config, located: BaseFiles, stops: card.Stops) -> Any:
-    """The base's, with the recipe's chat template if it has one, and the end of a turn as its end.
+def tokenizer_of(config: Config, located: BaseFiles, stops: Stops) -> Any:
+    """The base's tokenizer, with the recipe's chat template, and the end of a turn as its end.
 
     Instruction-tuned models have it so. The end stays the base's where turns end with that, too,
     or where the template writes it.
@@ -117,15 +118,17 @@ def tokenizer_of(config: Config, located: BaseFiles, stops: card.Stops) -> Any:
     return tokenizer
 
 
-def in_words(stops: card.Stops) -> str:
-    """What `moored export` says of it."""
+def in_words(stops: Stops) -> str:
+    """What `moored export` says of where generation stops."""
     if not stops.learned:
         return "no token of its own ends what was learned: it stops where its base does"
-    shown = ", ".join(f"{end.token!r} ({end.id})" for end in stops.learned)
+    learned, base = (
+        ", ".join(f"{end.token!r} ({end.id})" for end in ends)
+        for ends in (stops.learned, stops.base)
+    )
     if stops.are_the_base_s:
-        return f"turns end with {shown}, as the base's do"
-    base = ", ".join(f"{end.token!r} ({end.id})" for end in stops.base)
+        return f"turns end with {learned}, as the base's do"
     return (
-        f"turns end with {shown}, and the base alone stops at {base}: generation_config.json names "
-        f"both, else pass eos_token_id={stops.ids} to generate"
+        f"turns end with {learned}, and the base alone stops at {base}: generation_config.json "
+        f"names both, else pass eos_token_id={stops.ids} to generate"
     )

@@ -79,12 +79,12 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files of weights."""
+        """Size of all files of weights."""
         return sum(t.numel() * t.itemsize for t in self.tensors.values())
 
     @property
     def num_elements(self) -> int:
-        """Of all tensors."""
+        """Numbers in all tensors."""
         return sum(t.numel() for t in self.tensors.values())
 
     @property
@@ -120,18 +120,58 @@ def plan(source: Path, config: ModelConfig, adapter: Path, base: str, device: to
             f"--base w16: {config.name_or_path} holds 4-bit weights only: add --base nf4"
         )
     model, files = _on_meta(source, config), Files(source)
-    tied = model.all_tied_weights_keys
-    whole = dict(model.named_parameters()) | dict(model.named_buffers())
+    tied, text = model.all_tied_weights_keys, model.config.get_text_config()
+    parts = _parts(model, files)
+    names = {name for part in parts for name in part.names}
+    parts = [p for p in parts if not (p.names[0] in tied and tied[p.names[0]] in names)]
+    stored_as = {part.names[0]: part.stored[0] for part in parts if part.there is None}
+    default = getattr(model.config, "dtype", None) or resolve_dtype(config, device)
+    tensors = _as_written(model, files, parts, default)
+    transposed = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
+    changes = changes_of(model, adapter, lambda name: files.whole(stored_as[tied.get(name, name)]))
+    if odd := sorted(changes.of.keys() - names - tied.keys()):
+        raise UserError(f"{adapter}: adapts {odd[0]}, which is not in the files of the base")
+    untied = {
+        name: other
+        for name, other in tied.items()
+        if changes.of.keys() & {name, other} and not changes.tied & {name, other}
+    }
+    return Plan(
+        source=source,
+        config=config,
+        base=base,
+        changes=changes,
+        parts=parts + [Part(stored=(name,), names=(name,)) for name in untied],
+        tensors=tensors | {name: tensors[stored_as[other]] for name, other in untied.items()},
+        untied=untied,
+        packed=frozenset(_packed(source, config, device) if base == "nf4" else ()),
+        transposed=frozenset(transposed),
+        layers=text.num_hidden_layers,
+        width=max(text.hidden_size, getattr(text, "intermediate_size", None) or 0),
+    )
+
+
+def _parts(model: Any, files: Files) -> list[Part]:
+    """How the files make up the model, in its order; every parameter is in one, or tied to it."""
     parts = parts_of(model, {name: files.shape(name) for name in files.names})
-    there = {name for part in parts for name in part.names}
-    missing = {name for name, _ in model.named_parameters()} - there
+    own = [name for name, _ in model.named_parameters()]
+    missing = set(own) - {name for part in parts for name in part.names}
+    tied = model.all_tied_weights_keys
     if missing - tied.keys() - set(tied.values()):
         raise OtherNamesError(sorted(missing - tied.keys())[0])
-    parts = [p for p in parts if not (p.names[0] in tied and tied[p.names[0]] in there)]
-    default = getattr(model.config, "dtype", None) or resolve_dtype(config, device)
-    tensors: dict[str, Tensor] = {}
-    order = {name: place for place, name in enumerate(whole)}
-    parts.sort(key=lambda part: order.get(part.names[0], 0))
+    order = {name: place for place, name in enumerate(_whole(model))}
+    return sorted(parts, key=lambda part: order.get(part.names[0], 0))
+
+
+def _whole(model: Any) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _as_written(
+    model: Any, files: Files, parts: Sequence[Part], default: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors that will be written, on `meta`, by their names in the files."""
+    whole, tensors = _whole(model), dict[str, Tensor]()
     for part in parts:
         for name in part.stored:
             # Packed codes are written as what they stand for; counters and the like stay.
@@ -140,33 +180,7 @@ def plan(source: Path, config: ModelConfig, adapter: Path, base: str, device: to
             dtype = _DTYPES.get(files.dtype(name), packed_in)
             shape = files.shape(name) if like is None else like.shape
             tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-    packed = frozenset(_packed(source, config, device) if base == "nf4" else ())
-    transposed = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
-    text = model.config.get_text_config()
-    of = {part.names[0]: part.stored[0] for part in parts if part.there is None}
-    changes = changes_of(model, adapter, lambda name: files.whole(of[tied.get(name, name)]))
-    if odd := sorted(changes.of.keys() - there - tied.keys()):
-        raise UserError(f"{adapter}: adapts {odd[0]}, which is not in the files of the base")
-    untied = {
-        name: other
-        for name, other in tied.items()
-        if changes.of.keys() & {name, other} and not changes.tied & {name, other}
-    }
-    parts += [Part(stored=(name,), names=(name,)) for name in untied]
-    tensors |= {name: tensors[of[other]] for name, other in untied.items()}
-    return Plan(
-        source=source,
-        config=config,
-        base=base,
-        changes=changes,
-        parts=parts,
-        tensors=tensors,
-        untied=untied,
-        packed=packed,
-        transposed=frozenset(transposed),
-        layers=text.num_hidden_layers,
-        width=max(text.hidden_size, getattr(text, "intermediate_size", None) or 0),
-    )
+    return tensors
 
 
 def renamed(source: Path, config: ModelConfig, folder: Path) -> None:
@@ -179,8 +193,7 @@ def renamed(source: Path, config: ModelConfig, folder: Path) -> None:
         source, dtype="auto", trust_remote_code=config.trust_remote_code
     )
     model.save_pretrained(folder, save_original_format=False)
-    for path in _beside(source):
-        shutil.copyfile(path, folder / path.name)
+    _copy_beside(source, folder)
 
 
 def write(plan: Plan, folder: Path, device: torch.device) -> list[Moved]:
@@ -217,20 +230,23 @@ def write(plan: Plan, folder: Path, device: torch.device) -> list[Moved]:
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    values = json.loads((plan.source / "config.json").read_text())
-    values.pop("quantization_config", None)
-    if plan.untied:
-        for part in (values, *(values[k] for k in ("text_config",) if k in values)):
-            part["tie_word_embeddings"] = False
-    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    for path in _beside(plan.source):
-        shutil.copyfile(path, folder / path.name)
+    _write_config(plan, folder)
+    _copy_beside(plan.source, folder)
     return moved
 
 
-def _beside(source: Path) -> Iterator[Path]:
-    for pattern in BESIDE:
-        yield from (path for path in source.glob(pattern) if path.is_file())
+def _write_config(plan: Plan, folder: Path) -> None:
+    values = json.loads((plan.source / "config.json").read_text())
+    values.pop("quantization_config", None)
+    if plan.untied:
+        for section in (values, *(values[k] for k in ("text_config",) if k in values)):
+            section["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for path in (path for pattern in BESIDE for path in source.glob(pattern) if path.is_file()):
+        shutil.copyfile(path, folder / path.name)
 
 
 def _merged(
@@ -240,13 +256,11 @@ def _merged(
 
     Adapted tensors are added to `moved`.
     """
-    packed = [name for name in part.names if _is_packed(plan, name)]
     changed = [name for name in part.names if name in plan.changes.of]
-    if not packed and not changed:
-        origin = {name: plan.untied.get(name, name) for name in part.stored}
+    if not changed and not any(_is_packed(plan, name) for name in part.names):
         return {
-            name: files.whole(_stored_as(plan, origin[name])).to(plan.tensors[name].dtype)
-            for name in part.stored
+            name: files.whole(_stored_as(plan, plan.untied.get(name, name))).to(like.dtype)
+            for name, like in ((name, plan.tensors[name]) for name in part.stored)
         }
     values = _values(plan, files, part, device)
     before = {name: values[name].clone() for name in changed}  # PEFT adds in place

@@ -45,7 +45,7 @@ class ExportInput:
 
     @property
     def name(self) -> str:
-        """Of the run, or the adapter's folder."""
+        """The run's name, or that of the adapter's folder."""
         return self.config.name if self.run is not None else self.path.resolve().name
 
     def report_file(self, scale: float) -> Path | None:

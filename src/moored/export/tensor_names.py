@@ -157,8 +157,8 @@ def _converted(
 
 def _renamed(stored: Iterable[str], renamings: list[WeightRenaming], prefix: str) -> dict[str, str]:
     """The files' names by those that a conversion has for them, with the model's prefix or not."""
-    found = {apply_renamings(name, renamings): name for name in stored}
-    for key, name in list(found.items()):
-        found.setdefault(f"{prefix}.{key}", name)
-        found.setdefault(key.removeprefix(f"{prefix}."), name)
-    return found
+    names = {apply_renamings(name, renamings): name for name in stored}
+    for key, name in list(names.items()):
+        names.setdefault(f"{prefix}.{key}", name)
+        names.setdefault(key.removeprefix(f"{prefix}."), name)
+    return names

@@ -11,7 +11,9 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
 from moored.models.base import BaseFiles, resolve_dtype
+from moored.models.elsewhere import read_settings
 from moored.models.policy import load_policy
 from moored.models.reference import adapters_off, dropout_off
 from moored.utils.errors import UserError
@@ -31,6 +34,7 @@ from moored.utils.progress import watch
 log = logging.getLogger(__name__)
 
 MAX_TOKENS, ROW_TOKENS = 256, 64  # of the probe: logits of 256 tokens over 150k words are 150 MB
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TEXT = "The answer is 42.\n\n  def f(x):\treturn x  # naïve, 中文, ẞ"
 
 
@@ -48,7 +52,7 @@ class Probe:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of logits."""
+        """How many there are in all, and rows of logits."""
         return sum(map(len, self.rows))
 
 
@@ -67,35 +71,43 @@ class Outputs:
 
 def make_probe(config: Config, located: BaseFiles) -> Probe:
     """A little of the run's held-out data, else of a retention text, else of its training data."""
-    tokenizer, size = located.tokenizer, located.vocab_size
-    tries: dict[str, Any] = {}
-    if config.data.eval:
-        tries["data.eval"] = lambda: eval_samples(config, tokenizer, vocab_size=size)
-    base = BaseIdentity(model=config.model, revision=located.source.revision)
-    for name, corpus in config.retention.items():
-        tries[f"retention.{name}"] = lambda n=name, c=corpus: retention_samples(
-            n, c, tokenizer, base=base
-        )
-    tries["data.train"] = lambda: load_samples(
-        config.data.train, tokenizer, config.data, size
-    ).held[0]
-    for origin, read in tries.items():
+    for origin, read in _sources(config, located):
         try:
             samples = read()
         except (UserError, IndexError) as error:
             log.warning("%s cannot be read any more (%s)", origin, str(error).splitlines()[0])
             continue
-        rows, left = [], MAX_TOKENS
-        for sample in samples:
-            row = sample.input_ids[: min(ROW_TOKENS, left)].tolist()
-            rows += [row] if row else []
-            left -= len(row)
-            if not left:
-                break
-        if rows:
+        if rows := _first_rows(samples):
             return Probe(rows=rows, origin=origin)
-    ids = (torch.arange(ROW_TOKENS) * 7919 + 3) % size
+    ids = (torch.arange(ROW_TOKENS) * 7919 + 3) % located.vocab_size
     return Probe(rows=[ids.tolist()], origin="arbitrary tokens")
+
+
+def _sources(
+    config: Config, located: BaseFiles
+) -> Iterator[tuple[str, Callable[[], Iterable[Any]]]]:
+    """What a probe may come from: its place in the recipe, and how it is read."""
+    tokenizer, size = located.tokenizer, located.vocab_size
+    if config.data.eval:
+        yield "data.eval", partial(eval_samples, config, tokenizer, vocab_size=size)
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    for name, corpus in config.retention.items():
+        read = partial(retention_samples, name, corpus, tokenizer, base=base)
+        yield f"retention.{name}", read
+    train = config.data.train
+    yield "data.train", lambda: load_samples(train, tokenizer, config.data, size).held[0]
+
+
+def _first_rows(samples: Iterable[Any]) -> list[list[int]]:
+    rows: list[list[int]] = []
+    left = MAX_TOKENS
+    for sample in samples:
+        row = sample.input_ids[: min(ROW_TOKENS, left)].tolist()
+        rows += [row] if row else []
+        left -= len(row)
+        if not left:
+            break
+    return rows
 
 
 def trained_outputs(
@@ -123,8 +135,12 @@ def trained_outputs(
 
 def needed_import(adapter: Path) -> str | None:
     """The module without which PEFT does not know a saved adapter; None where it knows it."""
-    kind = json.loads((adapter / "adapter_config.json").read_text())["peft_type"]
+    kind = read_settings(adapter).get("peft_type")
     return sinelora.__name__ if kind == sinelora.PEFT_TYPE else None
+
+
+def _failed(why: str) -> UserError:
+    return UserError(f"verification failed, nothing was exported: {why}")
 
 
 def _logits(causal_lm: Any, probe: Probe, device: torch.device) -> torch.Tensor:
@@ -162,6 +178,7 @@ def stock_outputs(
     Raises:
         UserError: it does not load, tensors are not exact, or the tokenizer is another.
     """
+    what = "the merged model" if adapter is None else "the adapter"
     out = work / "logits.safetensors"
     task = {
         "model": str(model),
@@ -169,7 +186,7 @@ def stock_outputs(
         "tokenizer": None if tokenizer_folder is None else str(tokenizer_folder),
         "text": TEXT,
         "rows": probe.rows,
-        "dtype": str(resolve_dtype(config.model, device)).removeprefix("torch."),
+        "dtype": dtype_name(resolve_dtype(config.model, device)),
         "device": str(device),
         "attention": None if config.model.attention == "auto" else config.model.attention,
         "double": double,
@@ -177,13 +194,30 @@ def stock_outputs(
         "imports": None if adapter is None else needed_import(adapter),
         "out": str(out),
     }
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    _run_stock(task, what)
+    with safe_open(out, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        loaded = file.metadata() or {}
+    out.unlink()
+    if tokenizer_folder is not None:
+        ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        template = tokenizer.chat_template or ""
+        if json.loads(loaded["ids"]) != ids or loaded["template"] != template:
+            raise _failed(
+                "the tokenizer that was saved is another once it is loaded (token ids or chat "
+                "template)"
+            )
+    return Outputs(on=tensors["on"], off=tensors.get("off"))
+
+
+def _run_stock(task: dict[str, Any], what: str) -> None:
+    """Have a fresh process do it, without a network and as no rank of anything."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    beside = "" if task["adapter"] is None else " on its base"
     # -P: the script's folder is no place to import from.
-    what = "the merged model" if adapter is None else "the adapter on its base"
     done = watch(
         [sys.executable, "-P", str(Path(__file__).with_name("stock_peft.py"))],
-        f"a fresh process loads {what} and computes its logits",
+        f"a fresh process loads {what}{beside} and computes its logits",
         given=json.dumps(task),
         env=environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
     )
@@ -191,22 +225,12 @@ def stock_outputs(
         log.debug("stock_peft.py: %s", done.stderr)
         last = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
         why = f"signal {-done.returncode}: out of memory?" if done.returncode < 0 else last.strip()
-        raise UserError(
-            f"verification failed, nothing was exported: stock PEFT and transformers do not load "
-            f"{'the merged model' if adapter is None else 'the adapter'} ({why[:300]})"
-        )
-    with safe_open(out, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        facts = file.metadata() or {}
-    out.unlink()
-    if tokenizer_folder is not None:
-        ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-        if json.loads(facts["ids"]) != ids or facts["template"] != (tokenizer.chat_template or ""):
-            raise UserError(
-                "verification failed, nothing was exported: the tokenizer that was saved is "
-                "another once it is loaded (token ids or chat template)"
-            )
-    return Outputs(on=tensors["on"], off=tensors.get("off"))
+        raise _failed(f"stock PEFT and transformers do not load {what} ({why[:300]})")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as others name it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------- comparing
@@ -239,9 +263,8 @@ class Agreement:
         is_there = self.share is None or 0.5 < self.share < 1.5
         if not self.difference <= self.tolerance or not is_there:
             share = "" if is_there else f", and has {self.share:.2f} of the adapter's effect"
-            raise UserError(
-                f"verification failed, nothing was exported: {what} differ by "
-                f"{self.difference:.2g} of their size, where rounding explains "
+            raise _failed(
+                f"{what} differ by {self.difference:.2g} of their size, where rounding explains "
                 f"{self.tolerance:.2g}{share}"
             )
 
@@ -250,24 +273,21 @@ def compare(model: torch.Tensor, expected: Outputs, tolerance: float) -> Agreeme
     """A model's logits [tokens, V] against those of a policy and its base."""
     assert expected.off is not None
     if model.shape != expected.on.shape:
-        raise UserError(
-            f"verification failed, nothing was exported: logits of shape {list(model.shape)}, "
-            f"expected {list(expected.on.shape)}"
-        )
-    dots = torch.zeros(5, dtype=torch.float64)
+        shape = list(expected.on.shape)
+        raise _failed(f"logits of shape {list(model.shape)}, expected {shape}")
+    dots = torch.zeros(4, dtype=torch.float64)
     rows = zip(model, expected.on, expected.off, strict=True)
     for got, on, off in rows:  # one at a time: fp64 of all would be several times their memory
         got, on, off = (row.double() - row.double().mean() for row in (got, on, off))
-        moved, found, wrong = on - off, got - off, got - on
-        pairs = ((wrong, wrong), (on, on), (moved, moved), (moved, found))
-        dots[:4] += torch.stack([(a * b).sum() for a, b in pairs])
-    wrong, size, moved, found = dots[:4].tolist()
+        pairs = ((got - on, got - on), (on, on), (on - off, on - off), (on - off, got - off))
+        dots += torch.stack([(a * b).sum() for a, b in pairs])
+    wrong, size, moved, along = dots.tolist()
     effect = math.sqrt(moved / size)
     return Agreement(
         difference=math.sqrt(wrong / size),
         tolerance=tolerance,
         adapter_effect=effect,
-        share=found / moved if effect > tolerance / 10 else None,
+        share=along / moved if effect > tolerance / 10 else None,
     )
 
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moored.loss.divergence import ChunkLoss, Objective, chunk_loss_
+from moored.loss.divergence import ChunkLoss, Objective, Scales, chunk_loss_
 from moored.loss.logits import Logits
-from moored.loss.tmkl import RowPlan, compute_dtype, default_chunk_tokens
+from moored.loss.rows import RowPlan, compute_dtype, default_chunk_tokens
 
 
 def run_chunks(
@@ -28,8 +28,8 @@ def run_chunks(
     h0_ND: Tensor | None,
     targets_N: Tensor,
     plan: RowPlan,
-    goal: Objective,
-    scales: tuple[float | Tensor, float | Tensor],
+    objective: Objective,
+    scales: Scales,
     chunk_tokens: int | None,
     *,
     with_gradient: bool,
@@ -43,8 +43,8 @@ def run_chunks(
         h0_ND: the reference's, detached; None for cross-entropy alone.
         targets_N: global ids.
         plan: which rows, in which groups.
-        goal: the divergence.
-        scales: factors of the sums of cross-entropies and of KLs, as numbers or on the device.
+        objective: what is descended.
+        scales: factors of the sums of cross-entropies and of KLs.
         chunk_tokens: rows at a time; None: `default_chunk_tokens`.
         with_gradient: whether it is wanted.
         kl_weights_N: weight of each row's KL; None: 1.
@@ -53,18 +53,18 @@ def run_chunks(
     ce_N, kl_N = plan.new_values(h_ND.device)
     weighted_N = torch.zeros_like(ce_N)
     grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
-    # Weights of about 1 on the logits' gradient, and the scale on the product: half precision
-    # would underflow.
+    # Weights of about 1 on the logits' gradient, and the scale on the product: 1 / (targets of the
+    # global batch) times a probability would underflow in half precision.
     ce_scale, kl_scale = (_scalar(x, dtype, h_ND.device) for x in scales)
     units = {False: _not_0(ce_scale.abs()), True: _not_0(ce_scale.abs().max(kl_scale.abs()))}
-    kl_acts = isinstance(scales[1], Tensor) or scales[1] != 0
+    kl_acts = isinstance(scales.kl, Tensor) or scales.kl != 0
     size = chunk_size(chunk_tokens, plan.num_targets, logits)
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
-        by_kernels = kernels_run(logits, dtype) and not goal.is_weighted
+        by_kernels = kernels_run(logits, dtype) and not objective.weighs_by_models
         how = _by_kernels if by_kernels else _by_torch
         half = logits.native(h_ND.dtype) and with_gradient
         room = min(size, plan.num_targets), 1 if h0_ND is None else 2
-        chunk = how(logits, goal, dtype, room, half)
+        chunk = how(logits, objective, dtype, room, half)
         for rows, with_kl in plan.chunks(size):
             h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
             unit = units[with_kl]
@@ -73,12 +73,12 @@ def run_chunks(
                 kl_weight = kl_weight * kl_weights_N[rows].to(dtype)
             found, dh_CD = chunk(h_ND[rows], h0_CD, targets_N[rows], ce_weight, kl_weight)
             ce_N[rows] = found.ce_C
-            weighted_N[rows] = scales[0] * found.ce_factor_C * found.ce_C
+            weighted_N[rows] = scales.ce * found.ce_factor_C * found.ce_C
             if found.kl_C is not None:
                 kl_N[rows] = found.kl_C
                 if kl_acts:
                     by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows].to(kl_N)
-                    weighted_N[rows] += scales[1] * by_row * found.kl_factor_C * found.kl_C
+                    weighted_N[rows] += scales.kl * by_row * found.kl_factor_C * found.kl_C
             if grad_ND is not None:
                 grad_ND[rows] = dh_CD(unit)
         if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
@@ -104,13 +104,13 @@ _Chunk = Callable[
 
 
 def _by_torch(
-    logits: Logits, goal: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
+    logits: Logits, objective: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
 ) -> _Chunk:
     """Chunks by torch alone.
 
     Args:
         logits: the head.
-        goal: the divergence.
+        objective: what is descended.
         dtype: to compute in.
         room: rows of the largest chunk, and of how many models there are logits.
         half: whether the gradient's product is in the weight's half precision.
@@ -122,14 +122,14 @@ def _by_torch(
         h_CD: Tensor, h0_CD: Tensor | None, y_C: Tensor, ce: Tensor, kl: Tensor | float
     ) -> tuple[ChunkLoss, _Gradient]:
         s_Cv, e_Cv, slope_Cv = logits.project(h_CD, h0_CD, dtype, buffer)
-        found = chunk_loss_(s_Cv, e_Cv, y_C, goal, logits.shard, ce, kl)
+        found = chunk_loss_(s_Cv, e_Cv, y_C, objective, logits.shard, ce, kl)
         return found, lambda unit: logits.pull_back(s_Cv, slope_Cv, weight_vD).mul_(unit)
 
     return chunk
 
 
 def _by_kernels(
-    logits: Logits, goal: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
+    logits: Logits, objective: Objective, dtype: torch.dtype, room: tuple[int, int], half: bool
 ) -> _Chunk:
     """Chunks by Triton's kernels, which read and write every logit twice."""
     from moored.loss import triton_loss
@@ -147,8 +147,9 @@ def _by_kernels(
         s_Cv, t_Cv = both_v[: len(h_CD)], both_v[len(h_CD) :] if h0_CD is not None else None
         g_Cv = s_Cv if gradient is None else gradient[: len(h_CD)]
         parts = ce.expand(len(h_CD)), _scalar(kl, dtype, h_CD.device).expand(len(h_CD))
+        weights_2C = torch.stack(parts)
         ce_C, kl_C, unscale_C = triton_loss.chunk_loss_(
-            s_Cv, t_Cv, y_C, goal, logits, torch.stack(parts), g_Cv, t_is_difference=is_difference
+            s_Cv, t_Cv, y_C, objective, logits, weights_2C, g_Cv, t_is_difference=is_difference
         )
         found = ChunkLoss(ce_C, kl_C)
 

@@ -1,14 +1,15 @@
 """Cross-entropy and masked KL of one chunk of logits, or of one rank's shard of them, closed form.
 
-Holds what becomes of the target, the shards and their one collective, and the gradient; knows no
-reduction, no autograd and no hidden states (tmkl.py, head.py). Derivations: docs/loss.md.
+Holds the options of the loss, what becomes of the target, how much a token weighs, the shards and
+their one collective, and the gradient; knows no reduction, no autograd and no hidden states
+(rows.py, head.py). Derivations, and the equations that comments number: docs/loss.md.
 
 Legend: C tokens of the chunk, v this rank's columns without padding, P ranks, K the numbers a rank
 sends per token, `_C1` a column. For one token: s the policy's logits, e the reference's minus the
 policy's (both over the temperature inside a KL), y the target, p and q the policy's and the
-reference's probabilities, d = log q - log p, k = q - p. The sums never contain y: with a mask that
-is the definition, without one y joins as a shard of its own. So nothing is ever subtracted, and a
-target of probability 1 - 1e-12 costs no digit.
+reference's probabilities, d = log q - log p, k = q - p. The sums never contain y (`mask_target_`):
+with a mask that is the definition, without one y joins as a shard of its own. So nothing is ever
+subtracted, and a target of probability 1 - 1e-12 costs no digit.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moored.loss.softmax_pair import NEG_INF, Contrast, contrast_, exact_dtype, jsd_terms, softmax_
-from moored.loss.weighting import CEWeighting, KLWeighting, ce_factors, kl_factors, tops
 
 Direction = Literal["forward", "reverse", "jsd"]
+CEWeighting = Literal["uniform", "probability", "entropy"]
+KLWeighting = Literal["uniform", "entropy"]
+
+NUM_TOPS = 20  # first choices whose entropy weighs a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +83,18 @@ class VocabShard:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Which divergence; its value carries temperature**2, so its gradient carries temperature.
+    """The options of the loss, all of them: what is descended, but for the factors of its parts.
 
-    How tokens weigh in both parts is weighting.py's.
+    Args:
+        direction: of the KL, KL(q || p) for "forward", KL(p || q) for "reverse", or "jsd".
+        mask_target: remove the target from both distributions of the KL and renormalise (TMKL).
+        temperature: divides the logits in the KL, which is multiplied by its square.
+        ce_weighting: how targets weigh in the cross-entropy: "probability" by p_y, as in DFT (arXiv
+            2508.05629) and ASFT (2509.23753); "entropy" by that of the policy's first choices, as
+            in EAFT (2601.02151).
+        kl_weighting: how rows weigh in the KL: "entropy" by that of the reference's first choices.
+        first_tokens: targets at the start of each answer whose KL has a factor of its own.
+        first_tokens_factor: that factor.
     """
 
     direction: Direction = "forward"
@@ -89,17 +102,32 @@ class Objective:
     temperature: float = 1.0
     ce_weighting: CEWeighting = "uniform"
     kl_weighting: KLWeighting = "uniform"
+    first_tokens: int | None = None
+    first_tokens_factor: float = 1.0
 
     @property
-    def is_weighted(self) -> bool:
-        """Whether tokens weigh differently by what the models say."""
+    def weighs_by_models(self) -> bool:
+        """Whether tokens weigh differently by what the models say of them."""
         return (self.ce_weighting, self.kl_weighting) != ("uniform", "uniform")
+
+    def kl_weights(self, place_N: Tensor) -> Tensor | None:
+        """A weight of each row's KL by its target's place in its answer, from 0; None: all 1."""
+        if not self.first_tokens:
+            return None
+        return torch.where(place_N < self.first_tokens, self.first_tokens_factor, 1.0)
 
     def __post_init__(self) -> None:
         if self.direction not in ("forward", "reverse", "jsd"):
             raise ValueError(f"direction={self.direction!r}: expected forward, reverse or jsd")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature}: a finite number > 0 is needed")
+
+
+class Scales(NamedTuple):
+    """Factors of the sums of cross-entropies and of KLs in the loss, numbers or on the device."""
+
+    ce: float | Tensor = 1.0
+    kl: float | Tensor = 0.0
 
 
 # ---------------------------------------------------------------- shards of columns
@@ -131,8 +159,17 @@ def all_gather(stats_KC: Tensor, shard: VocabShard) -> Tensor:
     return out_PKC
 
 
+def mask_target_(s_Cv: Tensor, y_C1: Tensor, own_C1: Tensor) -> Tensor:
+    """Mask the target: its logit becomes -inf, so that no sum has it; returns what it was, [C].
+
+    Taken off the sums afterwards, a target of probability near 1 would leave them no digit (eq. 5).
+    Where it is another rank's, nothing is changed and -inf is returned.
+    """
+    return _take_(s_Cv, y_C1, own_C1, leave=NEG_INF, absent=NEG_INF)
+
+
 def summarise_(
-    s_Cv: Tensor, e_Cv: Tensor | None, targets_C: Tensor, goal: Objective, shard: VocabShard
+    s_Cv: Tensor, e_Cv: Tensor | None, targets_C: Tensor, objective: Objective, shard: VocabShard
 ) -> tuple[Tensor, list[Tensor]]:
     """Reduce this rank's logits to the K numbers per token that it sends.
 
@@ -143,20 +180,21 @@ def summarise_(
     """
     num_rows = s_Cv.shape[0]
     y_C1, own_C1 = _own_column(targets_C, shard)
-    s_y_C = _take_(s_Cv, y_C1, own_C1, leave=NEG_INF, absent=NEG_INF)
+    s_y_C = mask_target_(s_Cv, y_C1, own_C1)
     more: list[Tensor] = []
     if e_Cv is None:
         mass_C1 = s_Cv.new_empty((num_rows, 1), dtype=exact_dtype(s_Cv))
         each_block(s_Cv, lambda rows: mass_C1[rows].copy_(softmax_(s_Cv[rows])))
         return torch.stack([s_y_C.to(mass_C1.dtype), mass_C1.squeeze(1)]), more
-    warm = goal.temperature != 1.0
+    warm = objective.temperature != 1.0
     if warm:
         more.append(s_Cv.clone())
-        s_Cv.div_(goal.temperature)
-        e_Cv.div_(goal.temperature)
+        s_Cv.div_(objective.temperature)
+        e_Cv.div_(objective.temperature)
     e_y_C = _take_(e_Cv, y_C1, own_C1, leave=0.0, absent=0.0)
-    if goal.direction == "jsd":
+    if objective.direction == "jsd":
         more.append(torch.empty_like(s_Cv))
+    # fp64: g is a difference of these (eq. 5), which an offset of all logits would cost its digits.
     stats_CK = s_Cv.new_zeros((num_rows, 7), dtype=exact_dtype(s_Cv))
     stats_CK[:, 0] = s_y_C
     stats_CK[:, 2] = e_y_C
@@ -169,9 +207,9 @@ def summarise_(
         stats_CK[rows, 3:6] = torch.cat([part.log_ratio, part.kl_forward, part.kl_reverse], -1)
         stats_CK[rows, 6:] = part.log_mass
         stats_CK[rows, 1:2] = softmax_(more[0][rows]) if warm else part.log_mass
-        if goal.direction == "reverse":
+        if objective.direction == "reverse":
             torch.mul(s_Cv[rows], d_Cv, out=e_Cv[rows])
-        elif goal.direction == "jsd":
+        elif objective.direction == "jsd":
             more[-1][rows] = d_Cv
         spare.append(scratch_4Cv)
 
@@ -179,31 +217,33 @@ def summarise_(
     return stats_CK.t()[: 7 if warm else 6].contiguous(), more
 
 
-def combine(stats_PKC: Tensor, goal: Objective) -> Whole:
+def combine(stats_PKC: Tensor, objective: Objective) -> Whole:
     """Put the shards together: each shard is to the whole what a column is to its shard.
 
-    KL(q || p) = sum_r Q_r KL_r + KL(Q || P) over the shards' masses P and Q (the chain rule), the
-    latter by the same `contrast_`; so no digit is lost here either.
+    KL(q || p) = sum_r Q_r KL_r + KL(Q || P) over the shards' masses P and Q (eq. 14), the latter by
+    the same `contrast_`; so no digit is lost here either.
     """
     s_y_C = stats_PKC[:, 0].amax(0)
     log_rest_C = stats_PKC[:, 1].logsumexp(0)
+    # CE and 1 - p_y by g, the log odds against y (eq. 5): by a p_y near 1 they would keep no digit.
     gap_C = log_rest_C - s_y_C
     ce_C = torch.logaddexp(gap_C, torch.zeros_like(gap_C))
     miss_C = torch.sigmoid(gap_C)
     share_PC = torch.where(log_rest_C == NEG_INF, 0.0, stats_PKC[:, 1].softmax(0))
     if stats_PKC.shape[1] == 2:
         return Whole(ce_C, miss_C, log_rest_C, share_PC.t())
-    temperature = goal.temperature
+    temperature = objective.temperature
     x_CP = stats_PKC[:, -1 if temperature != 1.0 else 1].t().clone()
     e_CP = stats_PKC[:, 3].t().clone()
     kl_forward_CP, kl_reverse_CP = stats_PKC[:, 4].t(), stats_PKC[:, 5].t()
-    if not goal.mask_target:
+    if not objective.mask_target:  # then y joins, as one more shard, with no KL within it
         x_CP = torch.cat([x_CP, s_y_C.unsqueeze(1) / temperature], 1)
         e_CP = torch.cat([e_CP, stats_PKC[:, 2].sum(0).unsqueeze(1)], 1)
         kl_forward_CP = torch.nn.functional.pad(kl_forward_CP, (0, 1))
         kl_reverse_CP = torch.nn.functional.pad(kl_reverse_CP, (0, 1))
     d_CP, kl = contrast_(x_CP, e_CP)
     p_CP, k_CP = x_CP, e_CP
+    # KLs between the shards and within them, all terms >= 0 (eq. 14): nothing cancels.
     forward_C1 = kl.kl_forward + ((p_CP + k_CP) * kl_forward_CP).sum(1, keepdim=True)
     reverse_C1 = kl.kl_reverse + (p_CP * kl_reverse_CP).sum(1, keepdim=True)
     kl = kl._replace(kl_forward=forward_C1, kl_reverse=reverse_C1)
@@ -223,7 +263,7 @@ def chunk_loss_(
     s_Cv: Tensor,
     e_Cv: Tensor | None,
     targets_C: Tensor,
-    goal: Objective,
+    objective: Objective,
     shard: VocabShard,
     ce_weight: float | Tensor,
     kl_weight: float | Tensor,
@@ -234,42 +274,44 @@ def chunk_loss_(
         s_Cv: this rank's policy logits without padding, fp32 or fp64.
         e_Cv: reference minus policy logits, overwritten; None for cross-entropy alone.
         targets_C: global ids, all valid.
-        goal: the divergence.
+        objective: what is descended.
         shard: whose columns these are.
         ce_weight: weight of the cross-entropy in the gradient; a number, or one per token.
         kl_weight: weight of the KL in the gradient; a number, or one per token.
     """
-    tops_KC = tops(s_Cv, e_Cv, goal.ce_weighting, goal.kl_weighting)
-    stats_KC, more = summarise_(s_Cv, e_Cv, targets_C, goal, shard)
+    tops_KC = _tops(s_Cv, e_Cv, objective)
+    stats_KC, more = summarise_(s_Cv, e_Cv, targets_C, objective, shard)
     num_stats = len(stats_KC)
     stats_PKC = all_gather(torch.cat([stats_KC, *tops_KC]) if tops_KC else stats_KC, shard)
-    whole = combine(stats_PKC[:, :num_stats], goal)
-    ce_factor_C = ce_factors(goal.ce_weighting, whole.ce_C, stats_PKC[:, num_stats:])
-    kl_factor_C = kl_factors(goal.kl_weighting, stats_PKC[:, num_stats:])
+    whole = combine(stats_PKC[:, :num_stats], objective)
+    ce_factor_C = _ce_factors(objective.ce_weighting, whole.ce_C, stats_PKC[:, num_stats:])
+    kl_factor_C = _kl_factors(objective.kl_weighting, stats_PKC[:, num_stats:])
     ce_weight, kl_weight = ce_factor_C * ce_weight, kl_factor_C * kl_weight
     kl_weight_acts = isinstance(kl_weight, Tensor) or kl_weight != 0
     r, p_CP, k_CP, d_CP = shard.rank, whole.p_CP, whole.k_CP, whole.d_CP
     # Gradient = a p1 + b k + c p, with p1 the shard's own p at temperature 1: coefficients a, b, c
-    # by row, and y's own entry by itself. `sum` is what the KL's part sums to over each shard.
+    # by row (eq. 15), and y's own entry by itself: -sigma(g), since p_y - 1 is 0 as soon as p_y
+    # rounds to 1 (eq. 5). `sum` is what the KL's part sums to over each shard.
     a_C = ce_weight * whole.share_CP[:, r] * whole.miss_C
     y_C = -ce_weight * whole.miss_C
     kl_C = None
     if e_Cv is not None and whole.kl is not None:
-        t = goal.temperature
+        t = objective.temperature
         w = kl_weight * t
         w_C1 = w.unsqueeze(1) if isinstance(w, Tensor) and w.dim() else w
-        sum_CP = None  # forward: b k + c p loses nothing, k being a difference to full accuracy
-        if goal.direction == "forward":
+        sum_CP = None  # forward: b k + c p loses nothing, k having full accuracy already (eq. 8)
+        if objective.direction == "forward":
             kl_C = whole.kl.kl_forward.squeeze(1)
             b_C, c_CP = -w * (p_CP + k_CP)[:, r], -w_C1 * k_CP
-        elif goal.direction == "reverse":
+        elif objective.direction == "reverse":
             kl_C = whole.kl.kl_reverse.squeeze(1)
             b_C, c_CP = -w * p_CP[:, r], -w_C1 * p_CP * (d_CP + kl_C.unsqueeze(1))
+            # Where p is nearly 1, d and -KL are nearly equal: closed by the other shards' (eq. 12).
             sum_CP = _closed(c_CP + w_C1 * p_CP * whole.kl_reverse_CP, p_CP)
         else:
-            kl_C, b_C, c_CP, sum_CP = _jsd_(s_Cv, e_Cv, more[-1], whole, goal, shard)
+            kl_C, b_C, c_CP, sum_CP = _jsd_(s_Cv, e_Cv, more[-1], whole, objective, shard)
             b_C, c_CP, sum_CP = w * b_C, w_C1 * c_CP, w_C1 * _closed(sum_CP, p_CP)
-        if not goal.mask_target and kl_weight_acts:
+        if not objective.mask_target and kl_weight_acts:
             y_C = y_C + (c_CP if sum_CP is None else sum_CP)[:, -1]
         kl_C = kl_C * t**2
         p1_Cv = s_Cv if t == 1.0 else more[0]
@@ -281,7 +323,7 @@ def chunk_loss_(
                 torch.mul(p1_Cv[rows], a_C1[rows], out=s_Cv[rows])
                 return
             part_Cv = e_Cv[rows].mul_(b_C1[rows]).addcmul_(s_Cv[rows], c_C1[rows])
-            if sum_C1 is not None and part_Cv.shape[1]:
+            if sum_C1 is not None and part_Cv.shape[1]:  # the same at the largest column (eq. 12)
                 top_C1 = s_Cv[rows].argmax(-1, keepdim=True)
                 missing_C1 = sum_C1[rows] - part_Cv.sum(-1, keepdim=True)
                 part_Cv.scatter_add_(1, top_C1, missing_C1)
@@ -300,7 +342,8 @@ def chunk_loss_(
 def _closed(sum_CP: Tensor, p_CP: Tensor) -> Tensor:
     """The shards' sums of a gradient that sums to 0: the largest shard's as minus the others'.
 
-    Its own is a difference of numbers of order 1 that are nearly equal where p_CP is nearly 1.
+    Its own is a difference of numbers of order 1 that are nearly equal where p_CP is nearly 1
+    (eq. 12).
     """
     top_C1 = p_CP.argmax(1, keepdim=True)
     others_CP = sum_CP.scatter(1, top_C1, 0.0)
@@ -308,7 +351,7 @@ def _closed(sum_CP: Tensor, p_CP: Tensor) -> Tensor:
 
 
 def _jsd_(
-    p_Cv: Tensor, k_Cv: Tensor, d_Cv: Tensor, whole: Whole, goal: Objective, shard: VocabShard
+    p_Cv: Tensor, k_Cv: Tensor, d_Cv: Tensor, whole: Whole, objective: Objective, shard: VocabShard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """JSD [C]; the gradient's coefficients of k [C], here p log(m / p), and of p [C, P]; its sums.
 
@@ -320,6 +363,7 @@ def _jsd_(
 
     def work(rows: slice) -> None:
         d, p = d_Cv[rows], p_Cv[rows]
+        # Where q is far below p, k is nearly -p, and p + k would have lost its digits (eq. 8).
         q = torch.where(d < -1, p * d.exp(), p + k_Cv[rows]) * _column(q_C[rows], p_Cv)
         p = p * _column(p_C[rows], p_Cv)
         d = d.add_(_column(d_C[rows], d_Cv))
@@ -331,7 +375,7 @@ def _jsd_(
     sums_P3C = all_gather(sums_3C, shard)
     sums_2C, pa_CP = sums_P3C[:, :2].sum(0), sums_P3C[:, 2].t()
     c_CP = torch.zeros_like(whole.p_CP)
-    if not goal.mask_target:
+    if not objective.mask_target:
         p, k, d = whole.p_CP[:, -1], whole.k_CP[:, -1], whole.d_CP[:, -1]
         to_p, to_q, pa_C = jsd_terms(p, p + k, d)
         sums_2C = sums_2C + torch.stack([to_p, to_q])
@@ -339,6 +383,52 @@ def _jsd_(
         pa_CP = torch.nn.functional.pad(pa_CP, (0, 1))
     c_CP = c_CP - 0.5 * whole.p_CP * sums_2C[0].unsqueeze(1)
     return 0.5 * sums_2C.sum(0), torch.full_like(sums_2C[0], -0.5), c_CP, c_CP - 0.5 * pa_CP
+
+
+# ---------------------------------------------------------------- how much a token weighs
+#
+# By what the models say of it, in full: constants to the gradient, which is linear in them.
+
+
+def _tops(s_Cv: Tensor, e_Cv: Tensor | None, objective: Objective) -> list[Tensor]:
+    """What a rank sends for the weights: first choices' logits, [NUM_TOPS, C] each, in fp64.
+
+    The policy's for the cross-entropy come first, then the reference's for the KL.
+    """
+    found: list[Tensor] = []
+    if objective.ce_weighting == "entropy":
+        found.append(_top_logits(s_Cv))
+    if objective.kl_weighting == "entropy" and e_Cv is not None:
+        found.append(_top_logits(s_Cv + e_Cv))
+    return found
+
+
+def _top_logits(s_Cv: Tensor) -> Tensor:
+    num_tops = min(NUM_TOPS, s_Cv.shape[1])
+    top_CK = s_Cv.topk(num_tops, dim=1).values.to(exact_dtype(s_Cv))
+    return torch.nn.functional.pad(top_CK, (0, NUM_TOPS - num_tops), value=NEG_INF).t()
+
+
+def _ce_factors(weighting: CEWeighting, ce_C: Tensor, tops_PKC: Tensor) -> Tensor | float:
+    """Each token's weight in the cross-entropy, [C] or 1; `tops_PKC` of all ranks."""
+    if weighting == "probability":
+        return torch.exp(-ce_C)
+    return _top_entropy(tops_PKC[:, :NUM_TOPS]) if weighting == "entropy" else 1.0
+
+
+def _kl_factors(weighting: KLWeighting, tops_PKC: Tensor) -> Tensor | float:
+    """Each token's weight in the KL, [C] or 1; `tops_PKC` of all ranks, empty without a KL."""
+    if weighting == "uniform" or not tops_PKC.shape[1]:
+        return 1.0
+    return _top_entropy(tops_PKC[:, -NUM_TOPS:])
+
+
+def _top_entropy(tops_PKC: Tensor) -> Tensor:
+    """Entropy of the first choices of all shards together, over its greatest value (eq. 16)."""
+    top_CK = tops_PKC.permute(2, 0, 1).flatten(1).topk(NUM_TOPS, dim=1).values
+    log_p_CK = top_CK.log_softmax(1)
+    terms_CK = torch.where(log_p_CK == NEG_INF, 0.0, log_p_CK.exp() * log_p_CK)
+    return -terms_CK.sum(1) / math.log(NUM_TOPS)
 
 
 # ---------------------------------------------------------------- rows and columns

@@ -1,6 +1,7 @@
 """How far a policy is from its reference, row by row, and what both predict where it is most.
 
-For evaluation: no gradient. The projections are logits.py's, the arithmetic divergence.py's.
+For evaluation: no gradient. The projections are logits.py's, the arithmetic divergence.py's;
+equations are numbered in docs/loss.md.
 
 Legend: N rows, S spots, K tokens of a spot, C the rows of one chunk, v this rank's columns, P
 ranks.
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from moored.loss.chunks import chunk_size
 from moored.loss.divergence import Objective, VocabShard, all_gather, combine, summarise_
 from moored.loss.logits import Logits
-from moored.loss.tmkl import Rows, compute_dtype
+from moored.loss.rows import Rows, compute_dtype
 
 NUM_CHOICES = 5  # of each model, at a spot
 MOST_PER_GROUP = 2  # of the rows that are looked at closely
@@ -71,7 +72,7 @@ def drift(
         groups: [N], of which each has `MOST_PER_GROUP` of these rows at most.
         reference_logits: the reference's head; None: the policy's.
     """
-    goal = Objective()
+    objective = Objective()
     plain = Objective(mask_target=False)
     shard, num_rows = logits.shard, len(targets)
     dtype = compute_dtype(hidden, reference_hidden, logits.weight_vD)
@@ -84,14 +85,15 @@ def drift(
             both = hidden[rows], reference_hidden[rows]
             s_Cv, e_Cv = _project(logits, reference_logits, *both, dtype, buffer)
             top_4C = torch.cat([_top1(s_Cv, shard), _top1(s_Cv + e_Cv, shard)])
-            stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], goal, shard)
+            stats_KC, _ = summarise_(s_Cv, e_Cv, targets[rows], objective, shard)
             num_stats = len(stats_KC)
             stats_PKC = all_gather(torch.cat([stats_KC, top_4C.to(stats_KC.dtype)]), shard)
-            masked = combine(stats_PKC[:, :num_stats], goal)
+            masked = combine(stats_PKC[:, :num_stats], objective)
             whole = combine(stats_PKC[:, :num_stats], plain)
             assert masked.kl is not None
             assert whole.kl is not None
             log_ratio = masked.kl.log_ratio.squeeze(1)
+            # The reference's g (eq. 5) is the policy's plus what e adds: equal if the models are.
             gap_C = masked.log_rest_C + log_ratio
             gap_C = gap_C - stats_PKC[:, 0].amax(0) - stats_PKC[:, 2].sum(0)
             tops_PC = stats_PKC[:, num_stats::2], stats_PKC[:, num_stats + 1 :: 2]

@@ -1,9 +1,9 @@
 """Hidden states to loss: the frozen output head and the loss in one, chunked, memory-flat, sharded.
 
 Holds the public function and the module that takes lm_head's place; the loop over chunks is in
-chunks.py, the projections in logits.py, the arithmetic on logits in divergence.py. The gradient
-with respect to `hidden` is formed in the forward, so no [T, V] tensor exists and the backward needs
-neither the weight nor a collective.
+chunks.py, the projections in logits.py, the arithmetic on logits in divergence.py. No option of the
+loss is read here: `Objective` is handed on. The gradient with respect to `hidden` is formed in the
+forward, so no [T, V] tensor exists and the backward needs neither the weight nor a collective.
 
 Legend: N rows, C the rows of one chunk, D hidden size, V vocabulary, v this rank's columns without
 padding. logits = softcap(logit_scale * (h W^T + bias)).
@@ -11,20 +11,18 @@ padding. logits = softcap(logit_scale * (h W^T + bias)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from moored.loss.chunks import chunk_size, run_chunks
-from moored.loss.divergence import (
-    Direction,
-    Objective,
-    VocabShard,
-    all_gather,
-)
+from moored.loss.divergence import Direction, Objective, Scales, VocabShard, all_gather
 from moored.loss.drift import DriftSums, drift
 from moored.loss.logits import Logits
-from moored.loss.tmkl import (
-    LossSums,
+from moored.loss.rows import (
     Reduction,
     RowPlan,
     TMKLOutput,
@@ -34,9 +32,8 @@ from moored.loss.tmkl import (
     precomputed,
     wants_gradient,
 )
-from moored.loss.weighting import CEWeighting, KLWeighting
 
-__all__ = ["Head", "attach_gradient", "linear_tmkl_loss"]
+__all__ = ["Head", "LossSums", "attach_gradient", "linear_tmkl_loss"]
 
 
 def linear_tmkl_loss(
@@ -85,7 +82,7 @@ def linear_tmkl_loss(
     Raises:
         ValueError: shapes, dtypes, ranges or options do not fit; names the argument.
     """
-    goal = Objective(direction, mask_target, temperature)
+    objective = Objective(direction, mask_target, temperature)
     if policy_hidden.dim() != 2:
         raise ValueError(f"policy_hidden has shape {tuple(policy_hidden.shape)}: [T, D] is needed")
     named = ("policy_hidden", policy_hidden), ("reference_hidden", reference_hidden)
@@ -113,8 +110,8 @@ def linear_tmkl_loss(
         None if reference_hidden is None else reference_hidden.detach(),
         targets,
         plan,
-        goal,
-        plan.scales(kl_weight, reduction),
+        objective,
+        Scales(*plan.scales(kl_weight, reduction)),
         chunk_tokens,
         with_gradient=wants_gradient(policy_hidden),
     )
@@ -126,6 +123,17 @@ def linear_tmkl_loss(
 
 
 # ---------------------------------------------------------------- the module
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Detached sums over rows, in nats; `loss` is the scaled and weighted sum of both."""
+
+    loss: Tensor
+    ce_sum: Tensor
+    kl_sum: Tensor
+    num_targets: Tensor | int
+    num_kl: Tensor | int
 
 
 class Head(nn.Module):
@@ -181,84 +189,67 @@ class Head(nn.Module):
             reference=self,
         )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        reference_hidden: Tensor | None = None,
-        targets: Tensor | None = None,
-        *,
-        kl_mask: Tensor | None = None,
-        ce_scale: float | Tensor = 1.0,
-        kl_scale: float | Tensor = 0.0,
-        direction: Direction = "forward",
-        mask_target: bool = True,
-        temperature: float = 1.0,
-        ce_weighting: CEWeighting = "uniform",
-        kl_weighting: KLWeighting = "uniform",
-        kl_weights: Tensor | None = None,
-        drift: bool = False,
-        num_spots: int = 0,
-        spot_groups: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, LossSums] | DriftSums:
-        """Logits; or with `targets` the loss and its gradient; or with `drift` a comparison.
+    def forward(self, *inputs: Any, use: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Whatever the method `use` of this class makes of its arguments: `logits`, if it is None.
 
         Every use goes through here, so that ZeRO-3's hooks gather the weight.
+        """
+        return (use or Head.logits)(self, *inputs, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Plain `hidden @ weight.T + bias` of the whole vocabulary, [..., V].
+
+        No cap and no scale: a Hugging Face forward applies its own. A shard's columns are gathered,
+        as generation needs them.
+        """
+        return self._all_columns(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def loss(
+        self,
+        hidden: Tensor,
+        reference_hidden: Tensor | None,
+        targets: Tensor,
+        *,
+        objective: Objective,
+        scales: Scales,
+        kl_mask: Tensor | None = None,
+        kl_weights: Tensor | None = None,
+    ) -> tuple[Tensor, LossSums]:
+        """The loss and its gradient, neither with a graph.
+
+        So ZeRO-3 has no backward for which to gather the weight again.
 
         Args:
-            hidden: [..., D] for logits; else [N, D], rows already selected, none ignored.
+            hidden: [N, D], rows already selected, none ignored.
             reference_hidden: [N, D]; None for cross-entropy alone.
             targets: int64 [N], global ids, range-checked by the caller (at collation).
+            objective: what is descended.
+            scales: factors of the sums of cross-entropies and of KLs.
             kl_mask: bool [N], rows where the KL applies.
-            ce_scale: factor of the sum of cross-entropies.
-            kl_scale: factor of the sum of KLs.
-            direction: "forward", "reverse" or "jsd".
-            mask_target: remove the target from both distributions.
-            temperature: divides the logits in the KL.
-            ce_weighting: how targets weigh in the cross-entropy, see `Objective`.
-            kl_weighting: how rows weigh in the KL, see `Objective`.
             kl_weights: [N], a further weight of each row's KL.
-            drift: compare policy and reference instead.
-            num_spots: with `drift`, look at as many rows that drift most.
-            spot_groups: with `num_spots`, [N], of which each has few of these rows.
 
         Returns:
-            Plain `hidden @ weight.T + bias` of the whole vocabulary without `targets`: no cap, no
-            scale (a Hugging Face forward applies its own), a shard's columns gathered, as
-            generation needs them. Else (grad_hidden [N, D] in at least fp32, LossSums), neither
-            with a graph: so ZeRO-3 has no backward for which to gather the weight again.
+            The gradient of `hidden`, [N, D] in at least fp32, and the sums.
         """
-        if targets is None:
-            return self._all_columns(nn.functional.linear(hidden, self.weight, self.bias))
-        if drift:
-            if reference_hidden is None:
-                raise ValueError("drift needs reference_hidden")
-            return self.drift(hidden, reference_hidden, targets, num_spots, spot_groups)
         if self.reference is not None:
             raise ValueError("a head of the policy's own can be compared, not trained")
-        hidden = hidden.detach()
-        num_rows = len(targets)
-        groups = [(None, num_rows, reference_hidden is not None)] if num_rows else []
-        num_kl = num_rows if reference_hidden is not None else 0
-        if kl_mask is not None and reference_hidden is not None:
-            num_kl = int(kl_mask.sum())
-            if num_kl < num_rows:
-                both, ce_only = kl_mask.nonzero().squeeze(1), (~kl_mask).nonzero().squeeze(1)
-                groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
-                groups = [group for group in groups if group[1]]
+        with_kl = reference_hidden is not None
+        plan = RowPlan.of_targets(len(targets), kl_mask, with_kl=with_kl)
         ce_N, kl_N, weighted_N, grad_ND = run_chunks(
             self._logits(),
-            hidden,
+            hidden.detach(),
             None if reference_hidden is None else reference_hidden.detach(),
             targets,
-            RowPlan(num_rows, num_rows, num_kl, tuple(groups)),
-            Objective(direction, mask_target, temperature, ce_weighting, kl_weighting),
-            (ce_scale, kl_scale),
+            plan,
+            objective,
+            scales,
             self.chunk_tokens,
             with_gradient=True,
             kl_weights_N=kl_weights,
         )
         assert grad_ND is not None
-        return grad_ND, LossSums(weighted_N.sum(), ce_N.sum(), kl_N.sum(), num_rows, num_kl)
+        sums = weighted_N.sum(), ce_N.sum(), kl_N.sum()
+        return grad_ND, LossSums(*sums, plan.num_targets, plan.num_kl)
 
     @torch.no_grad()
     def drift(
@@ -266,10 +257,19 @@ class Head(nn.Module):
         hidden: Tensor,
         reference_hidden: Tensor,
         targets: Tensor,
+        *,
         num_spots: int = 0,
-        groups: Tensor | None = None,
+        spot_groups: Tensor | None = None,
     ) -> DriftSums:
-        """How far the policy is from the reference, row by row; call it through `forward`."""
+        """How far the policy is from the reference, row by row.
+
+        Args:
+            hidden: [N, D], rows already selected.
+            reference_hidden: [N, D].
+            targets: int64 [N], global ids.
+            num_spots: look at as many rows that drift most.
+            spot_groups: [N], of which each has few of these rows.
+        """
         return drift(
             self._logits(),
             hidden,
@@ -277,7 +277,7 @@ class Head(nn.Module):
             targets,
             self.chunk_tokens,
             num_spots,
-            groups,
+            spot_groups,
             None if self.reference is None else self.reference._logits(),
         )
 

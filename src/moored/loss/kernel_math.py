@@ -1,7 +1,8 @@
 """The arithmetic of divergence.py and softmax_pair.py inside Triton's kernels: fp32, in registers.
 
 Functions of numbers, and of sets of columns or of parts of a row. A part is to its row what a shard
-is to the vocabulary, so that all are joined by the same chain rule. kernels.py applies them.
+is to the vocabulary, so that all are joined by the same chain rule. kernels.py applies them;
+equations are numbered in docs/loss.md.
 
 Legend: s the policy's logits, e the reference's minus the policy's (both over the temperature
 inside a KL); y the target's column; p and q the probabilities, d = log q - log p, k = q - p.
@@ -26,7 +27,7 @@ def exp(x):
 
 @triton.jit
 def expm1_rest(x):
-    """e^x - 1 - x for |x| <= 0.5, to full relative accuracy: the series to x^8, off by < 5e-8."""
+    """h(x) = e^x - 1 - x (eq. 9) for |x| <= 0.5, where that cancels: its series, off by < 5e-8."""
     series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320))
     return x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
 
@@ -41,7 +42,7 @@ def log1p(x):
 
 @triton.jit
 def log_cosh_half(d):
-    """The log of cosh(d / 2), for |d| <= 0.5."""
+    """The log of cosh(d / 2) (eq. 10) for |d| <= 0.5, a series: cosh itself rounds to 1."""
     z = d * d * 0.25
     return z * (0.5 - z * (1 / 12 - z * (1 / 45 - z * (17 / 2520))))
 
@@ -49,6 +50,8 @@ def log_cosh_half(d):
 @triton.jit
 def contrast_terms(p, q, d):
     """Differences k = q - p, and the terms >= 0 of KL(q || p) and KL(p || q), if both sum to 1."""
+    # Near each other all three would cancel as differences: products with expm1(d) = d + h and h
+    # (eq. 8, eq. 9). Far apart nothing does, and q d is 0 where q is, however large p d.
     near = tl.abs(d) <= 0.5
     h = expm1_rest(tl.where(near, d, 0.0))
     k = tl.where(near, p * (d + h), q - p)
@@ -61,7 +64,7 @@ def contrast_terms(p, q, d):
 def log_mean_ratio(d):
     """log(m / p) with m = (p + q) / 2."""
     near = tl.abs(d) <= 0.5
-    small = tl.where(near, d, 0.0)
+    small = tl.where(near, d, 0.0)  # log 2 would be taken off a number near it (eq. 10)
     far = tl.maximum(d, 0.0) + tl.log(1 + exp(-tl.abs(d))) - 0.6931471805599453
     return tl.where(near, small / 2 + log_cosh_half(small), far)
 
@@ -89,18 +92,19 @@ def both_sums(a, b):
 def chain(mass, ratio, kl, mass_b, ratio_b, kl_b, DIRECTION: tl.constexpr):
     """Two sets of columns as one: log mass, log ratio, KL, and the second's p, q and d.
 
-    KL(q || p) = sum_i Q_i KL_i + KL(Q || P) over the sets' masses P and Q.
+    KL(q || p) = sum_i Q_i KL_i + KL(Q || P) over the sets' masses P and Q (eq. 14).
     """
     some, gap = mass_b > float("-inf"), mass_b - mass
     ratio = tl.where(mass > float("-inf"), ratio, ratio_b)  # of nothing: as the second's
     gap = tl.where(mass > float("-inf"), gap, float("inf"))
     gap = tl.where(some, gap, float("-inf"))
     step = tl.where(some, ratio_b - ratio, 0.0)
-    p_b, p_a = sigmoid(gap), sigmoid(-gap)
+    p_b, p_a = sigmoid(gap), sigmoid(-gap)  # not 1 - p_b, which is 0 as soon as p_b rounds to 1
     q_b, q_a = sigmoid(gap + step), sigmoid(-gap - step)
     near = tl.abs(step) <= 0.5
     small = tl.where(near, step, 0.0)
-    # log(P_a + P_b e^step), by logarithms: either share may underflow.
+    # log(P_a + P_b e^step) as log1p(P_b expm1(step)) (eq. 7); for a large step by logarithms, as
+    # either share may underflow.
     log_both = log1p(exp(-tl.abs(gap)))
     wide = _log_add(-tl.maximum(gap, 0.0) - log_both, -tl.maximum(-gap, 0.0) - log_both + step)
     shift = tl.where(near, log1p(p_b * (small + expm1_rest(small))), wide)
@@ -121,7 +125,7 @@ def chain(mass, ratio, kl, mass_b, ratio_b, kl_b, DIRECTION: tl.constexpr):
 def as_one(x, u, DIRECTION: tl.constexpr):
     """Columns as one: their log mass, log ratio and KL (none for jsd), and each one's p and q.
 
-    Of x, log masses, -inf for a column that is not there; and u, log ratios, 0 there.
+    Given are x, log masses, -inf for a column that is not there; and u, log ratios, 0 there.
     """
     absent = float("-inf")
     top, top_q = tl.split(tl.max(tl.join(x, x + u), 0))
@@ -133,13 +137,14 @@ def as_one(x, u, DIRECTION: tl.constexpr):
     ratio = (top_q - top) + tl.log(sum_q) - tl.log(sum_p)
     p, q = p * (1 / sum_p), q * (1 / sum_q)
     k, forward, reverse = contrast_terms(p, q, u - ratio)
-    # The ratio turns out to be off by log(1 + off), and so does the KL.
+    # The ratio, a difference of two log masses, is off by their rounding: by how much is known from
+    # the sum of k, which should be 0, and taken out of ratio and KL (eq. 20).
     if DIRECTION == 0:
         off, kl = both_sums(k, forward)
         kl = kl / (1 + off) - off * off * (0.5 - off * (2 / 3))
     elif DIRECTION == 1:
         off, kl = both_sums(k, reverse)
-        kl += off * off * (0.5 - off * (1 / 3))
+        kl -= off * off * (0.5 - off * (1 / 3))
     else:
         off, kl = tl.sum(k, 0), 0.0
     return tl.where(some, top + tl.log(sum_p), absent), ratio + log1p(off), kl, p, q
@@ -157,7 +162,7 @@ def log_sum(x):
 def joined(mass, ratio, kl, DIRECTION: tl.constexpr):
     """Sets of columns as one, each with its log mass (-inf if empty), log ratio and KL.
 
-    KL(q || p) = sum_i Q_i KL_i + KL(Q || P) over the sets' masses P and Q.
+    KL(q || p) = sum_i Q_i KL_i + KL(Q || P) over the sets' masses P and Q (eq. 14).
     """
     mass, ratio, between, p, q = as_one(mass, ratio, DIRECTION)
     within = tl.sum((p if DIRECTION == 1 else q) * kl, 0)
@@ -171,6 +176,7 @@ def settled(
     WITH_KL: tl.constexpr, MASKED: tl.constexpr, DIRECTION: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """A row's numbers to what its loss and gradient need, in the order of kernels.py."""
+    # From g (eq. 5), as log p_y and 1 - p_y keep no digit of a p_y near 1.
     gap = rest - s_y
     a = ce_weight * sigmoid(gap)
     ce = tl.maximum(gap, 0.0) + log1p(exp(-tl.abs(gap)))
@@ -178,7 +184,7 @@ def settled(
     w, p, k, d = 0.0, 0.0, 0.0, 0.0
     if WITH_KL:
         w = kl_weight * temperature
-        if not MASKED:
+        if not MASKED:  # y joins as a set of its own
             mass, ratio, kl, p, q, d = chain(
                 mass, ratio, kl, s_y / temperature, e_y, 0.0, DIRECTION
             )
@@ -187,7 +193,7 @@ def settled(
                 grad_y += tl.where(w == 0, 0.0, -w * k)
             elif DIRECTION == 1:
                 grad_y += tl.where(w == 0, 0.0, -w * p * (d + kl))
-        # Entries of the gradient: |k| <= sqrt(KL / 2) (Pinsker), p |d| <= 2 sqrt(KL) + 2 KL.
+        # The size of the gradient's largest entry (eq. 19), jsd's at most w.
         size += w * (1.0 if DIRECTION == 2 else 2 * tl.sqrt(kl) + 2 * kl)
     scale = 1.0
     if SCALED:

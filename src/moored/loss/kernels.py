@@ -3,7 +3,7 @@
 One chunk in fp32, in registers: the first pass reads each logit and leaves K numbers per token,
 the second reads each once more and writes the gradient; all that is kept of a row is five numbers.
 kernel_math.py has the arithmetic, and triton_loss.py launches the kernels; Triton's interpreter
-runs them on a CPU, for the tests.
+runs them on a CPU, for the tests. Equations are numbered in docs/loss.md.
 
 Legend: C tokens of the chunk, v this rank's columns without padding; s the policy's logits, e the
 reference's minus the policy's; y the target's column here; p and q the probabilities.
@@ -56,7 +56,8 @@ def _load(
         s_b += tl.load(bias + columns, mask=here, other=0.0).to(tl.float32)
     s_b = s_b * scale
     if CAPPED:
-        # tanh x = 2 sigma(2x) - 1, and tanh(x + z) - tanh x = 2 sigma(2x) sigma(-2x - 2z) expm1(2z)
+        # tanh x = sigma(2x) - sigma(-2x), and the difference of two that are near as a product
+        # (eq. 11), here with x and z for 2x and 2z.
         x, z = 2 * s_b / cap, 2 * e_b / cap
         up, down = sigmoid(x), sigmoid(-x)
         slope = 4 * up * down
@@ -99,6 +100,7 @@ def summary(
             HAS_BIAS, CAPPED, DIFFERENCE, WITH_KL,
         )  # fmt: skip
         x, u = s_b, e_b
+        # The masking: y is in no sum, as in `mask_target_` (eq. 5).
         if (start + BLOCK > num_columns) | ((y >= start) & (y < start + BLOCK)):
             keep = (columns < num_columns) & (columns != y)
             x, u = tl.where(keep, s_b, absent), tl.where(keep, e_b, 0.0)
@@ -183,6 +185,7 @@ def halfway(
         x = tl.where(keep, s_b * cold, float("-inf"))
         u = tl.where(keep, e_b * cold, 0.0)
         p, q, d = exp(x - mass), exp(x + u - (mass + ratio)), u - ratio
+        # Near each other phi(d) (eq. 10), of order d^2; p log(p / m) is of order d, and cancels.
         near = tl.abs(d) <= 0.5
         small = tl.where(near, d, 0.0)
         c, far = log_cosh_half(small), log_mean_ratio(d)

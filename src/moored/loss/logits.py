@@ -1,6 +1,7 @@
 """Hidden states to this rank's logits, and their gradient back: the frozen output projection.
 
-Holds the matrix products, logit scale, bias and soft cap; knows no loss.
+Holds the matrix products, logit scale, bias and soft cap; knows no loss. Equations are numbered in
+docs/loss.md.
 
 Legend: C the rows of one chunk, D hidden size, v this rank's columns without padding. h the
 policy's and h0 the reference's hidden states; s the policy's logits, e the reference's minus the
@@ -69,9 +70,9 @@ class Logits:
     ) -> tuple[Tensor, bool]:
         """Products h W^T above (h0 - h) W^T, or above h0 W^T, and which, in `buffer_2Cv`.
 
-        The difference as a product of its own keeps its relative accuracy. Half-precision operands
-        would lose it by being rounded, but enter h0 W^T as they are. One product reads the weight
-        once.
+        The difference as a product of its own keeps its relative accuracy (eq. 6). Half-precision
+        operands would lose it by being rounded, but enter h0 W^T as they are. One product reads the
+        weight once.
         """
         if self.native(h_CD.dtype):
             stack_D = h_CD if h0_CD is None else torch.cat([h_CD, h0_CD.to(h_CD.dtype)])
@@ -143,7 +144,8 @@ class Logits:
 def _soft_cap_(s_Cv: Tensor, e_Cv: Tensor | None, cap: float) -> Tensor:
     """Cap s and, without cancellation, e in place; returns the cap's slope at s, sech^2(s / cap).
 
-    tanh y - tanh x = sinh(y - x) sech x sech y for y near x; their plain difference elsewhere.
+    tanh y - tanh x = sinh(y - x) sech x sech y for y near x, where their difference would cancel
+    (eq. 11); the plain difference elsewhere.
     """
     slope_Cv = torch.empty_like(s_Cv)
 

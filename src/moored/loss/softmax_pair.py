@@ -1,7 +1,8 @@
 """Two softmax distributions over the same columns, compared without cancellation.
 
 Holds the elementwise arithmetic of one set of columns; knows no target, no shard and no weight
-(divergence.py), and imports torch alone. Derivations: docs/loss.md.
+(divergence.py), and imports torch alone. Derivations, and the equations that comments number:
+docs/loss.md.
 
 Legend: C rows, v columns, `_C1` one number per row. x the policy's logits, x + e the reference's;
 p and q their probabilities, d = log q - log p, k = q - p.
@@ -62,8 +63,8 @@ def contrast_(
 
     Overwrites x with p and e with k = q - p, and returns d = log q - log p (in the scratch, if
     that is given: fresh memory costs a CPU more than the sums). Columns where x is -inf count as
-    absent. Every result keeps its relative accuracy as e goes to 0: k = p expm1(d), and the KLs
-    are Bregman sums of terms >= 0.
+    absent. Every result keeps its relative accuracy as e goes to 0: k = p expm1(d) (eq. 8), and the
+    KLs are Bregman sums of terms >= 0 (eq. 9).
     """
     if x_Cv.shape[-1] == 0:
         zero_C1 = x_Cv.new_zeros((*x_Cv.shape[:-1], 1), dtype=exact_dtype(x_Cv))
@@ -74,7 +75,8 @@ def contrast_(
     # The wide way needs no look at the data, which on a GPU would make the host wait.
     wide = x_Cv.is_cuda or not bool((e_Cv.amax(-1) - e_Cv.amin(-1)).amax() <= _NARROW)
     p_Cv, k_Cv, q_Cv = x_Cv, e_Cv, None
-    # First a centre c near the log-ratio of the masses, then the rest of it by log1p.
+    # First a centre c near the log-ratio of the masses, then the rest of it by log1p (eq. 7): the
+    # difference of two log masses is off by a rounding of their size, which is then in every d.
     if not wide:
         log_mass_C1 = softmax_(p_Cv)
         centre_C1 = torch.mul(p_Cv, e_Cv, out=a_Cv).sum(-1, keepdim=True)
@@ -88,15 +90,18 @@ def contrast_(
         log_mass_C1 = log_mass_C1 + top_C1
         centre_C1 = centre_C1.to(e_Cv.dtype)
         torch.sub(e_Cv, centre_C1, out=d_Cv)
+        # q - p is left without digits where the two are near, the product overflows where d is
+        # large: each where it is exact (eq. 8).
         near_Cv = torch.expm1(d_Cv.clamp(-1, 1)).mul_(p_Cv)
         torch.where(d_Cv.abs() <= 1, near_Cv, q_Cv - p_Cv, out=k_Cv)
     off_C1 = torch.log1p(k_Cv.sum(-1, keepdim=True))
     log_ratio_C1 = off_C1.to(exact_dtype(x_Cv)) + centre_C1
     d_Cv.sub_(off_C1)
+    # p expm1(d - off) of p expm1(d), likewise as a sum of products (eq. 8).
     k_Cv.mul_(torch.exp(-off_C1)).addcmul_(p_Cv, torch.expm1(-off_C1))
 
-    # p h(d), see _h: k - p d, but the series where d is small. hardshrink and sign sort the two
-    # apart, on a CPU many times faster than a boolean mask.
+    # p h(d) (eq. 9), see _h: k - p d, but where d is small, so that the two are nearly equal, the
+    # series. hardshrink and sign sort these apart, on a CPU many times faster than a boolean mask.
     torch.ops.aten.hardshrink.out(d_Cv, _tiny(d_Cv), out=a_Cv)
     torch.sub(d_Cv, a_Cv, out=b_Cv)
     torch.add(d_Cv.new_tensor(1 / 6), b_Cv, alpha=1 / 24, out=ph_Cv)
@@ -104,6 +109,7 @@ def contrast_(
     ph_Cv.mul_(b_Cv).mul_(b_Cv).mul_(p_Cv)
     ph_Cv.add_(torch.sign(a_Cv, out=b_Cv).abs_().mul_(k_Cv)).sub_(a_Cv.mul_(p_Cv))
     reverse_C1 = ph_Cv.sum(-1, keepdim=True)
+    # Not sum q d, whose terms cancel but for the KL: sum k d less the reverse KL (eq. 9).
     kd_Cv = torch.mul(k_Cv, d_Cv, out=b_Cv)
     if q_Cv is not None:  # q d - k for k d - p h, of which nothing is left where q = 0, d = -1e30
         qd_Cv = q_Cv.mul_(torch.exp(-off_C1)).mul_(d_Cv)
@@ -118,9 +124,10 @@ def contrast_(
 
 def jsd_terms(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Terms >= 0 whose sums are KL(p || m) and KL(q || m), and p log(m / p), m = (p + q) / 2."""
+    # Near: phi(d) (eq. 10), of order d^2, where p log(p / m) is of order d and cancels in the sum.
     near = d.abs() <= 1
     x = torch.where(near, d, 0.0)
-    log_cosh = torch.log1p(2 * torch.sinh(x / 4).square())  # of d / 2
+    log_cosh = torch.log1p(2 * torch.sinh(x / 4).square())  # of d / 2; cosh itself rounds to 1
     zero, log_2 = torch.zeros_like(d), math.log(2)
     far, far_q = torch.logaddexp(d, zero) - log_2, torch.logaddexp(-d, zero) - log_2
     to_p = torch.where(near, p * (_h(x) / 2 - log_cosh), (q - p) / 2 - p * far)
@@ -129,7 +136,7 @@ def jsd_terms(p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _h(x: Tensor) -> Tensor:
-    """expm1(x) - x."""
+    """h(x) = expm1(x) - x (eq. 9), by its series where the two are nearly equal."""
     series = x.square() * (0.5 + x * (1 / 6 + x * (1 / 24)))
     return torch.where(x.abs() <= _tiny(x), series, torch.expm1(x) - x)
 

@@ -31,7 +31,7 @@ def chunk_loss_(
     s_Cv: Tensor,
     t_Cv: Tensor | None,
     targets_C: Tensor,
-    goal: Objective,
+    objective: Objective,
     logits: Logits,
     weights_2C: Tensor,
     out_Cv: Tensor,
@@ -44,7 +44,7 @@ def chunk_loss_(
         s_Cv: products h W^T of the policy, fp32: bias, scale and cap are applied here.
         t_Cv: products of the reference, fp32; None for cross-entropy alone.
         targets_C: global ids, all valid.
-        goal: the divergence.
+        objective: what is descended.
         logits: whose products these are.
         weights_2C: weights of the cross-entropy and of the KL in the gradient per row, fp32,
             about 1.
@@ -55,9 +55,9 @@ def chunk_loss_(
         The cross-entropies, the KLs, and what each row of the gradient is still to be multiplied
         with [C]: rows in fp16 are scaled by a power of two, so that small ones do not underflow.
     """
-    shard, warm = logits.shard, goal.temperature != 1.0
+    shard, warm = logits.shard, objective.temperature != 1.0
     num_rows, num_columns = s_Cv.shape
-    with_kl, is_jsd = t_Cv is not None, goal.direction == "jsd"
+    with_kl, is_jsd = t_Cv is not None, objective.direction == "jsd"
     t_Cv = s_Cv if t_Cv is None else t_Cv
     y_C = targets_C - shard.start
     chunk = s_Cv, t_Cv, s_Cv if logits.bias_v is None else logits.bias_v, y_C, s_Cv.stride(0)
@@ -65,13 +65,13 @@ def chunk_loss_(
         "num_columns": num_columns,
         "scale": logits.scale,
         "cap": logits.softcap or 1.0,
-        "cold": 1 / goal.temperature,
+        "cold": 1 / objective.temperature,
         "HAS_BIAS": logits.bias_v is not None,
         "CAPPED": logits.softcap is not None,
         "DIFFERENCE": t_is_difference,
         "WITH_KL": with_kl,
     }
-    direction, at = DIRECTIONS[goal.direction], (num_rows,)
+    direction, at = DIRECTIONS[objective.direction], (num_rows,)
     blocks = {"BLOCK": SUMMARY_BLOCK, "num_warps": SUMMARY_WARPS} | shared
     num_stats = kernels.NUM_STATS if with_kl else 2
     num_parts = SUMMARY_PARTS if shard.world_size == 1 else 1  # the more ranks, the more rows
@@ -82,19 +82,19 @@ def chunk_loss_(
     stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)
     rows_RC = s_Cv.new_empty((kernels.NUM_ROWS.value, num_rows))
     kernels.join[at](
-        stats_PKC, weights_2C, rows_RC, goal.temperature, len(stats_PKC), WITH_KL=with_kl,
-        MASKED=goal.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
+        stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC), WITH_KL=with_kl,
+        MASKED=objective.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
         SLOTS=triton.next_power_of_2(len(stats_PKC)), num_warps=1,
     )  # fmt: skip
     if with_kl and is_jsd:
         sums_S2C = s_Cv.new_empty((num_parts, 2, num_rows))
         kernels.halfway[num_rows, num_parts](*chunk, rows_RC, sums_S2C, **blocks)
         sums_2C = all_gather(sums_S2C, shard).double().sum((0, 1))
-        _finish_jsd(rows_RC, sums_2C, weights_2C, goal)
+        _finish_jsd(rows_RC, sums_2C, weights_2C, objective)
     if num_columns:
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
-            *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=goal.mask_target,
+            *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=objective.mask_target,
             DIRECTION=direction, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
@@ -111,13 +111,13 @@ def to_half(weight_vD: Tensor) -> Tensor:
     return out_vD
 
 
-def _finish_jsd(rows_RC: Tensor, sums_2C: Tensor, weights_2C: Tensor, goal: Objective) -> None:
+def _finish_jsd(rows_RC: Tensor, sums_2C: Tensor, weights_2C: Tensor, objective: Objective) -> None:
     """What of a row is known only after the second collective of JSD."""
-    if not goal.mask_target:
+    if not objective.mask_target:
         p_C, k_C, d_C = (rows_RC[i].double() for i in (P_Y, K_Y, D_Y))
         to_p, to_q, log_m_C = jsd_terms(p_C, p_C + k_C, d_C)
         sums_2C = sums_2C + torch.stack([to_p, to_q])
         at_y_C = -0.5 * (log_m_C + p_C * sums_2C[0])
-        rows_RC[GRAD_Y] += rows_RC[SCALE] * weights_2C[1] * goal.temperature * at_y_C
-    rows_RC[KL] = 0.5 * sums_2C.sum(0) * goal.temperature**2
+        rows_RC[GRAD_Y] += rows_RC[SCALE] * weights_2C[1] * objective.temperature * at_y_C
+    rows_RC[KL] = 0.5 * sums_2C.sum(0) * objective.temperature**2
     rows_RC[MEAN] = sums_2C[0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ import torch
 from moored.config import Config
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh, leave_mesh
+from moored.loss.divergence import Objective, Scales
 from moored.loss.drift import DriftSums
-from moored.loss.tmkl import LossSums
+from moored.loss.head import LossSums
 from moored.models.adapters import read_outside
 from moored.models.forward import probe_batch
-from moored.models.policy import LossArguments, PolicyModel
+from moored.models.policy import PolicyModel
 from moored.models.reference import adapters_off, dropout_off, of_base
 from moored.models.reference_cache import ReferenceCache, open_cache
 from moored.models.zero import deepspeed, zero_config
@@ -90,7 +90,10 @@ class Engine:
         """
         if self.references is None:
             return self._of_base(batch)
-        hidden = self.references.hidden(batch, partial(self._of_base, batch))
+        hidden = self.references.find(batch)
+        if hidden is None:
+            hidden = self._of_base(batch)
+            self.references.keep(batch, hidden)
         return hidden.to(self.mesh.device, non_blocking=True)
 
     def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
@@ -109,10 +112,22 @@ class Engine:
         return of_base(self._engine.module, batch.to(self.mesh.device))
 
     def forward(
-        self, batch: Batch, reference_hidden: torch.Tensor | None, loss: LossArguments
+        self,
+        batch: Batch,
+        reference_hidden: torch.Tensor | None,
+        objective: Objective,
+        scales: Scales,
+        l2_scale: float = 0.0,
     ) -> tuple[torch.Tensor, LossSums]:
         """The micro-batch's share of the global loss (0-dim, with grad) and its detached sums."""
-        return self._engine(batch, reference_hidden=reference_hidden, loss=loss)
+        return self._engine(
+            batch,
+            use=PolicyModel.loss,
+            reference_hidden=reference_hidden,
+            objective=objective,
+            scales=scales,
+            l2_scale=l2_scale,
+        )
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients that come out *summed* over the data-parallel axis.
@@ -182,16 +197,18 @@ class Engine:
             reference_hidden = self.reference(batch)
         with torch.no_grad(), dropout_off(self.policy):
             return self._engine.module(
-                batch, reference_hidden=reference_hidden, drift=True, num_spots=num_spots
+                batch,
+                use=PolicyModel.drift,
+                reference_hidden=reference_hidden,
+                num_spots=num_spots,
             )
 
     def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
         """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""
-        batch: Any = None
         arguments["synced_gpus"] = self.stage == 3 and self.mesh.dp.size > 1
         off = adapters_off(self.policy) if base else contextlib.nullcontext()
         with torch.no_grad(), dropout_off(self.policy), off:
-            return self._engine.module(batch, generate=arguments)
+            return self._engine.module(use=PolicyModel.generate, **arguments)
 
     # -- state to save and to load ------------------------------------------------------------
 

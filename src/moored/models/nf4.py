@@ -1,4 +1,4 @@
-"""NF4 weights made piece by piece, and cut from a whole one: codes, scales, and the layer's state.
+"""NF4 weights made piece by piece: codes, scales, and the state that a layer needs of them.
 
 Blocks of 64 elements along the rows share a scale, so that a slice at whole blocks has the codes
 and scales of the whole (bitsandbytes' own arithmetic makes both). Scales of a whole under double

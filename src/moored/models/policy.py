@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moored.config import Config
 from moored.data.batch import Batch, answer_offsets
 from moored.distributed.mesh import Mesh
-from moored.loss.divergence import Direction
-from moored.loss.head import Head, attach_gradient
-from moored.loss.weighting import CEWeighting, KLWeighting
+from moored.loss.divergence import Objective, Scales
+from moored.loss.drift import DriftSums
+from moored.loss.head import Head, LossSums, attach_gradient
 from moored.models.adapters import add_adapters, product_norm
 from moored.models.attention import attend_by_sample
 from moored.models.base import resolve_dtype
@@ -38,35 +38,6 @@ from moored.models.zero import Partition
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossArguments:
-    """What turns hidden states into the loss of one micro-batch.
-
-    Attributes:
-        ce_scale: factor of the summed cross-entropy, 1 / (targets of the global batch).
-        kl_scale: factor of the summed KL, weight / (KL positions of the global batch).
-        direction: `forward`, `reverse` or `jsd`.
-        mask_target: whether the target is removed from both distributions (TMKL).
-        temperature: divides the logits of the KL.
-        ce_weighting: how targets weigh in the cross-entropy, see `divergence.Objective`.
-        kl_weighting: how positions weigh in the KL.
-        first_tokens: targets at the start of each answer whose KL has a factor of its own.
-        first_tokens_factor: that factor.
-        l2_scale: factor of the squared norm of the adapter's product.
-    """
-
-    ce_scale: float
-    kl_scale: float = 0.0
-    direction: Direction = "forward"
-    mask_target: bool = True
-    temperature: float = 1.0
-    ce_weighting: CEWeighting = "uniform"
-    kl_weighting: KLWeighting = "uniform"
-    first_tokens: int = 0
-    first_tokens_factor: float = 1.0
-    l2_scale: float = 0.0
 
 
 class PolicyModel(nn.Module):
@@ -105,71 +76,84 @@ class PolicyModel(nn.Module):
         assert isinstance(head, Head)
         return head
 
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        reference_hidden: torch.Tensor | None = None,
-        loss: LossArguments | None = None,
-        drift: bool = False,
-        num_spots: int = 0,
-        generate: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the backbone, and what follows it.
+    def forward(self, *inputs: Any, use: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """Whatever the method `use` of this class makes of its arguments: `hidden`, if it is None.
 
         All uses pass through here because ZeRO-3 hangs its bookkeeping on the module's call.
+        """
+        return (use or PolicyModel.hidden)(self, *inputs, **options)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The final hidden states at the batch's N targets, [N, D]."""
+        with self._autocast():
+            return final_hidden(self.causal_lm.get_base_model(), batch)
+
+    def loss(
+        self,
+        batch: Batch,
+        reference_hidden: torch.Tensor | None = None,
+        *,
+        objective: Objective,
+        scales: Scales,
+        l2_scale: float = 0.0,
+    ) -> tuple[torch.Tensor, LossSums]:
+        """A micro-batch's share of the loss (0-dim, with a graph), and its sums.
 
         Args:
-            batch: B x L tokens with N targets.
-            reference_hidden: the base's final hidden states at the targets, [N, D].
-            loss: if given, compute the loss.
-            drift: if true, compare policy and reference instead.
-            num_spots: with `drift`, look at as many targets that drift most, few of each row.
-            generate: if given, arguments of Hugging Face's `generate`; `batch` is ignored.
-
-        Returns:
-            By default the final hidden states at the targets, [N, D]; with `loss` the pair
-            (loss, LossSums); with `drift` a DriftSums; with `generate` token ids.
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, [N, D]; None: no KL.
+            objective: what is descended.
+            scales: factors of the sums of cross-entropies and of KLs: 1 / (targets of the global
+                batch), and the KL's weight / (its positions there).
+            l2_scale: factor of the squared norm of the adapter's product.
         """
-        with torch.autocast(
-            self.head.weight.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.compute_dtype == torch.bfloat16,
-            cache_enabled=False,
-        ):
-            if generate is not None:
-                return self.causal_lm.generate(**generate)
-            hidden = final_hidden(self.causal_lm.get_base_model(), batch)
-        if drift:
-            assert reference_hidden is not None
-            return self.head(
-                hidden,
-                reference_hidden,
-                batch.targets,
-                drift=True,
-                num_spots=num_spots,
-                spot_groups=batch.target_index // batch.input_ids.shape[1],
-            )
-        if loss is None:
-            return hidden
+        hidden = self.hidden(batch)
         grad_hidden, sums = self.head(
             hidden,
             reference_hidden,
             batch.targets,
+            use=Head.loss,
+            objective=objective,
+            scales=scales,
             kl_mask=batch.kl_mask,
-            ce_scale=loss.ce_scale,
-            kl_scale=loss.kl_scale,
-            direction=loss.direction,
-            mask_target=loss.mask_target,
-            temperature=loss.temperature,
-            ce_weighting=loss.ce_weighting,
-            kl_weighting=loss.kl_weighting,
-            kl_weights=_kl_weights(batch, loss),
+            kl_weights=objective.kl_weights(answer_offsets(batch.target_index)),
         )
         total = attach_gradient(hidden, grad_hidden, sums)
-        if loss.l2_scale:
-            total = total + loss.l2_scale * product_norm(self.causal_lm)
+        if l2_scale:
+            total = total + l2_scale * product_norm(self.causal_lm)
         return total, sums
+
+    def drift(
+        self, batch: Batch, reference_hidden: torch.Tensor, *, num_spots: int = 0
+    ) -> DriftSums:
+        """Policy against base at the batch's N targets.
+
+        Args:
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, [N, D].
+            num_spots: look at as many targets that drift most, few of each row.
+        """
+        return self.head(
+            self.hidden(batch),
+            reference_hidden,
+            batch.targets,
+            use=Head.drift,
+            num_spots=num_spots,
+            spot_groups=batch.target_index // batch.input_ids.shape[1],
+        )
+
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        """Token ids from Hugging Face's `generate`."""
+        with self._autocast():
+            return self.causal_lm.generate(**arguments)  # pyright: ignore
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.head.weight.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.compute_dtype == torch.bfloat16,
+            cache_enabled=False,
+        )
 
     @torch.no_grad()
     def product_norm(self) -> float:
@@ -179,14 +163,6 @@ class PolicyModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by name, in the model's order."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
-
-
-def _kl_weights(batch: Batch, loss: LossArguments) -> torch.Tensor | None:
-    """[N] weights of the KL by the place of a target in its answer."""
-    if not loss.first_tokens:
-        return None
-    is_first = answer_offsets(batch.target_index) < loss.first_tokens
-    return torch.where(is_first, loss.first_tokens_factor, 1.0)
 
 
 def load_policy(

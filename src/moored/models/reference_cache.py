@@ -104,7 +104,7 @@ class ReferenceCache:
 
     Attributes:
         num_read: micro-batches whose hidden states were read.
-        num_computed: those that the base was run for.
+        num_computed: those that the base was run for, and that were handed to `keep`.
     """
 
     def __init__(
@@ -137,12 +137,14 @@ class ReferenceCache:
         except OSError as error:
             self._stop_writing(error)
 
-    def hidden(self, batch: Batch, compute: Callable[[], Tensor]) -> Tensor:
-        """The base's final hidden states at the batch's targets, [N, D] on the CPU or as computed.
+    def find(self, batch: Batch) -> Tensor | None:
+        """The base's final hidden states at the batch's targets, [N, D] on the CPU, if kept.
+
+        Of the ranks that share the base's forwards all find it, or none does; then all compute and
+        `keep` it. Collective over them.
 
         Args:
             batch: better with its tensors on the CPU.
-            compute: runs the base; called on all ranks that share its forwards, or on none.
         """
         records = list(self._records(batch))
         with self._lock:
@@ -150,18 +152,21 @@ class ReferenceCache:
             found = next((step.pop(key) for step in self._ahead if key in step), None)
             if found is None:
                 found = self._read(records)
-        if self._agree(found is not None) and found is not None:
-            self.num_read += 1
-            return found
+        if not self._agree(found is not None):
+            return None
+        self.num_read += 1
+        return found
+
+    def keep(self, batch: Batch, hidden: Tensor) -> None:
+        """Add what the base made of a batch, [N, D], unless it is there or the cache is full."""
         self.num_computed += 1
-        hidden = compute()
+        records = list(self._records(batch))
         with self._lock:
             if self._writes and not all(self._knows(name) for name, _ in records):
                 self._add(records, hidden.detach().cpu())
-        return hidden
 
     def read_ahead(self, batches: Sequence[Batch]) -> None:
-        """Bring what is kept of a step into memory (pinned, for a GPU), for `hidden`.
+        """Bring what is kept of a step into memory (pinned, for a GPU), for `find`.
 
         In any thread, and before the step; what it does not ask for is let go of.
         """

@@ -201,7 +201,7 @@ class Loader:
         whole = self.axis.concatenate(mine, split.dim, per_rank)
         rounded = nf4.rounded(whole.flatten()).view_as(whole)
         start = sum(per_rank[: self.axis.rank])
-        own = rounded.narrow(split.dim, start, per_rank[self.axis.rank]).contiguous().flatten()
+        own = _own(rounded.narrow(split.dim, start, per_rank[self.axis.rank]))
         return nf4.state_of(nf4.Codes(codes.packed, own, codes.shape), self.dtype, double=False)
 
     def _cut_quantised(
@@ -239,8 +239,13 @@ class Loader:
         else:
             by_row = scales.view(whole[0], -1)
             own = by_row[:, columns[0] // nf4.BLOCK : columns[1] // nf4.BLOCK]
-        codes = nf4.Codes(mine, own.contiguous().flatten().float(), shape)
+        codes = nf4.Codes(mine, _own(own).float(), shape)
         return codes, nf4.state_of(codes, self.dtype, double=False)
+
+
+def _own(part: Tensor) -> Tensor:
+    """A copy of a part, flat: a view of rows would keep the whole alive."""
+    return part.clone(memory_format=torch.contiguous_format).flatten()
 
 
 def _as_blocks(codes: nf4.Codes, split: Split) -> Tensor:

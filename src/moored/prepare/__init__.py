@@ -1,7 +1,9 @@
 """`moored prepare`: everything that a recipe needs, here before a job starts, and proof of it.
 
-`prepare_command.py` fetches and keeps, `fetch_weights.py` verifies a model's files, `offline.py` is
-the proof: a fresh process without a network. Nothing is trained and no weights are loaded.
+`prepare_command.py` fetches and keeps, `fetch_weights.py` verifies a model's files, `items.py`
+finds all of it as a run does, `offline.py` has a process without a network do so. What the base
+makes beforehand is in `base_generation.py` (texts) and `references.py` (hidden states).
+Nothing is trained.
 """
 
 from moored.prepare.prepare_command import prune, run

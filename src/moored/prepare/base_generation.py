@@ -16,10 +16,9 @@ import transformers
 
 from moored.config import Config, Corpus
 from moored.data import pad_token_id
-from moored.data.base_samples import SEED, BaseIdentity, drawn_folder, write_drawn
+from moored.data.base_samples import QUESTIONS, SEED, BaseIdentity, drawn_folder, write_drawn
 from moored.data.batch import left_padded
 from moored.data.chat import ChatEncoder
-from moored.data.questions import QUESTIONS
 from moored.distributed.mesh import alone
 from moored.evaluation.generate import each_token
 from moored.models.base import BaseFiles, resolve_dtype
@@ -114,11 +113,11 @@ def _rows(
 
 def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
     """What the base is given: questions that leave room for an answer, else its start token."""
-    found: list[list[int]] = []
+    short: list[list[int]] = []
     if chat.templates:
         asked = [chat.prompt_ids([{"role": "user", "content": text}]) for text in QUESTIONS]
-        found = [ids for ids in asked if 2 * len(ids) <= window_tokens]
-    return found or [chat.prefix or [chat.eos]]
+        short = [ids for ids in asked if 2 * len(ids) <= window_tokens]
+    return short or [chat.prefix or [chat.eos]]
 
 
 def _texts(

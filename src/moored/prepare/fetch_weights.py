@@ -79,10 +79,10 @@ def _promised(folder: Path) -> Mapping[str, set[str]]:
     index = folder / INDEX
     if not index.is_file():
         return {}
-    found: dict[str, set[str]] = {}
+    by_file: dict[str, set[str]] = {}
     for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-        found.setdefault(file, set()).add(name)
-    return found
+        by_file.setdefault(file, set()).add(name)
+    return by_file
 
 
 def _as_named(path: Path, phase: Phase) -> bool | None:

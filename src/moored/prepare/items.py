@@ -5,16 +5,22 @@ Nothing is fetched that is here already, and nothing is kept; that is `prepare_c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moored.config import Config, Corpus, Source
-from moored.data import BaseIdentity, SampleSet, TrainStream, check_data, load_samples, resolve_text
+from moored.data import (
+    BaseIdentity,
+    DataReader,
+    HeldSource,
+    SampleSet,
+    TrainStream,
+    load_samples,
+    resolve_text,
+)
 from moored.data.base_samples import drawn_folder
-from moored.data.encode import HeldSource
-from moored.data.files import open_sources
-from moored.data.token_cache import content, content_of_texts
+from moored.data.token_cache import content_of_texts
 from moored.distributed.mesh import alone
 from moored.evaluation.evaluate import build_suite
 from moored.models.base import resolve_base
@@ -48,7 +54,8 @@ def find_everything(config: Config) -> list[Item]:
         UserError: something is missing or not as it must be.
     """
     mesh = alone()
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     located = resolve_base(config.model, mesh)
     require_model(located.source.path, config)
     items = [
@@ -63,14 +70,19 @@ def find_everything(config: Config) -> list[Item]:
         items.append(_template(Path(config.data.chat_template)))
     for section, sources in config.sources().items():
         samples = load_samples(
-            sources, located.tokenizer, config.data, located.vocab_size, section=section
+            sources,
+            located.tokenizer,
+            config.data,
+            located.vocab_size,
+            section=section,
+            reader=reader,
         )
-        items += [_source(sources, index, samples) for index in range(len(sources))]
+        items += _sources(sources, samples, reader)
         if section == "data.train":
             TrainStream(config, located.tokenizer, samples).total_steps()
-    build_suite(config, located, mesh)
+    build_suite(config, located, mesh, reader)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
-    return items + [_corpus(place, corpus, base) for place, corpus in config.corpora().items()]
+    return items + [_corpus(place, c, base, reader) for place, c in config.corpora().items()]
 
 
 def require_model(folder: Path, config: Config) -> None:
@@ -101,24 +113,23 @@ def _template(path: Path) -> Item:
     )
 
 
-def _source(sources: Sequence[Source], index: int, samples: SampleSet) -> Item:
-    found = content(open_sources(sources, samples.section, [])[index])
-    held = samples.sources[index]
-    if isinstance(held, HeldSource):
-        kept = "kept" if held.kept_in is not None else "not kept"
-        note = f"{len(held):,} samples, {held.num_tokens:,} tokens, {kept}"
-    else:
-        note = "streamed"
-    return Item(
-        what=f"{samples.section}.{index}",
-        where=str(sources[index].path or sources[index].hub),
-        num_bytes=found.num_bytes if found else 0,
-        identity=f"sha256:{found.digest}" if found else "unknown",
-        note=note,
-    )
+def _sources(sources: Sequence[Source], samples: SampleSet, reader: DataReader) -> Iterator[Item]:
+    opened = reader.sources(sources, samples.section, [])
+    for index, (records, held) in enumerate(zip(opened, samples.sources, strict=True)):
+        note, content = "streamed", records.content
+        if isinstance(held, HeldSource):
+            kept = "kept" if held.kept_in is not None else "not kept"
+            note = f"{len(held):,} samples, {held.num_tokens:,} tokens, {kept}"
+        yield Item(
+            what=f"{samples.section}.{index}",
+            where=str(records.source.path or records.source.hub),
+            num_bytes=content.num_bytes if content else 0,
+            identity=f"sha256:{content.digest}" if content else "unknown",
+            note=note,
+        )
 
 
-def _corpus(place: str, corpus: Corpus, base: BaseIdentity) -> Item:
+def _corpus(place: str, corpus: Corpus, base: BaseIdentity, reader: DataReader) -> Item:
     if corpus.builtin == "base-samples":
         folder = drawn_folder(corpus, base)
         facts = atomic_dir.read_manifest(folder)
@@ -130,12 +141,12 @@ def _corpus(place: str, corpus: Corpus, base: BaseIdentity) -> Item:
             identity=f"sha256:{file['sha256']}",
             note=f"{facts['num_texts']:,} texts, {facts['num_tokens']:,} tokens",
         )
-    documents = resolve_text(corpus, place)
-    found = content_of_texts(documents)
+    documents = resolve_text(corpus, place, reader.corpus)
+    content = content_of_texts(documents)
     return Item(
         what=place,
         where=corpus.path or corpus.hub or f"builtin {corpus.builtin}",
-        num_bytes=found.num_bytes,
-        identity=f"sha256:{found.digest}",
+        num_bytes=content.num_bytes,
+        identity=f"sha256:{content.digest}",
         note=f"{len(documents):,} documents",
     )

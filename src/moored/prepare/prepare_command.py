@@ -5,43 +5,30 @@ How tokens are kept is `token_cache.py`'s matter, what a model is made from `mod
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import shutil
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import filelock
 from rich.console import Console
 
 from moored.config import Config
-from moored.data import by_domain, check_data, load_samples, retention_samples
+from moored.data import DataReader, by_domain, load_samples, retention_samples
 from moored.data.token_cache import tokens_folder
 from moored.distributed.mesh import alone
 from moored.models.base import resolve_base
 from moored.models.reference_cache import FACTS, references_folder
 from moored.prepare.base_generation import draw
 from moored.prepare.fetch_weights import verify
-from moored.prepare.items import Item, require_model, size_of
+from moored.prepare.items import require_model, size_of
+from moored.prepare.offline import prove
 from moored.prepare.references import fill, require_fillable
 from moored.utils import atomic_dir
 from moored.utils.environment import rank_info
-from moored.utils.errors import MooredError, UserError, UserErrors
-from moored.utils.log import redact
-from moored.utils.progress import watch
+from moored.utils.errors import UserError, UserErrors
 
-log = logging.getLogger(__name__)
 DAY = 86400.0  # seconds
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "PIP_NO_INDEX": "1",
-}
 
 
 def run(config: Config, *, only_check: bool = False, num_ranks: int | None = None) -> None:
@@ -73,32 +60,6 @@ def run(config: Config, *, only_check: bool = False, num_ranks: int | None = Non
         size, note = readable(item.num_bytes), f"  {item.note}" if item.note else ""
         console.print(f"{item.what:<20} {item.where}  {size}  {identity}{note}")
     console.print("a process without a network found all of it", style="green")
-
-
-def prove(config: Config) -> list[Item]:
-    """Have a fresh process without a network find everything.
-
-    Raises:
-        UserErrors: what it could not find, in its words.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(config.dump_yaml(), encoding="utf-8")
-        done = watch(
-            [sys.executable, "-P", "-m", "moored.prepare.offline", str(recipe)],
-            "a process without a network looks for all of it",
-            env=os.environ | OFFLINE,
-        )
-    try:
-        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        problems, items = said["problems"], [Item(**item) for item in said["items"]]
-    except (ValueError, KeyError, IndexError, TypeError):
-        log.debug("%s", done.stderr)
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MooredError(f"the process without a network broke down: {redact(last)}") from None
-    if problems:
-        raise UserErrors([f"without a network: {problem}" for problem in problems])
-    return items
 
 
 def prune(days: float) -> None:
@@ -149,15 +110,16 @@ def _require_local(config: Config) -> None:
 
 def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
     """The order of a run: data first, since that is soon found wrong."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     located = resolve_base(config.model, alone())
     require_model(located.source.path, config)
-    found = verify(located.source.path)
-    hashed = f", {found.num_hashed} of them by the hub's hash" if found.num_hashed else ""
-    console.print(f"{located.source.origin}: {found.num_files} weight files verified{hashed}")
+    weights = verify(located.source.path)
+    hashed = f", {weights.num_hashed} of them by the hub's hash" if weights.num_hashed else ""
+    console.print(f"{located.source.origin}: {weights.num_files} weight files verified{hashed}")
     tokenizer, size = located.tokenizer, located.vocab_size
     for place, sources in config.sources().items():
-        load_samples(sources, tokenizer, config.data, size, section=place, keep=True)
+        load_samples(sources, tokenizer, config.data, size, section=place, keep=True, reader=reader)
     for folder in draw(config, located):
         facts = atomic_dir.read_manifest(folder)
         count, texts = facts["num_tokens"], facts["num_texts"]
@@ -166,9 +128,12 @@ def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
         if corpus.builtin != "base-samples":
             section, _, name = place.rpartition(".")
             # A budget's probe is one text, whatever its domains.
-            parts = by_domain(name, corpus) if section == "retention" else {name: corpus}
+            parts = {name: corpus}
+            if section == "retention":
+                parts = by_domain(name, corpus, reader.corpus)
             for part, of in parts.items():
-                retention_samples(part, of, tokenizer, keep=True, place=place)
+                retention_samples(part, of, tokenizer, keep=True, place=place, reader=reader)
+    del reader  # all is tokenised, and what it holds would stay beside the model
     if num_ranks is not None:
         cache = fill(config, located, num_ranks=num_ranks)
         count, size = cache.num_computed, readable(size_of(cache.folder))

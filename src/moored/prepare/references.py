@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 
 import torch
 
@@ -63,5 +62,5 @@ def fill(config: Config, located: BaseFiles, *, num_ranks: int) -> ReferenceCach
             for rank, stream in enumerate(ranks):
                 for batch in stream.next_step(dp_rank=rank, dp_size=num_ranks):
                     if not cache.has(batch):
-                        cache.hidden(batch, partial(of_base, policy, batch.to(mesh.device)))
+                        cache.keep(batch, of_base(policy, batch.to(mesh.device)))
     return cache

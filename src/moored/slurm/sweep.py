@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moored.config import Config, load_config
-from moored.data import check_data
+from moored.data import check_data, what_is_checked
 from moored.slurm import jobs
 from moored.slurm.script import Job, render
 from moored.slurm.site import Site
@@ -189,8 +189,8 @@ def submit_sweep(
         require_kind(directory, "sweep")
     array, report = array_of(arms, site, nodes=nodes, throttle=throttle, indices=due)
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
-    for data in {arm.config.data.model_dump_json(): arm.config for arm in arms}.values():
-        check_data(data)
+    for config in {what_is_checked(arm.config): arm.config for arm in arms}.values():
+        check_data(config)
     jobs.say_what_is_left_out()
     jobs.require_free(sweep)
     for script in scripts.values():

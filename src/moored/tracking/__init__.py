@@ -1,8 +1,8 @@
 """Tracking: an append-only journal first, MLflow behind it in a process of its own.
 
-`tracker` is what a run calls, `journal` what it writes; `process` starts, and `sidecar` is, the
-process that brings it to a store (`shipper`) and samples the machine; `sync` does so afterwards.
-`mlflow_store` is the only importer of mlflow.
+`tracker.py` is what a run calls, `journal.py` what it writes; `process.py` starts, and `sidecar.py`
+is, the process that brings it to a store (`shipper.py`) and samples the machine; `sync.py` does so
+afterwards. `mlflow_store.py` is the only importer of mlflow.
 """
 
 from moored.tracking.sync import SyncSummary, sync_run

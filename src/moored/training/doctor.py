@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,17 @@ from rich.console import Console
 from rich.text import Text
 
 from moored.config import Config, DataConfig
-from moored.data import HeldSource, SampleSet, check_data, load_samples, turn_ends
+from moored.data import DataReader, HeldSource, SampleSet, load_samples, turn_ends
 from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.evaluation.evaluate import build_suite
-from moored.loss.weighting import NUM_TOPS
+from moored.loss.divergence import NUM_TOPS
 from moored.models.base import resolve_base
 from moored.models.loading import require_layout
 from moored.models.policy import PolicyModel, load_policy, num_checkpointed
 from moored.models.untrained import in_words, untrained
-from moored.training.step import CE_WEIGHTINGS
+from moored.plan import load_problem, machine_line
 from moored.utils.environment import NOT_INSTALLED, PACKAGES, version_of, versions_of
 from moored.utils.errors import UserError
 
@@ -106,15 +107,22 @@ def _rendezvous(console: Console, mesh: Mesh) -> None:
 
 def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     """What is printed of a recipe; warnings come back."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     base_files = resolve_base(config.model, mesh)
     source, tokenizer = base_files.source, base_files.tokenizer
-    samples = load_samples(config.data.train, tokenizer, config.data, base_files.vocab_size)
-    held_out = load_samples(
-        config.data.eval, tokenizer, config.data, base_files.vocab_size, section="data.eval"
+    load = partial(
+        load_samples,
+        tokenizer=tokenizer,
+        data=config.data,
+        vocab_size=base_files.vocab_size,
+        reader=reader,
     )
+    samples = load(config.data.train)
+    held_out = load(config.data.eval, section="data.eval")
     ends = turn_ends(samples, tokenizer, config.data.max_length)
-    suite = build_suite(config, base_files, mesh)
+    suite = build_suite(config, base_files, mesh, reader, held_out)
+    del reader  # all is tokenised, and what it holds would stay beside the model
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
         _show(console, samples, tokenizer, config.data)
@@ -130,6 +138,8 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         require_layout(source.path, config.model, config.parallel)
         if mesh.is_main:
             console.print(f"sharding    over {degree} ranks is possible; here the model is whole")
+    if problems := _planned(console, config, source.path, mesh):
+        return problems
     policy = load_policy(source.path, config, mesh)
     if mesh.is_main:
         trained = sum(_whole_size(policy, name) for name in policy.trainable())
@@ -138,8 +148,36 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         )
         if policy.sharding is not None:
             console.print(f"sharding    {_sharded(policy, config, mesh)}")
-    unknown = untrained(policy.head, ends, mesh.tp)
-    return [in_words(end, tokenizer, config.model.name_or_path) for end in unknown]
+    ends = untrained(policy.head, ends, mesh.tp)
+    return [in_words(end, tokenizer, config.model.name_or_path) for end in ends]
+
+
+def _planned(console: Console, config: Config, folder: Path, mesh: Mesh) -> list[str]:
+    """Says what the recipe would take of this machine's GPUs; why the base is not loaded here.
+
+    The ranks agree, since loading is collective.
+    """
+    on_gpu, problems = mesh.device.type == "cuda", list[str]()
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(mesh.device)
+        memory = properties.total_memory
+        num_gpus = torch.cuda.device_count()
+        line, fits = machine_line(config, folder, properties.name, memory, num_gpus)
+        if mesh.is_main:
+            console.print(f"plan        {line}", style=None if fits else "yellow")
+    else:
+        memory = psutil.virtual_memory().available
+    problem = load_problem(
+        config,
+        folder,
+        degree=mesh.tp.size,
+        world=mesh.world.size,
+        on_gpu=on_gpu,
+        memory_bytes=memory,
+    )
+    if mesh.world.max(float(problem is not None), mesh.device) > 0:
+        problems.append(problem or "another process has too little memory for the base")
+    return problems
 
 
 def _whole_size(policy: PolicyModel, name: str) -> int:
@@ -184,20 +222,16 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
         direction=config.regularizer.direction,
         is_warm=config.regularizer.temperature != 1.0,
-        ce_tops=NUM_TOPS * (CE_WEIGHTINGS.get(config.regularizer.kind) == "entropy"),
-        kl_tops=NUM_TOPS * (config.regularizer.token_weighting == "entropy"),
+        ce_tops=NUM_TOPS * (config.regularizer.ce_weighting == "entropy"),
+        kl_tops=NUM_TOPS * (config.regularizer.kl_weighting == "entropy"),
     )
 
 
 def _show(console: Console, samples: SampleSet, tokenizer: Any, data: DataConfig) -> None:
-    """What there is of each source and what was left out, and one sample as it is learned."""
-    for index, source in enumerate(samples.sources):
-        is_held = isinstance(source, HeldSource)
-        first = source if is_held else source.block(0)
-        if not first:
-            raise UserError(f"{samples.section}.{index}: holds no sample any more")
+    """Shows what each source has and what was left out, and one sample of it as it is learned."""
+    for index, (source, first) in enumerate(zip(samples.sources, samples.at_hand(), strict=True)):
         counted = f"{len(first)} samples, {first.num_tokens} tokens, {first.num_targets} learned"
-        if not is_held:
+        if not isinstance(source, HeldSource):
             counted = f"streamed; its first block has {counted}"
         console.print(f"{samples.section}.{index:<2}{source.name}: {counted}")
         drops = first.drops

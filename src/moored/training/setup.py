@@ -14,7 +14,7 @@ import torch
 
 from moored.config import Config
 from moored.config.regularizer import LEAST_WEIGHT
-from moored.data import Prefetcher, TrainStream, check_data, load_samples, turn_ends
+from moored.data import DataReader, Prefetcher, TrainStream, load_samples, turn_ends
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
@@ -67,21 +67,23 @@ class Run:
 
 def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
     """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
-    check_data(config)
+    reader = DataReader()
+    reader.check(config)
     base_files = resolve_base(config.model, mesh)
     samples = load_samples(
-        config.data.train, base_files.tokenizer, config.data, base_files.vocab_size
+        config.data.train, base_files.tokenizer, config.data, base_files.vocab_size, reader=reader
     )
     stream = TrainStream(config, base_files.tokenizer, samples)
-    suite = build_suite(config, base_files, mesh)
+    suite = build_suite(config, base_files, mesh, reader)
     num_steps = stream.total_steps()
     _require_length(config, num_steps)
     regularizer = config.regularizer
     replay = None
     if regularizer.kind == "replay":
         replay = TrainStream.of_replay(
-            config, base_files.tokenizer, base_files.vocab_size, num_steps
+            config, base_files.tokenizer, base_files.vocab_size, num_steps, reader
         )
+    del reader  # all is tokenised, and what it holds would stay beside the model
     controller = _controller(config, num_steps)
     require_same(
         mesh,

@@ -8,19 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from moored.config import OptimConfig, Regularizer
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
-from moored.loss.weighting import CEWeighting
+from moored.loss.divergence import Objective, Scales
 from moored.models.engine import Engine
-from moored.models.policy import LossArguments
-
-# How kinds that weigh targets by what the policy says of them do it.
-CE_WEIGHTINGS: dict[str, CEWeighting] = {"asft": "probability", "eaft": "entropy"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +85,12 @@ def _scheduled(
     return peak * (end_ratio + (1.0 - end_ratio) * factor)
 
 
+def objective_of(regularizer: Regularizer) -> Objective:
+    """What a run descends: the recipe has every option of the loss by the name it has there."""
+    names = [option.name for option in fields(Objective)]
+    return Objective(**{name: getattr(regularizer, name) for name in names})
+
+
 def dropout_seed(seed: int, step: int, batch: Batch) -> int:
     """The seed of a micro-batch's adapter dropout: a function of what it holds, not of its rank."""
     text = f"{seed}:{step}:{'|'.join(batch.sample_ids)}"
@@ -136,28 +138,19 @@ def train_step(
     with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
-    of_task = LossArguments(
-        ce_scale=1.0 / max(1, num_targets),
-        kl_scale=kl_weight / max(1, num_kl),
-        direction=regularizer.direction,
-        mask_target=regularizer.kind == "tmkl",
-        temperature=regularizer.temperature,
-        ce_weighting=CE_WEIGHTINGS.get(regularizer.kind, "uniform"),
-        kl_weighting=regularizer.token_weighting,
-        first_tokens=regularizer.first_tokens or 0,
-        first_tokens_factor=regularizer.first_tokens_factor,
-        l2_scale=weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0,
-    )
-    of_replay = LossArguments(ce_scale=weight / max(1, num_replayed))
+    objective = objective_of(regularizer)
+    of_task = Scales(ce=1.0 / max(1, num_targets), kl=kl_weight / max(1, num_kl))
+    of_replay = Scales(ce=weight / max(1, num_replayed))
+    l2_scale = weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0
     work = [(batch, of_task) for batch in batches] + [(batch, of_replay) for batch in replayed]
     totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
-    for i, (host_batch, loss_arguments) in enumerate(work):
-        batch, is_task = host_batch.to(mesh.device), loss_arguments is of_task
+    for i, (host_batch, scales) in enumerate(work):
+        batch, is_task = host_batch.to(mesh.device), scales is of_task
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
         reference_hidden = engine.reference(host_batch) if with_kl and is_task else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
-        loss, sums = engine.forward(batch, reference_hidden, loss_arguments)
+        loss, sums = engine.forward(batch, reference_hidden, objective, scales, l2_scale)
         engine.backward(loss, last=i == len(work) - 1)
         found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum]).to(totals)
         if is_task:

@@ -109,7 +109,7 @@ def run(
 
 
 def _train(run: Run) -> None:
-    """The loop."""
+    """The training loop: update, count, save, evaluate, until done or told to stop."""
     config, mesh, engine = run.config, run.mesh, run.engine
     if mesh.is_main:
         run.directory.update_state(num_steps=run.num_steps)

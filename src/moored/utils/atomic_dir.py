@@ -75,6 +75,15 @@ def _make(folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder for work beside `folder`, on its disk, which goes when the body ends."""
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
+    ) as temporary:
+        yield Path(temporary)
+
+
+@contextlib.contextmanager
 def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Fill an empty folder, which is sealed and gets its name when the body ends well.
 
@@ -83,10 +92,8 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     Yields:
         The folder to fill, and facts for the manifest, to be filled, too.
     """
-    with tempfile.TemporaryDirectory(
-        prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
-    ) as temporary:
-        new, facts = Path(temporary) / "new", dict[str, Any]()
+    with beside(folder) as temporary:
+        new, facts = temporary / "new", dict[str, Any]()
         new.mkdir(mode=0o700)
         yield new, facts
         seal(new, facts)
@@ -178,21 +185,39 @@ def _waited(lock: filelock.BaseFileLock, folder: Path, timeout: float) -> bool:
 
 
 def seal(folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Flush every file below `folder` and write the manifest over them, and over `facts`."""
-    files: dict[str, dict[str, Any]] = {}
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    with hashing("hashing what was written", paths) as phase:
-        for path in paths:
+    """Write the manifest over every file below `folder`, and over `facts`; flush all of it."""
+    manifest = {**(facts or {}), "files": contents(folder, "hashing what was written")}
+    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
+    flush(folder)
+
+
+def contents(folder: Path, what: str) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `folder`, by its name there.
+
+    Args:
+        folder: what is read.
+        what: the work, in words, for those who wait for it.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with hashing(what, paths) as phase:
+        return {
+            path.relative_to(folder).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path, phase),
+            }
+            for path in paths
+        }
+
+
+def flush(folder: Path) -> None:
+    """Make everything below `folder` durable."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            fsync_directory(path)
+        elif path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path, phase)}
-    with open(folder / MANIFEST, "w", encoding="utf-8") as file:
-        json.dump({**(facts or {}), "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for child in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        fsync_directory(child)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

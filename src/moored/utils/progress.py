@@ -7,11 +7,13 @@ first rank speaks, and never on stdout.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -171,21 +173,23 @@ def watch(
     Returns:
         Its exit status, and what it said, as text.
     """
-    stdin = None if given is None else subprocess.PIPE
     pipe = subprocess.PIPE
-    with (
-        Phase(what) as phase,
-        subprocess.Popen(
-            command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=env
-        ) as process,
-    ):
+    with contextlib.ExitStack() as stack:
+        phase, stdin = stack.enter_context(Phase(what)), None
+        if given is not None:
+            # A file: `communicate` forgets, after a timeout, what a pipe had no place for yet.
+            stdin = stack.enter_context(tempfile.TemporaryFile("w+"))
+            stdin.write(given)
+            stdin.seek(0)
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=env)
+        )
         try:
             while True:
                 try:
-                    out, err = process.communicate(given, timeout=WATCH_SECONDS)
+                    out, err = process.communicate(timeout=WATCH_SECONDS)
                     break
                 except subprocess.TimeoutExpired:  # nothing of what it said is lost
-                    given = None
                     phase.tick()
         except BaseException:
             process.kill()

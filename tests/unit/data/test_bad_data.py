@@ -445,7 +445,7 @@ def test_checking_counts_what_is_there_and_needs_no_torch(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "hello"}] * 3)
     code = (
         "import sys; from moored.config import load_config;"
-        "from moored.data.records import check_data;"
+        "from moored.data import check_data;"
         f"print(check_data(load_config({str(tmp_path / 'r.yaml')!r})), 'torch' in sys.modules)"
     )
     recipe = {

@@ -12,8 +12,7 @@ import torch
 import transformers
 
 from moored.config import Config, load_config
-from moored.data.base_samples import FILE, BaseIdentity, drawn_folder
-from moored.data.questions import QUESTIONS
+from moored.data.base_samples import FILE, QUESTIONS, BaseIdentity, drawn_folder
 from moored.evaluation.evaluate import build_suite
 from moored.models.base import resolve_base
 from moored.prepare import prepare_command

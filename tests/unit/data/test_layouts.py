@@ -13,7 +13,7 @@ import pytest
 
 from datakit import PLAIN_TOKENIZER, TOKENIZER, config, jsonl, load, records, turn
 from moored import data
-from moored.data.columns import MEDIA, PARTS
+from moored.data.layouts import MEDIA, PARTS
 from moored.utils.errors import UserErrors
 
 U, A = turn("user", "q"), turn("assistant", "a")

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from moored.evaluation.report import Report, headline, merge
-from moored.evaluation.report.blocks import Tally
+from moored.evaluation.report import Report, Tally, headline, merge
 from moored.utils.errors import UserError, UserErrors
 from report_cases import CORPORA, arm, base, one, report_of, strict_json, three
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from moored.evaluation.report import ArmResult, Blocks, Report, Tally, bootstrap
-from moored.evaluation.report.blocks import MOST_BLOCKS
-from moored.evaluation.report.comparing import more_right, share_difference
+from moored.evaluation.report.bootstrap import more_right, share_difference
+from moored.evaluation.report.results import MOST_BLOCKS
 from moored.utils.errors import UserErrors
 from report_cases import measured, one, where
 
@@ -264,7 +264,7 @@ def test_shares_of_the_same_prompts_are_paired():
 
 def test_a_tally_keeps_every_prompt():
     tally = Tally.of([(3, i % 4) for i in range(501)])
-    assert (len(tally.num), tally.total, tally.is_even) == (MOST_BLOCKS, 1503, True)
+    assert (len(tally.num), len(tally.hits), tally.total) == (MOST_BLOCKS, MOST_BLOCKS, 1503)
     assert sum(tally.hits) == sum(i % 4 for i in range(501))
     assert Tally.of([]).share == 0
 
@@ -278,8 +278,8 @@ def test_blocks_keep_every_sample():
         "agree": [1.0] * 501,
     }
     blocks = Blocks.of(sums)
-    assert len(blocks.num_tokens) == MOST_BLOCKS
-    assert blocks.is_even
+    columns = (blocks.num_tokens, blocks.ce, blocks.ce_base, blocks.kl)
+    assert [len(column) for column in columns] == [MOST_BLOCKS] * 4
     assert sum(blocks.num_tokens) == sum(sums["num_tokens"])
     # Written with eight digits.
     assert sum(blocks.ce) == pytest.approx(sum(sums["ce"]), rel=1e-7)

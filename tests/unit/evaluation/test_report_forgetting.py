@@ -14,6 +14,7 @@ from moored.evaluation.report.forgetting import (
     MOST_SPOTS,
     MOST_SPOTS_WORST,
     MOST_TEXTS_OPEN,
+    choices,
     forgetting,
 )
 from moored.evaluation.report.page import html
@@ -23,23 +24,21 @@ from report_cases import CORPORA, arm, base, measured, report_of, where
 PLACES = {CORPORA[0]: where(), CORPORA[1]: where(" of")}
 
 
-def said(arm) -> str:
-    return forgetting(report_of(arm))[0][0].says.replace("\u00a0", " ")
+def said(report: Report) -> str:
+    """The words of the section, from its heading on."""
+    words = check(html(report)).words.replace("\u00a0", " ")
+    return words[words.index("What did it forget?") :]
 
 
 def test_sentences_say_what_where_and_how():
     tmkl = measured("tmkl", 1.05, 30.0, 4.25, where=PLACES)
-    found = forgetting(report_of(tmkl))[0][0]
-    assert found.says.replace("\u00a0", " ") == (
-        "forgot most on python-reference: perplexity +14.9 % [14.3, 15.6]. Of the drift there "
-        "(0.0400 nats per token), 75% is a change among the alternatives to the true token, 25% a "
-        "shift of the true token’s own probability. It is greatest after 0 to 15 tokens of "
-        "context (0.0900 nats per token)."
+    assert said(report_of(tmkl)).startswith(
+        "What did it forget? tmkl0 forgot most on python-reference: perplexity +14.9 % "
+        "[14.3, 15.6]. Of the drift there (0.0400 nats per token), 75% is a change among the "
+        "alternatives to the true token, 25% a shift of the true token’s own probability. It is "
+        "greatest after 0 to 15 tokens of context (0.0900 nats per token). 52.0 % of the drift "
+        "falls on ␣the and ↵ ."
     )
-    assert found.tokens == ["␣the", "↵"]
-    assert found.tokens_share == pytest.approx(0.52)
-    page = check(html(report_of(tmkl))).words.replace("\u00a0", " ")
-    assert "52.0 % of the drift falls on ␣the and ↵ ." in page
 
 
 @pytest.mark.parametrize(
@@ -56,13 +55,14 @@ def test_sentences_say_what_where_and_how():
     ],
 )
 def test_sentences_claim_no_more_than_is_known(forgot, says):
-    assert said(forgot).startswith(says)
+    assert said(report_of(forgot)).startswith(f"What did it forget? tmkl0 {says}")
 
 
 def test_stretches_that_hardly_differ_are_not_ranked():
     flat = replace(where(), stretches=[replace(s, drift=0.05) for s in where().stretches])
     tmkl = measured("tmkl", 1.05, 30.0, 4.25, where={CORPORA[0]: flat})
-    assert said(tmkl).endswith("It is much the same wherever in a sample.")
+    assert "It is much the same wherever in a sample. 52.0 % of" in said(report_of(tmkl))
+    assert "It is greatest" not in said(report_of(tmkl))
 
 
 def test_drift_is_split_into_parts_that_add_up():
@@ -76,15 +76,22 @@ def test_drift_is_split_into_parts_that_add_up():
     found, left = forgetting(report_of(plain, tmkl))
     assert left == 0
     assert [f.name for f in found] == ["tmkl1", "none0"]  # in focus first
-    row = found[1].texts[0]
-    assert (row.drift, row.alternatives, row.shift) == (0.4, 0.1, pytest.approx(0.3))
-    assert (row.alternatives_width, row.shift_width) == ("25.0", "75.0")
+    assert "= 0.1000 + 0.3000" in said(report_of(plain, tmkl))
     # All arms share one scale: the greatest drift of any.
-    row = found[0].texts[0]
-    assert (row.alternatives_width, row.shift_width) == ("7.5", "2.5")
+    assert bars(report_of(plain, tmkl))[:2] == ["7.5", "2.5"]
+    assert bars(report_of(plain, tmkl))[4:6] == ["25.0", "75.0"]
     # A report from before the split has one bar of the whole.
-    old = forgetting(report_of(arm("tmkl", 1.05, 30.0, 4.25)))[0][0].texts[0]
-    assert (old.alternatives_width, old.shift, old.shift_width) == ("100.0", None, "0.0")
+    assert bars(report_of(arm("tmkl", 1.05, 30.0, 4.25)))[:2] == ["100.0", "0.0"]
+
+
+def bars(report: Report) -> list[str]:
+    """The widths of the parts of the drift, corpus by corpus, in percent."""
+    parts = [a for tag, a in check(html(report)).tags if tag == "i" and "style" in a]
+    return [
+        a["style"].removeprefix("width:").removesuffix("%")
+        for a in parts
+        if a.get("class") in ("alt", "shift")
+    ]
 
 
 def test_choices_stand_side_by_side_with_the_true_token():
@@ -99,14 +106,12 @@ def test_choices_stand_side_by_side_with_the_true_token():
         choices=[*many, many[0]],  # both models' first choices may repeat
     )
     places = {CORPORA[0]: replace(where(), spots=[spot])}
-    card = forgetting(report_of(measured("tmkl", 1.05, 30.0, 4.25, where=places)))[0][0].apart[0]
-    rows = card.spots[0].choices
-    tokens = [row.token for row in rows]
-    assert tokens == ["t0", "t1", "t2", "t7", "t8", "t9", "rare"]
+    rows = choices(spot)
+    assert [row["choice"].token for row in rows] == ["t0", "t1", "t2", "t7", "t8", "t9", "rare"]
     assert len(rows) == 2 * MOST_CHOICES + 1
-    assert [row.token for row in rows if row.is_true] == ["rare"]
-    assert [row.token for row in rows if row.base_first] == ["t0"]
-    assert [row.token for row in rows if row.adapted_first] == ["t9"]
+    assert [row["choice"].token for row in rows if row["is_true"]] == ["rare"]
+    assert [row["choice"].token for row in rows if row["base_first"]] == ["t0"]
+    assert [row["choice"].token for row in rows if row["adapted_first"]] == ["t9"]
     page = check(html(report_of(measured("tmkl", 1.05, 30.0, 4.25, where=places)))).words
     assert "rare true <0.1 % 20.0 %" in page.replace("\u00a0", " ")
 
@@ -117,9 +122,7 @@ def test_true_token_is_marked_once_though_others_look_like_it():
         TokenChoice(token="�", base=0.1, adapted=0.6),
     ]
     spot = replace(where().spots[0], target="�", base=0.1, adapted=0.6, choices=broken)
-    places = {CORPORA[0]: replace(where(), spots=[spot])}
-    found = forgetting(report_of(measured("tmkl", 1.05, 30.0, 4.25, where=places)))[0][0]
-    assert [row.is_true for row in found.apart[0].spots[0].choices] == [False, True]
+    assert [row["is_true"] for row in choices(spot)] == [False, True]
 
 
 def test_many_arms_and_corpora_are_capped_and_counted():
@@ -142,11 +145,14 @@ def test_many_arms_and_corpora_are_capped_and_counted():
     assert (len(found), left) == (MOST_ARMS, 20 - MOST_ARMS)
     assert found[1].name == "none-weight19"  # plain fine-tuning is never the one left out
     assert [f.open for f in found] == [True, True] + [False] * (MOST_ARMS - 2)
-    assert len(found[0].texts) == 12
-    assert [a.open for a in found[0].apart] == [True] + [False] * (MOST_TEXTS_OPEN - 1)
+    assert len(found[0].corpora) == 12
+    assert len(found[0].apart) == MOST_TEXTS_OPEN
     assert found[0].num_texts_left == 12 - MOST_TEXTS_OPEN
-    assert [len(a.spots) for a in found[0].apart[:2]] == [MOST_SPOTS_WORST, MOST_SPOTS]
-    assert [a.num_spots_left for a in found[0].apart[:2]] == [4, 9]
+    assert [len(where.spots) for _, where, _ in found[0].apart[:2]] == [
+        MOST_SPOTS_WORST,
+        MOST_SPOTS,
+    ]
+    assert [num_left for _, _, num_left in found[0].apart[:2]] == [4, 9]
     assert len(found[2].apart) == 1
     text = html(report)
     page = check(text).words
@@ -156,6 +162,8 @@ def test_many_arms_and_corpora_are_capped_and_counted():
     # Beside the data that it carries, in bytes.
     assert text.index("data:application/json") < 800_000
     assert text.count('<details class="card forgot" open>') == 2
+    # The worst corpus of each of them.
+    assert text.count('<details class="apart" open>') == 2
 
 
 EVIL = "</script><img src=x onerror=alert(1)>{{7*7}}{% raw %}"
@@ -224,10 +232,7 @@ def test_last_words_stand_before_and_after():
         measured("tmkl", 1.05, 30.0, 4.25, last_word_accuracy={CORPORA[0]: 0.25}),
         last_word_accuracy={CORPORA[0]: 0.5},
     )
-    assert forgetting(report)[0][0].texts[0].last_words == (0.5, 0.25)
-    assert "50.0 % → 25.0 % ▼ −25.0 points no interval" in check(html(report)).words.replace(
-        "\u00a0", " "
-    )
+    assert "50.0 % → 25.0 % ▼ −25.0 points no interval" in said(report)
     right, fewer = [1] * 20 + [0] * 20, [0, 0, 1, 1] * 5 + [0] * 20
     tallies = [{CORPORA[0]: Tally(num=[1] * 40, hits=hits)} for hits in (right, fewer)]
     counted = replace(
@@ -235,12 +240,10 @@ def test_last_words_stand_before_and_after():
         base=replace(report.base, last_word_tallies=tallies[0]),
         arms={n: replace(a, last_word_tallies=tallies[1]) for n, a in report.arms.items()},
     )
-    assert "▼ −25.0 points worse [−" in check(html(counted)).words.replace("\u00a0", " ")
+    assert "▼ −25.0 points worse [−" in said(counted)
 
 
 def test_the_drift_of_a_text_has_an_interval():
-    [row, _] = forgetting(report_of(measured("tmkl", 1.05, 30.0, 4.25)))[0][0].texts
-    assert re.fullmatch(r"\[0\.\d{4}, 0\.\d{4}\]", row.drift_ends)
-    assert row.drift_ends in check(html(report_of(measured("tmkl", 1.05, 30.0, 4.25)))).words
-    [row, _] = forgetting(report_of(arm("tmkl", 1.05, 30.0, 4.25)))[0][0].texts
-    assert row.drift_ends == ""
+    ends = r"0\.0400 \[0\.\d{4}, 0\.\d{4}\]"
+    assert re.search(ends, said(report_of(measured("tmkl", 1.05, 30.0, 4.25))))
+    assert not re.search(ends, said(report_of(arm("tmkl", 1.05, 30.0, 4.25))))

@@ -16,14 +16,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from moored.evaluation.report import Report, increase_pct
 from moored.evaluation.report.curves import panel
-from moored.evaluation.report.figures import frontier, styles, undrawn
+from moored.evaluation.report.drawing import COLOURS, Box, Drawing, styles, text_width
+from moored.evaluation.report.frontier import (
+    FONT,
+    HEAD,
+    HEIGHT,
+    WIDTH,
+    frontier,
+    frontier_png,
+    undrawn,
+)
 from moored.evaluation.report.page import html
-from moored.evaluation.report.picture import COLOURS, FONT, HEAD, HEIGHT, WIDTH, frontier_png
 from pagekit import check
-from report_cases import arm, base, measured, report_of, three
+from report_cases import arm, base, measured, points_of, report_of, spots, three
 
 NAN, INF = math.nan, math.inf
 
@@ -157,45 +166,54 @@ def test_curves_are_drawn_and_gaps_are_told():
     assert "not finite, left out" not in page.words
     broken = check(html(three(), curves(bad=True)))
     assert "2 points not finite, left out" in broken.words
-    lines = [a for t, a in page.tags if t == "polyline" and "curve" in a["class"]]
-    more = [a for t, a in broken.tags if t == "polyline" and "curve" in a["class"]]
-    assert len(more) == len(lines) + 4  # each curve is cut in two
+    cut = [
+        [a.get("d", "").count("M") for tag, a in p.tags if tag == "path"] for p in (page, broken)
+    ]
+    assert [pieces.count(2) for pieces in cut] == [0, 4]
 
 
 def test_panel_keeps_spikes_and_spans_decades():
-    style = styles(three())["tmkl"]
     curve = [(step, 1.0) for step in range(10_000)]
     curve[4321] = (4321, 500.0)
-    drawn = panel("t", "u", {"tmkl": (style, curve)})
+    drawn = panel(three(), "t", "u", {"tmkl": curve}, {})
     assert drawn is not None
-    assert drawn.logarithmic
-    points = drawn.lines[0].pieces[0]
+    assert drawn.notes == ["u, by step", "log scale"]
+    (line,) = (line for line in drawn.axes.lines if line.get_gid())
+    points = points_of(line)
     assert len(points) < 400
-    assert min(y for _, y in points) < drawn.frame.top + 20
-    assert panel("t", "u", {"tmkl": (style, [(1, NAN)])}) is None
+    assert max(y for _, y in points) == pytest.approx(math.log(500))
+    assert panel(three(), "t", "u", {"tmkl": [(1, NAN)]}, {}) is None
+
+
+def drawn(report: Report, **size: float) -> Drawing:
+    plot = frontier(report, **{"width": 960, "height": 470, "font": 14, **size})
+    assert plot is not None
+    return plot
+
+
+def edge(plot: Drawing) -> list[tuple[float, float]]:
+    (line,) = (line for line in plot.axes.lines if line.is_dashed())
+    return [(x, y) for x, y in points_of(line)]
 
 
 def test_frontier_is_to_the_right_and_low():
-    plot = frontier(three(), width=960, height=470, font=14)
-    assert plot is not None
-    none, kl, tmkl = plot.marks
-    assert plot.base is not None
-    assert plot.base.x < kl.x < tmkl.x < none.x
-    assert none.y < tmkl.y < kl.y < plot.base.y == plot.zero
+    plot = drawn(three())
+    at = spots(plot)
+    assert at["base"][0] < at["kl"][0] < at["tmkl"][0] < at["none"][0]
+    assert at["none"][1] > at["tmkl"][1] > at["kl"][1] > at["base"][1] == 0
     # Equal nats, equal distances: none has a perplexity of 1.
     nats = math.log(1.541), math.log(1.018)
-    assert (none.x - kl.x) / (none.x - tmkl.x) == pytest.approx(nats[0] / nats[1])
-    assert plot.edge == [(m.x, m.y) for m in (plot.base, kl, tmkl, none)]
+    apart = [at["none"][0] - at[name][0] for name in ("kl", "tmkl")]
+    assert apart[0] / apart[1] == pytest.approx(nats[0] / nats[1])
+    assert edge(plot) == [at[name] for name in ("base", "kl", "tmkl", "none")]
 
 
 def test_frontier_leaves_out_what_is_beaten():
     report = report_of(
         arm("none", 2.0, 40.0, 4.2), arm("tmkl", 1.5, 27.0, 4.2), arm("kl", 1.6, 30.0, 4.2)
     )
-    plot = frontier(report, width=960, height=470, font=14)
-    assert plot is not None
-    assert plot.base is not None
-    assert plot.edge == [(plot.base.x, plot.base.y), (plot.marks[1].x, plot.marks[1].y)]
+    at = spots(drawn(report))
+    assert edge(drawn(report)) == [at["base"], at["tmkl1"]]
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,17 +224,24 @@ def test_frontier_leaves_out_what_is_beaten():
 def test_labels_cover_neither_each_other_nor_marks(figures, size):
     arms = [arm("tmkl", learned, ppl, 4.2) for learned, ppl in figures]
     width, height, font = size
-    plot = frontier(report_of(*arms), width=width, height=height, font=font)
-    assert plot is not None
-    assert plot.base is not None
-    marks = [*plot.marks, plot.base]
-    for one, other in combinations(marks, 2):
-        assert one.label.box.overlap(other.label.box) == 0
-    for mark in marks:
-        box = mark.label.box
-        assert box.outside(plot.frame) <= font
-        for other in marks:
-            assert not (box.left < other.x < box.right and box.top < other.y < box.bottom)
+    plot = drawn(report_of(*arms), width=width, height=height, font=font)
+    boxes = [text_box(text) for text in plot.axes.texts]
+    labels = [box for box in boxes if box.outside(plot.frame) <= font]
+    # Of every mark and the base, one or two lines, and of the arrow.
+    assert len(labels) >= len(arms) + 1 + 2
+    for one, other in combinations(labels, 2):
+        assert one.overlap(np.array([other])) == 0
+    for x, y in plot.axes.transData.transform(list(spots(plot).values())):
+        assert not any(b.left < x < b.right and b.low < y < b.high for b in labels)
+
+
+def text_box(text: Text) -> Box:
+    """What a line of text may cover, in pixels."""
+    x, y = text.get_transform().transform(text.get_position())
+    size = float(text.get_fontsize())
+    wide = text_width(text.get_text(), size)
+    left = x - wide * {"left": 0.0, "center": 0.5, "right": 1.0}[text.get_horizontalalignment()]
+    return Box(left, y - 0.2 * size, left + wide, y + 0.75 * size)
 
 
 number = st.one_of(st.none(), st.floats(min_value=1.0), st.sampled_from([NAN, INF]))
@@ -254,11 +279,11 @@ def rgb(colour: str) -> np.ndarray:
 def test_picture_shows_each_arm_where_its_figures_are():
     picture = imread(io.BytesIO(frontier_png(three())))
     assert picture.shape == (900, 1440, 4)
-    plot = frontier(three(), width=WIDTH, height=HEIGHT, font=FONT, head=HEAD)
-    assert plot is not None
-    for mark in plot.marks:
-        pixel = picture[round(mark.y * 1.5), round(mark.x * 1.5), :3]
-        assert pixel == pytest.approx(rgb(COLOURS[mark.style.index]), abs=0.02)
+    plot = drawn(three(), width=WIDTH, height=HEIGHT, font=FONT, head=HEAD)
+    for name in ("none", "kl", "tmkl"):
+        x, y = plot.axes.transData.transform(spots(plot)[name])
+        pixel = picture[round((HEIGHT - y) * 1.5), round(x * 1.5), :3]
+        assert pixel == pytest.approx(rgb(styles(three())[name].hex), abs=0.02)
     # Paper, not transparency: it must be readable on a dark page too.
     assert picture[..., 3].min() == 1
     assert picture[2, 2, :3] == pytest.approx(np.ones(3))
@@ -275,4 +300,4 @@ def test_picture_of_many_arms_has_a_key():
     arms = [arm("tmkl", 1.0 + i / 50, 26.5 + i, 4.2, weight=float(i)) for i in range(12)]
     picture = imread(io.BytesIO(frontier_png(report_of(*arms))))
     key = picture[:, 1100:, :3]
-    assert (np.abs(key - rgb(COLOURS[2])).max(-1) < 0.02).sum() > 12 * 60
+    assert (np.abs(key - rgb(COLOURS["k2"][0])).max(-1) < 0.02).sum() > 12 * 60

@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 
 from moored.config import ModelConfig, load_config
 from moored.evaluation.report import Report, write
-from moored.export import card, deltas, merge, run_command
-from moored.export.card import card_files, gather
+from moored.export import deltas, merge, run_command
+from moored.export.card import facts, gather, markdown
 from moored.export.card.facts import Base, Data, Figures, File, SourceFacts, TrainingFacts
-from moored.export.card.markdown import JSON_NAME, MARK, markdown
+from moored.export.card.markdown import BESIDE, JSON_NAME, MARK, readme_of
 from moored.export.resolve_target import open_input
 from moored.models.hub import ResolvedModel
 from moored.tracking.run_directory import RunDirectory
@@ -43,7 +43,7 @@ SOURCES = {"python-reference": "built in", "base-samples": "base-samples.jsonl"}
 TMKL = {"kind": "tmkl", "weight": 0.2, "direction": "forward", "temperature": 2.0, "every": 1}
 
 
-def figures(report: Report | None = None, **changes) -> Figures:
+def figures(report: Report | None = None) -> Figures:
     if report is None:
         after = {"adaptation_exact_match": 17 / 24, "drift_tmkl_nats_per_token": {}}
         report = report_of(
@@ -52,10 +52,10 @@ def figures(report: Report | None = None, **changes) -> Figures:
             num_adaptation_tokens=758,
             num_adaptation_prompts=24,
         )
-    return replace(Figures.of(report, next(iter(report.arms)), SOURCES), **changes)
+    return Figures.of(report, next(iter(report.arms)), SOURCES)
 
 
-def a_card(**changes) -> card.Card:
+def a_card(**changes) -> facts.Card:
     hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
     values = {
         "kind": "adapter",
@@ -72,7 +72,7 @@ def a_card(**changes) -> card.Card:
             license="apache-2.0",
             files={"model.safetensors": File(bytes=269060280, sha256="ab" * 32, by="hub")},
         ),
-        "adapter": card.Adapter(
+        "adapter": facts.Adapter(
             method="lora",
             r=16,
             alpha=32.0,
@@ -107,12 +107,12 @@ def a_card(**changes) -> card.Card:
             num_tokens=22802,
             sha256="01" * 32,
         ),
-        "deltas": card.Deltas(
+        "deltas": facts.Deltas(
             of="adapter",
-            total=card.Delta(count=2, norm=5.0, relative=0.016),
-            by_module={"up_proj": card.Delta(count=2, norm=5.0, relative=0.016)},
+            total=facts.Delta(count=2, norm=5.0, relative=0.016),
+            by_module={"up_proj": facts.Delta(count=2, norm=5.0, relative=0.016)},
             largest="model.layers.1.mlp.up_proj",
-            largest_delta=card.Delta(count=1, norm=4.0, relative=0.02),
+            largest_delta=facts.Delta(count=1, norm=4.0, relative=0.02),
         ),
         "verified": {
             "num_tokens": 256,
@@ -123,7 +123,7 @@ def a_card(**changes) -> card.Card:
                 "share": 1.0,
             },
         },
-        "provenance": card.Provenance(
+        "provenance": facts.Provenance(
             began="2026-01-02T00:10:45Z",
             ended="2026-01-02T00:15:12Z",
             attempts=1,
@@ -134,39 +134,39 @@ def a_card(**changes) -> card.Card:
             mlflow=({"uri": "https://mlflow.example.org", "run_id": "67" * 16},),
         ),
     }
-    return card.Card(**(values | changes))
+    return facts.Card(**(values | changes))
 
 
-MERGED = card.Merged(
+MERGED = facts.Merged(
     into="w16",
     dtype="bfloat16",
     kl_trained_merged_nats_per_token=0.112,
     kl_trained_base_nats_per_token=1.74,
 )
-STOPS = card.Stops(
-    learned=(card.End(id=2, token="<|im_end|>", count=6962), card.End(id=5, token="<|eom_id|>")),
-    base=(card.End(id=0, token="<|endoftext|>"),),
+STOPS = facts.Stops(
+    learned=(facts.End(id=2, token="<|im_end|>", count=6962), facts.End(id=5, token="<|eom_id|>")),
+    base=(facts.End(id=0, token="<|endoftext|>"),),
 )
 CASES = {
     "adapter": a_card(stops=STOPS),
     "merged": a_card(
-        stops=card.Stops(learned=STOPS.learned[:1], base=STOPS.learned[:1]),
+        stops=facts.Stops(learned=STOPS.learned[:1], base=STOPS.learned[:1]),
         kind="merged",
         merged=MERGED,
         scale=0.7,
-        deltas=card.Deltas(of="merged", missing="no matrix"),
+        deltas=facts.Deltas(of="merged", missing="no matrix"),
     ),
     "unknown": a_card(
         figures=Figures(
             missing="This adapter was not measured. `moored evaluate RUN` measures it."
         ),
         base=Base(name="model", revision="local:1234"),
-        adapter=card.Adapter(method="dora"),
+        adapter=facts.Adapter(method="dora"),
         training=None,
         data=None,
-        deltas=card.Deltas(of="adapter", missing="DoRA changes magnitudes, too"),
+        deltas=facts.Deltas(of="adapter", missing="DoRA changes magnitudes, too"),
         verified={},
-        provenance=card.Provenance(),
+        provenance=facts.Provenance(),
     ),
 }
 
@@ -175,7 +175,7 @@ CASES = {
 def test_cards_are_as_they_were(case: str) -> None:
     """`MOORED_GOLDEN=write` writes them anew: look at the difference before committing it."""
     content = {
-        "md": markdown(CASES[case]),
+        "md": markdown.page(CASES[case]),
         "json": json.dumps(CASES[case].to_json(), indent=1, allow_nan=False) + "\n",
     }
     for suffix, shown in content.items():
@@ -210,16 +210,16 @@ def cells(tokens: list) -> list[list[list[str]]]:
 
 
 def test_the_hub_finds_base_library_and_data_in_the_front_matter():
-    matter, _ = parsed(markdown(a_card()))
+    matter, _ = parsed(markdown.page(a_card()))
     assert matter["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert matter["library_name"] == "peft"
     assert matter["license"] == "apache-2.0"
     assert matter["datasets"] == ["openai/gsm8k"]
     adapter = "base_model:adapter:HuggingFaceTB/SmolLM2-135M-Instruct"
     assert matter["tags"] == [adapter, "lora", "moored"]
-    matter, _ = parsed(markdown(CASES["merged"]))
+    matter, _ = parsed(markdown.page(CASES["merged"]))
     assert (matter["library_name"], matter["base_model_relation"]) == ("transformers", "finetune")
-    matter, _ = parsed(markdown(CASES["unknown"]))  # the hub takes names of its models only
+    matter, _ = parsed(markdown.page(CASES["unknown"]))  # the hub takes names of its models only
     assert matter.keys() == {"library_name", "pipeline_tag", "tags"}
     assert matter["tags"] == ["dora", "lora", "moored"]
 
@@ -272,23 +272,29 @@ def test_no_name_breaks_the_page_or_gets_into_it(name: str):
             arms={name: arm("tmkl", 1.0)},
         )
         shown = Figures.of(report, name, {name: f"x{name}"})
-        return markdown(
+        return markdown.page(
             a_card(
                 name=name,
-                figures=replace(shown, measured_on=name),
+                figures=shown.model_copy(update={"measured_on": name}),
                 base=Base(
                     name=name, revision=name, license=name, files={name: File(bytes=1, sha256=name)}
                 ),
-                adapter=card.Adapter(method=name, target_modules=(name, f"a{name}")),
-                data=Data(sources=(SourceFacts(name=name, format=name),), sha256=name),
-                deltas=card.Deltas(
-                    of="adapter",
-                    total=card.Delta(count=1, norm=1.0),
-                    by_module={name: card.Delta(count=1, norm=1.0)},
-                    largest=name,
-                    largest_delta=card.Delta(count=1, norm=1.0),
+                adapter=facts.Adapter(method=name, target_modules=(name, f"a{name}")),
+                training=TrainingFacts(
+                    regularizer={"kind": name, "direction": name, "token_weighting": name},
+                    optim={"learning_rate": 1e-3, "schedule": name},
+                    train={"seed": name},
                 ),
-                provenance=card.Provenance(
+                data=Data(sources=(SourceFacts(name=name, format=name, sha256=name),), sha256=name),
+                stops=facts.Stops(learned=(facts.End(id=1, token=name),), base=STOPS.base),
+                deltas=facts.Deltas(
+                    of="adapter",
+                    total=facts.Delta(count=1, norm=1.0),
+                    by_module={name: facts.Delta(count=1, norm=1.0)},
+                    largest=name,
+                    largest_delta=facts.Delta(count=1, norm=1.0),
+                ),
+                provenance=facts.Provenance(
                     commits=(name,),
                     versions={"moored": name},
                     mlflow=(
@@ -325,7 +331,7 @@ def test_a_name_is_shown_as_it_is(name: str):
     report = Report(
         base=base(retention_ppl={name: 26.1}, num_tokens={name: 10}), arms={"x": arm("tmkl", 1.0)}
     )
-    _, tokens = parsed(markdown(a_card(figures=Figures.of(report, "x", {}))))
+    _, tokens = parsed(markdown.page(a_card(figures=Figures.of(report, "x", {}))))
     assert cells(tokens)[0][2][0] == name
     assert not any(
         child.type in ("image", "s_open", "em_open") for t in tokens for child in t.children or []
@@ -342,7 +348,7 @@ def test_figures_that_are_not_finite_are_said_to_be_so():
     assert isinstance(data, dict)
     assert data["figures"]["adaptation_ppl_after"] == "Infinity"
     assert data["figures"]["retention"][0]["increase_pct"] == "NaN"
-    page = markdown(made)
+    page = markdown.page(made)
     assert "**TMKL broke down: a perplexity is not finite.**" in page
     _, tokens = parsed(page)
     table = cells(tokens)[0]
@@ -355,18 +361,18 @@ def test_what_was_not_measured_is_said():
         base=base(retention_ppl={}, num_tokens={}, adaptation_ppl=13.5),
         arms={"tmkl": arm("tmkl", 1.0)},
     )
-    page = markdown(a_card(figures=figures(without)))
+    page = markdown.page(a_card(figures=figures(without)))
     assert "**Forgetting was not measured**: the recipe names no `retention` text" in page
     assert "what it forgot was not measured" in page
     nothing = report_of(arm("tmkl", None, 26.8, 4.25), adaptation_ppl=None)
-    _, tokens = parsed(markdown(a_card(figures=figures(nothing))))
+    _, tokens = parsed(markdown.page(a_card(figures=figures(nothing))))
     assert cells(tokens)[0][1][1:] == ["not measured"] * 3
     # The masked KL and one corpus' agreement are in no report of before.
     assert cells(tokens)[1][1][2:4] == ["not measured", "not measured"]
 
 
 def test_an_adapter_that_learned_nothing_and_forgot_a_lot_says_so():
-    page = markdown(a_card(figures=figures(report_of(arm("none", 15.0, 61.6, 9.8)))))
+    page = markdown.page(a_card(figures=figures(report_of(arm("none", 15.0, 61.6, 9.8)))))
     assert "Plain fine-tuning learned nothing and got worse at the task" in page
     assert "**+136\u00a0%**" in page
 
@@ -374,14 +380,14 @@ def test_an_adapter_that_learned_nothing_and_forgot_a_lot_says_so():
 def test_a_scale_has_its_own_figures_or_none(tmp_path):
     write(one("tmkl"), tmp_path / "report")
     file = tmp_path / "report" / "report.json"
-    assert card.figures_for("RUN", file, 1.0, {}).adaptation_ppl_after == 1.018
-    halved = card.figures_for("RUN", file, 0.5, {})
+    assert gather.figures_for("RUN", file, 1.0, {}).adaptation_ppl_after == 1.018
+    halved = gather.figures_for("RUN", file, 0.5, {})
     assert halved.retention == ()
     assert halved.missing == (
         "This adapter at scale 0.5 was not measured (the figures of its run are of scale 1). "
         "`moored evaluate RUN --scale 0.5` measures it, and exporting again shows it here."
     )
-    page = markdown(a_card(figures=halved, scale=0.5))
+    page = markdown.page(a_card(figures=halved, scale=0.5))
     assert "What it adds is 0.5 of what was trained." in page
     assert "`moored evaluate RUN --scale 0.5`" in page
     several = Report(
@@ -390,24 +396,24 @@ def test_a_scale_has_its_own_figures_or_none(tmp_path):
     )
     write(several, tmp_path / "scales")
     file = tmp_path / "scales" / "report.json"
-    assert card.figures_for("RUN", file, 0.5, {}).adaptation_ppl_after == 1.4
-    assert card.figures_for("RUN", file, 1.0, {}).adaptation_ppl_after == 1.018
-    assert card.figures_for("RUN", file, 0.7, {}).missing is not None
+    assert gather.figures_for("RUN", file, 0.5, {}).adaptation_ppl_after == 1.4
+    assert gather.figures_for("RUN", file, 1.0, {}).adaptation_ppl_after == 1.018
+    assert gather.figures_for("RUN", file, 0.7, {}).missing is not None
 
 
 def test_a_report_that_is_missing_or_broken_leaves_a_card_without_figures(tmp_path):
-    gone = card.figures_for("RUN", tmp_path / "report.json", 1.0, {})
+    gone = gather.figures_for("RUN", tmp_path / "report.json", 1.0, {})
     assert gone.headline == "What it learned and what it forgot was not measured."
     assert "`moored evaluate RUN` measures it" in str(gone.missing)
     (tmp_path / "report.json").write_text("{")
-    broken = card.figures_for("RUN", tmp_path / "report.json", 1.0, {})
+    broken = gather.figures_for("RUN", tmp_path / "report.json", 1.0, {})
     assert "cannot be read (report.json: not valid JSON" in str(broken.missing)
     assert str(tmp_path) not in str(broken.missing)
     both = Report(base=base(), arms={"a": arm("tmkl", 1.1), "b": arm("tmkl", 1.2)})
     write(both, tmp_path)
     file = tmp_path / "report.json"
-    assert card.figures_for("RUN", file, 1.0, {}).missing is not None  # which one?
-    assert card.figures_for("RUN", file, 1.0, {}, "b").adaptation_ppl_after == 1.2
+    assert gather.figures_for("RUN", file, 1.0, {}).missing is not None  # which one?
+    assert gather.figures_for("RUN", file, 1.0, {}, "b").adaptation_ppl_after == 1.2
 
 
 # ---------------------------------------------------------------- norms, against dense fp64
@@ -547,7 +553,7 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
     folder = tiny_model(tmp_path / "model")
     model = ModelConfig(name_or_path=str(folder))
     source = ResolvedModel(path=folder, revision="local:1", origin=str(folder))
-    here = card.base_of(model, source, hash_all=False)
+    here = gather.base_of(model, source, hash_all=False)
     weights = atomic_dir.sha256(folder / "model.safetensors")
     assert here.files["model.safetensors"].sha256 == weights
     assert here.files["config.json"].by == "export"
@@ -556,13 +562,13 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
     # Too large to be read for this: said to be so.
     monkeypatch.setattr(gather, "HASHED_BYTES", 1000)
     monkeypatch.setattr(gather, "SMALL_BYTES", 50_000)
-    large = card.base_of(model, source, hash_all=False)
+    large = gather.base_of(model, source, hash_all=False)
     assert large.files["model.safetensors"] == File(
         bytes=(folder / "model.safetensors").stat().st_size
     )
     assert large.files["config.json"].sha256 == atomic_dir.sha256(folder / "config.json")
-    assert "1 files of weights, not hashed" in markdown(a_card(base=large))
-    assert card.base_of(model, source, hash_all=True).files == here.files
+    assert "1 files of weights, not hashed" in markdown.page(a_card(base=large))
+    assert gather.base_of(model, source, hash_all=True).files == here.files
     # The hub's cache names large files by their hash.
     snapshot = tmp_path / "models--a--b" / "snapshots" / "1234"
     blobs = tmp_path / "models--a--b" / "blobs"
@@ -573,17 +579,18 @@ def test_hashes_of_a_base_are_had_without_reading_what_is_large(tmp_path, monkey
         (snapshot / name).symlink_to(blobs / blob)
     (snapshot / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     source = ResolvedModel(path=snapshot, revision="1234", origin="hub:a/b")
-    cached = card.base_of(ModelConfig(name_or_path="a/b"), source, hash_all=False)
+    cached = gather.base_of(ModelConfig(name_or_path="a/b"), source, hash_all=False)
     assert cached.files["model.safetensors"].by == "hub"
     assert cached.files["model.safetensors"].sha256 == weights
     assert cached.files["config.json"].sha256 == atomic_dir.sha256(folder / "config.json")
     assert (cached.hub, cached.license, cached.origin) == ("a/b", "mit", "hub:a/b")
     # Folders that Moored made are sealed.
     atomic_dir.seal(folder)
-    made = card.base_of(
+    made = gather.base_of(
         ModelConfig(name_or_path="a/b"), replace(source, path=folder), hash_all=False
     )
-    assert made.files["model.safetensors"] == replace(here.files["model.safetensors"], by="moored")
+    file = here.files["model.safetensors"]
+    assert made.files["model.safetensors"] == file.model_copy(update={"by": "moored"})
 
 
 @pytest.mark.parametrize(
@@ -626,32 +633,32 @@ def test_names_are_made_fit_to_publish(monkeypatch):
 
 def test_a_readme_that_somebody_wrote_stays(tmp_path):
     readme = tmp_path / "README.md"
-    assert card.readme_of(tmp_path) is None
+    assert readme_of(tmp_path) is None
     template = ModelCard.from_template(ModelCardData(library_name="peft", tags=["lora"]))
     template.save(readme)
-    assert card.readme_of(tmp_path) is None
+    assert readme_of(tmp_path) is None
     with readme.open("a") as file:
         file.write("\n### Framework versions\n\n- PEFT 0.21.2\n")  # as PEFT does
-    assert card.readme_of(tmp_path) is None
+    assert readme_of(tmp_path) is None
     readme.write_text(readme.read_text().replace("[More Information Needed]", "By me.", 1))
-    assert card.readme_of(tmp_path) == readme
+    assert readme_of(tmp_path) == readme
     readme.write_bytes(b"\xff\xfe")
-    assert card.readme_of(tmp_path) == readme
+    assert readme_of(tmp_path) == readme
     readme.write_text("---\na: [\n---\n# Mine\n")
-    assert card.readme_of(tmp_path) == readme
+    assert readme_of(tmp_path) == readme
     # A card of ours is replaced as long as nobody changed it.
-    card.write(a_card(), tmp_path)
+    markdown.write(a_card(), tmp_path)
     assert MARK in readme.read_text()
     facts = {"files": {"README.md": {"sha256": atomic_dir.sha256(readme)}}}
     (tmp_path / "export.json").write_text(json.dumps(facts))
-    assert card.readme_of(tmp_path) is None
+    assert readme_of(tmp_path) is None
     readme.write_text(readme.read_text() + "\nAnd a word of mine.\n")
-    assert card.readme_of(tmp_path) == readme
+    assert readme_of(tmp_path) == readme
     to = tmp_path / "to"
     to.mkdir()
-    card.write(a_card(), to, readme)
+    markdown.write(a_card(), to, readme)
     assert (to / "README.md").read_text() == readme.read_text()
-    assert (to / card_files.BESIDE).read_text() == markdown(a_card())
+    assert (to / BESIDE).read_text() == markdown.page(a_card())
     assert strict_json((to / JSON_NAME).read_text()) == a_card().to_json()
 
 
@@ -728,11 +735,11 @@ def test_an_adapter_from_elsewhere_gets_a_card_of_what_is_known(run, tmp_path):
         run_command(run, tmp_path / "to", recipe=recipe)
     write(one("theirs", kind="adapter"), tmp_path / "report")
     given = open_input(adapter, recipe, tmp_path / "report")
-    theirs = card.figures_for("ADAPTER", given.report_file(1.0), 1.0, given.config.retention)
+    theirs = gather.figures_for("ADAPTER", given.report_file(1.0), 1.0, given.config.retention)
     assert theirs.adaptation_ppl_after == 1.018
     run_command(adapter, tmp_path / "to", recipe=recipe)
     assert (tmp_path / "to" / "README.md").read_text() == "# By its author\n"
-    page = (tmp_path / "to" / card_files.BESIDE).read_text()
+    page = (tmp_path / "to" / BESIDE).read_text()
     assert "A DoRA adapter for `model`." in page
     assert "Not known to Moored: the adapter was made elsewhere." in page
     assert "`moored evaluate ADAPTER --recipe RECIPE.yaml` measures it" in page
@@ -746,7 +753,7 @@ def test_a_journal_without_sources_or_none_at_all_costs_only_what_it_lacks(run, 
     config = load_config(run / "config.yaml")
     copy = RunDirectory(tmp_path / "run")
     copy.path.mkdir()
-    training, data, provenance = card.of_run(copy, config)
+    training, data, provenance = gather.of_run(copy, config)
     assert training.steps is None
     assert data.sources[0].name == "train.jsonl"
     assert data.sources[0].num_samples is None
@@ -755,7 +762,7 @@ def test_a_journal_without_sources_or_none_at_all_costs_only_what_it_lacks(run, 
     assert any('"sources"' in line for line in lines)
     kept = [line for line in lines if '"event":"sources"' not in line]
     (copy.path / "journal.jsonl").write_text("".join(kept))
-    _, data, provenance = card.of_run(copy, config)
+    _, data, provenance = gather.of_run(copy, config)
     assert (data.num_samples, data.sources[0].num_samples) == (24, 24)  # there is one source only
     assert data.sources[0].sha256 is None
     assert provenance.ended is not None
@@ -770,11 +777,11 @@ def test_a_card_names_what_was_replayed_and_no_folder(run, tmp_path):
         ["regularizer.kind=replay", f"regularizer.replay=[{{path: {old}}}]",
          f"regularizer.budget={budget}"],
     )  # fmt: skip
-    training, data, _ = card.of_run(RunDirectory(run), config)
+    training, data, _ = gather.of_run(RunDirectory(run), config)
     assert [source.name for source in data.replayed] == ["old.txt"]
     assert "/" not in json.dumps(training.regularizer)
     assert training.regularizer["budget"]["probe"]["path"] == "fox.txt"
-    page = markdown(replace(a_card(), training=training, data=data))
+    page = markdown.page(a_card(training=training, data=data))
     assert "Replayed beside it, against forgetting:" in page
     assert "at the start, moved by a forgetting budget" in page
 
@@ -790,5 +797,5 @@ def test_the_bases_of_randlora_are_not_counted_as_trained(tmp_path):
     }
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    found = card.adapter_of(tmp_path)
+    found = gather.adapter_of(tmp_path)
     assert (found.num_parameters, found.alpha, found.dropout) == (8 + 32, 40, 0.1)

@@ -250,7 +250,7 @@ def test_an_adapter_is_copied_and_verified_in_a_fresh_process(run, tmp_path, cap
 
 
 def test_what_was_trained_is_merged_in_bf16_with_dora(tmp_path, capsys):
-    path = finished_run(tmp_path, dtype=torch.bfloat16, use_dora=True)
+    path = finished_run(tmp_path, dtype=torch.bfloat16, method="dora")
     to = tmp_path / "merged"
     run_command(path, to, merged=True, base="nf4")
     facts = facts_of(to)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+import moored
 from moored.config import Config, Regularizer, load_config
 from moored.data import TrainStream, load_samples
 from moored.data.batch import Batch, collate
+from moored.loss.divergence import Objective, Scales
 from moored.models.base import resolve_base
-from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
-from moored.training.step import needs_kl, weight_at
+from moored.training.step import needs_kl, objective_of, weight_at
 from moored.utils.errors import UserErrors
 from tiny import ALONE, tiny_recipe, write_recipe, write_text
 
@@ -52,7 +55,8 @@ def test_l2_is_the_squared_norm_of_the_product_and_so_is_its_gradient(tmp_path, 
 
     def gradients(l2_scale: float) -> tuple[float, dict[str, torch.Tensor]]:
         policy.zero_grad()
-        loss, _ = policy(batch, loss=LossArguments(ce_scale=1e-6, l2_scale=l2_scale))
+        how = {"objective": Objective(), "scales": Scales(1e-6), "l2_scale": l2_scale}
+        loss, _ = policy(batch, use=PolicyModel.loss, **how)
         loss.backward()
         return float(loss.detach()), {n: p.grad.clone() for n, p in policy.trainable().items()}
 
@@ -77,12 +81,10 @@ def test_the_first_tokens_of_each_answer_weigh_differently(tmp_path):
     policy, batch = trained(config), first_batch(config)
     with torch.no_grad(), adapters_off(policy):
         reference = policy(batch)
-    arguments: dict[str, Any] = {"ce_scale": 0.01, "kl_scale": 0.5}
-    loss, sums = policy(
-        batch, reference_hidden=reference,
-        loss=LossArguments(**arguments, first_tokens=2, first_tokens_factor=5.0),
-    )  # fmt: skip
-    rows = policy(batch, reference_hidden=reference, drift=True)
+    objective = Objective(first_tokens=2, first_tokens_factor=5.0)
+    how = {"objective": objective, "scales": Scales(0.01, 0.5)}
+    loss, sums = policy(batch, use=PolicyModel.loss, reference_hidden=reference, **how)
+    rows = policy(batch, use=PolicyModel.drift, reference_hidden=reference)
     weights, place = [], 0
     for at, before in zip(batch.target_index, [-9, *batch.target_index[:-1]], strict=True):
         place = place + 1 if at == before + 1 else 0
@@ -99,7 +101,9 @@ def test_baselines_that_weigh_targets_do_so_in_the_policy(tmp_path, kind, weight
     """Gradients of the adapters, against the weighted cross-entropy by Hugging Face's forward."""
     config = config_of(tmp_path, f"regularizer.kind={kind}")
     policy, batch = trained(config), first_batch(config)
-    loss, _ = policy(batch, loss=LossArguments(ce_scale=0.1, ce_weighting=weighting))
+    objective = objective_of(config.regularizer)
+    assert objective.ce_weighting == weighting
+    loss, _ = policy(batch, use=PolicyModel.loss, objective=objective, scales=Scales(0.1))
     loss.backward()
     ours = {n: p.grad.clone() for n, p in policy.trainable().items()}
     policy.zero_grad()
@@ -123,6 +127,38 @@ def test_baselines_that_weigh_targets_do_so_in_the_policy(tmp_path, kind, weight
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, parameter in policy.trainable().items():
         assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({"kind": "none"}, Objective(mask_target=False)),
+        ({"kind": "tmkl"}, Objective()),
+        (
+            {"kind": "tmkl", "direction": "jsd", "temperature": 2.0, "token_weighting": "entropy"},
+            Objective(direction="jsd", temperature=2.0, kl_weighting="entropy"),
+        ),
+        (
+            {"kind": "kl", "direction": "reverse", "first_tokens": 3, "first_tokens_factor": 2.0},
+            Objective("reverse", False, first_tokens=3, first_tokens_factor=2.0),
+        ),
+        ({"kind": "asft"}, Objective(mask_target=False, ce_weighting="probability")),
+        ({"kind": "eaft"}, Objective(mask_target=False, ce_weighting="entropy")),
+    ],
+)
+def test_what_a_recipe_says_is_what_is_descended(recipe, expected):
+    if "first_tokens" not in recipe:
+        expected = replace(expected, first_tokens_factor=Regularizer().first_tokens_factor)
+    assert objective_of(Regularizer(**recipe)) == expected
+
+
+def test_an_option_of_the_loss_is_handed_on_by_those_between_recipe_and_maths():
+    """They name none of them: a new one touches the recipe, the objective and the maths alone."""
+    options = {option.name for option in fields(Objective)}
+    assert options > {"direction", "temperature"}
+    for path in ("training/step", "models/engine", "models/policy", "models/zero", "loss/chunks"):
+        words = set(re.findall(r"\w+", (Path(moored.__file__).parent / f"{path}.py").read_text()))
+        assert not words & options, path
 
 
 def test_the_weight_over_the_steps():

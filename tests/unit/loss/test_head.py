@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_reference import dense_logits, dense_loss, many_digits, per_row
+from moored.loss.divergence import Objective, Scales
 from moored.loss.drift import DriftSums
-from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
-from moored.loss.tmkl import LossSums, VocabShard, default_chunk_tokens, tmkl_loss
+from moored.loss.head import Head, LossSums, attach_gradient, linear_tmkl_loss
+from moored.loss.rows import default_chunk_tokens
+from moored.loss.tmkl import VocabShard, tmkl_loss
 
 U = {
     torch.float64: 2.0**-53,
@@ -148,12 +150,12 @@ def test_values_and_gradients(direction: str, mask_target: bool, dtype: torch.dt
 def test_the_kl_alone_is_no_worse_than_rounding_the_inputs_explains(
     direction: Any, mask_target: bool, noise: float, dtype: torch.dtype
 ) -> None:
-    """KL from 2 down to 2e-6, ce_scale 0: the regulariser's gradient by itself."""
+    """KL from 2 down to 2e-6, the cross-entropy's scale 0: the regulariser's gradient by itself."""
     h, h0, weight, y = make(6, 64, 257, dtype, noise=noise, std=5.0, seed=5)
     y[1] = 7
     options: dict[str, Any] = {"direction": direction, "mask_target": mask_target}
     grad, sums = Head(nn.Parameter(weight, requires_grad=False))(
-        h, h0, y, ce_scale=0.0, kl_scale=1.0, **options
+        h, h0, y, use=Head.loss, objective=Objective(**options), scales=Scales(0.0, 1.0)
     )
     s, t = dense_logits(h.detach(), weight), dense_logits(h0, weight)
     _, kl, _, kl_grad = many_digits(s, t, y, **options)
@@ -208,7 +210,7 @@ def test_a_soft_cap_keeps_small_differences() -> None:
     h, h0, weight, y = make(6, 32, 101, torch.float32, noise=1e-3, std=10.0)
     y[1] = 7
     grad, sums = Head(nn.Parameter(weight, requires_grad=False), logit_softcap=10.0)(
-        h, h0, y, ce_scale=0.0, kl_scale=1.0
+        h, h0, y, use=Head.loss, objective=Objective(), scales=Scales(0.0, 1.0)
     )
     raw = dense_logits(h.detach(), weight)
     s, t = (dense_logits(x, weight, logit_softcap=10.0) for x in (h.detach(), h0))
@@ -271,9 +273,9 @@ def test_equal_models_have_a_kl_and_kl_gradient_of_exactly_zero() -> None:
         y[1] = 3
         head = Head(nn.Parameter(weight, requires_grad=False), logit_softcap=softcap)
         for direction, mask_target in itertools.product(DIRECTIONS, (True, False)):
-            options: dict[str, Any] = {"direction": direction, "mask_target": mask_target}
-            same = h.detach().clone()
-            grad, sums = head(h, same, y, ce_scale=0.0, kl_scale=1.0, **options)
+            objective = Objective(direction, mask_target)
+            same, scales = h.detach().clone(), Scales(0.0, 1.0)
+            grad, sums = head(h, same, y, use=Head.loss, objective=objective, scales=scales)
             assert sums.kl_sum.item() == 0.0
             assert torch.count_nonzero(grad) == 0
 
@@ -425,7 +427,7 @@ def test_half_precision_products_with_an_fp32_accumulator(noise: float, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(torch, "mm", mm)
             grad, sums = Head(nn.Parameter(weight, requires_grad=False))(
-                h, h0, y, ce_scale=0.0, kl_scale=1.0
+                h, h0, y, use=Head.loss, objective=Objective(), scales=Scales(0.0, 1.0)
             )
         limit = 2 * bound(h, h0, weight) * U[torch.float32] + 2 * U[dtype]
         assert rel(grad, kl_grad @ weight.double()) <= limit
@@ -443,9 +445,10 @@ def test_under_autocast() -> None:
         assert torch.equal(*(torch.autograd.grad(x.loss, h)[0] for x in (out, want)))
         head = Head(nn.Parameter(weight, requires_grad=False))
         y = y.clamp_min(0)
-        want_grad, _ = head(h, h0, y, kl_scale=1.0)
+        how = {"use": Head.loss, "objective": Objective(), "scales": Scales(1.0, 1.0)}
+        want_grad, _ = head(h, h0, y, **how)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            grad, _ = head(h, h0, y, kl_scale=1.0)
+            grad, _ = head(h, h0, y, **how)
         assert torch.equal(grad, want_grad)
 
 
@@ -573,10 +576,11 @@ def test_the_head_gives_the_loss_and_its_gradient_without_a_graph() -> None:
         y[1] = 4
         kl_mask = torch.arange(9) % 3 != 0
         head = Head(nn.Parameter(weight, requires_grad=False), chunk_tokens=4)
-        ce_scale, kl_scale = torch.tensor(1 / 9), 0.5 / 6
-        grad, sums = head(
-            h, h0, y, kl_mask=kl_mask, ce_scale=ce_scale, kl_scale=kl_scale, temperature=2.0
-        )
+        how = {
+            "objective": Objective(temperature=2.0),
+            "scales": Scales(torch.tensor(1 / 9), 0.5 / 6),
+        }
+        grad, sums = head(h, h0, y, use=Head.loss, kl_mask=kl_mask, **how)
         assert isinstance(sums, LossSums)
         tensors = (grad, sums.loss, sums.ce_sum, sums.kl_sum)
         assert not any(x.requires_grad or x.grad_fn for x in tensors)
@@ -604,15 +608,16 @@ def test_the_head_without_a_reference_and_without_rows() -> None:
     h, h0, weight, y = make(6, 8, 21, torch.float32)
     y[1] = 4
     head = Head(nn.Parameter(weight, requires_grad=False))
-    grad, sums = head(h, None, y, ce_scale=1 / 6)
+    how = {"use": Head.loss, "objective": Objective()}
+    grad, sums = head(h, None, y, scales=Scales(1 / 6), **how)
     out = linear_tmkl_loss(h, None, weight, y, kl_weight=0.0)
     assert rel(sums.loss, out.loss) <= 2 * U[torch.float32]
     assert rel(grad, torch.autograd.grad(out.loss, h)[0]) <= 8 * U[torch.float32]
     assert (sums.kl_sum.item(), sums.num_kl) == (0.0, 0)
     with Products() as seen:
-        head(h, None, y)
+        head(h, None, y, scales=Scales(), **how)
     assert seen.rows == [6, 6]
-    grad, sums = head(h[:0], h0[:0], y[:0], kl_scale=1.0)
+    grad, sums = head(h[:0], h0[:0], y[:0], scales=Scales(1.0, 1.0), **how)
     assert grad.shape == (0, 8)
     assert (sums.loss.item(), int(sums.num_targets)) == (0.0, 0)
     loss = attach_gradient(h[:0], grad, sums)
@@ -622,7 +627,8 @@ def test_the_head_without_a_reference_and_without_rows() -> None:
 def test_a_shared_scale_of_zero_gives_no_gradient() -> None:
     h, h0, weight, y = make(6, 8, 21, torch.float32)
     y[1] = 4
-    grad, sums = Head(nn.Parameter(weight, requires_grad=False))(h, h0, y, ce_scale=0.0)
+    head = Head(nn.Parameter(weight, requires_grad=False))
+    grad, sums = head(h, h0, y, use=Head.loss, objective=Objective(), scales=Scales(0.0))
     assert torch.count_nonzero(grad) == 0
     assert sums.loss.item() == 0.0
     assert sums.ce_sum > 0
@@ -644,7 +650,7 @@ def test_drift(dtype: torch.dtype) -> None:
         shard=VocabShard(0, 12, 9),
         chunk_tokens=7,
     )
-    rows = head(h, h0, y, drift=True)
+    rows = head(h, h0, y, use=Head.drift)
     assert isinstance(rows, DriftSums)
     how: dict[str, Any] = {"bias": bias[:9], "logit_scale": 0.5, "logit_softcap": 4.0}
     s, t = dense_logits(h.detach(), weight, **how), dense_logits(h0, weight, **how)
@@ -666,7 +672,7 @@ def test_drift(dtype: torch.dtype) -> None:
     assert torch.equal(rows.top1_correct, s.argmax(-1) == y)
     assert 0 < rows.top1_agree.sum() < 40
     assert 0 < rows.top1_correct.sum() < 40
-    most = head(h, h0, y, drift=True, num_spots=6).spots
+    most = head(h, h0, y, use=Head.drift, num_spots=6).spots
     assert torch.equal(most.rows, kl.topk(6).indices)
     log_p, log_q = s.log_softmax(-1)[most.rows], t.log_softmax(-1)[most.rows]
     assert torch.equal(most.tokens[:, :5], log_p.topk(5).indices)
@@ -674,13 +680,11 @@ def test_drift(dtype: torch.dtype) -> None:
     for found, want in ((most.log_p_policy, log_p), (most.log_p_reference, log_q)):
         assert ((found - want.gather(1, most.tokens)).abs() <= limit * (want.abs().max() + 1)).all()
     groups = torch.arange(40) // 10
-    spread = head(h, h0, y, drift=True, num_spots=7, spot_groups=groups).spots.rows
+    spread = head(h, h0, y, use=Head.drift, num_spots=7, spot_groups=groups).spots.rows
     best = torch.cat([10 * g + kl[groups == g].topk(2).indices for g in range(4)])
     assert torch.equal(spread, best[kl[best].topk(7).indices])
-    empty = head(h[:0], h0[:0], y[:0], drift=True)
+    empty = head(h[:0], h0[:0], y[:0], use=Head.drift)
     assert empty.kl.shape == empty.top1_agree.shape == (0,)
-    with pytest.raises(ValueError, match="reference_hidden"):
-        head(h, None, y, drift=True)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -13,8 +13,8 @@ import moored.loss.chunks
 import moored.loss.logits
 from dense_reference import dense_logits, dense_loss, per_row
 from moored.loss import triton_loss
-from moored.loss.head import Head, linear_tmkl_loss
-from moored.loss.tmkl import LossSums
+from moored.loss.divergence import Objective, Scales
+from moored.loss.head import Head, LossSums, linear_tmkl_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py has the interpreter on there
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -91,6 +91,21 @@ def test_logits_that_differ_by_a_common_offset(
     assert rel(grad, want) < 2e-4
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_small_kl_of_large_logits(direction: Any) -> None:
+    """Log masses near 1000 are off by 3e-5, and so is the log ratio until it is set right.
+
+    Left in, or taken out with the wrong sign, that would be off by its square: 1 % of this KL.
+    """
+    h, h0, weight, y = (x.to(DEVICE) for x in make(6, 24, 203, noise=5e-4))
+    bias = torch.full((len(weight),), 1000.0, device=DEVICE)
+    out = linear_tmkl_loss(h, h0, weight, y, bias=bias, direction=direction)
+    s, t = (dense_logits(x, weight) for x in (h, h0))
+    _, _, kl = dense_loss(s, t, y, direction=direction)
+    assert 1e-8 < float(kl) < 1e-6
+    assert rel(out.kl, kl) < 2e-4  # fp32 logits of 1000, off by up to 3e-5
+
+
 def test_a_target_with_all_of_the_mass() -> None:
     """Without a mask: what is left of the policy beside the target underflows, the base's not."""
     weight = torch.eye(70, 8, device=DEVICE)
@@ -128,7 +143,8 @@ def test_half_precision(
         monkeypatch.setattr(moored.loss.logits.Logits, "native", lambda *_: True)
         monkeypatch.setattr(torch, "mm", cuda_mm)
     head = Head(nn.Parameter(weight, requires_grad=False))
-    grad, sums = head(h, h0, y, ce_scale=0.0, kl_scale=0.01, direction=direction)
+    how = {"objective": Objective(direction), "scales": Scales(0.0, 0.01)}
+    grad, sums = head(h, h0, y, use=Head.loss, **how)
     exact = h.double().requires_grad_()
     s, t = dense_logits(exact, weight), dense_logits(h0, weight)
     _, _, kl = dense_loss(s, t, y, kl_weight=1.0, direction=direction, reduction="sum")
@@ -165,15 +181,16 @@ def test_equal_models_a_weight_of_zero_and_what_is_not_finite(direction: Any) ->
     h, h0, weight, y = (x.to(DEVICE) for x in make(5, 24, 331))
     y = y.clamp_min(0)
     head = Head(nn.Parameter(weight, requires_grad=False))
-    grad, sums = head(h, h, y, kl_scale=1.0, ce_scale=0.0, direction=direction)
+    how = {"use": Head.loss, "objective": Objective(direction)}
+    grad, sums = head(h, h, y, scales=Scales(0.0, 1.0), **how)
     assert float(sums.kl_sum) == 0
     assert not grad.any()
-    alone, _ = head(h, h, y, ce_scale=0.2, kl_scale=0.0, direction=direction)
+    alone, _ = head(h, h, y, scales=Scales(0.2, 0.0), **how)
     h0[2] = math.inf  # the KL of a row is not finite, and its weight is 0
-    grad, _ = head(h, h0, y, ce_scale=0.2, kl_scale=0.0, direction=direction)
+    grad, _ = head(h, h0, y, scales=Scales(0.2, 0.0), **how)
     assert torch.equal(grad[[0, 1, 3, 4]], alone[[0, 1, 3, 4]])
     assert rel(grad, alone) < 1e-6
-    grad, _ = head(h, h0, y, ce_scale=0.2, kl_scale=1.0, direction=direction)
+    grad, _ = head(h, h0, y, scales=Scales(0.2, 1.0), **how)
     assert grad.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
@@ -183,7 +200,8 @@ def test_rows_of_different_weight(direction: Any) -> None:
     y = y.clamp_min(0)
     by_row = torch.tensor([0.0, 1.0, 5.0, 0.3, 2.0, 1.0], device=DEVICE)
     head = Head(torch.nn.Parameter(weight, requires_grad=False), chunk_tokens=4)
-    found = head(h, h0, y, ce_scale=0.5, kl_scale=0.7, direction=direction, kl_weights=by_row)
+    how = {"objective": Objective(direction), "scales": Scales(0.5, 0.7)}
+    found = head(h, h0, y, use=Head.loss, kl_weights=by_row, **how)
     exact = h.double().requires_grad_()
     s, t = (dense_logits(x, weight) for x in (exact, h0))
     ce, kl = per_row(s, t, y, direction=direction)

@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -525,6 +529,36 @@ def test_no_copy_of_the_logits_but_the_gradient(monkeypatch: Any) -> None:
     with LargestTensor(s, ref, y) as seen:
         tmkl_loss(s.requires_grad_(), ref, y).loss.backward()
     assert seen.nbytes == s.nbytes
+
+
+def test_four_files_can_be_pasted_into_another_package(tmp_path: Path) -> None:
+    """What tmkl.py imports, all the way down, with torch beside it and nothing else."""
+    home, pasted = Path(moored.loss.divergence.__file__).parent, tmp_path / "pasted"
+    names, waiting = set[str](), {"tmkl"}
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        text = (home / f"{name}.py").read_text()
+        waiting |= {*re.findall(r"moored\.loss\.(\w+) import", text)} - names
+        pasted.mkdir(exist_ok=True)
+        (pasted / f"{name}.py").write_text(text.replace("moored.loss.", "pasted."))
+    assert names == {"tmkl", "rows", "divergence", "softmax_pair"}
+    program = """
+import sys, torch
+before = set(sys.modules)
+from pasted.tmkl import tmkl_loss
+s = torch.linspace(-1, 2, 21).view(3, 7).requires_grad_()
+tmkl_loss(s, s.detach().flip(1), torch.tensor([0, 3, -100])).loss.backward()
+loaded = {name.split(".")[0] for name in set(sys.modules) - before}
+print(s.grad.abs().sum().item(), loaded - {*sys.stdlib_module_names, "torch", "pasted"})
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    s = torch.linspace(-1, 2, 21).view(3, 7).requires_grad_()
+    tmkl_loss(s, s.detach().flip(1), torch.tensor([0, 3, -100])).loss.backward()
+    assert s.grad is not None
+    assert ran.stdout == f"{s.grad.abs().sum().item()} set()\n"
 
 
 ROWS = torch.zeros(4, dtype=torch.int64)

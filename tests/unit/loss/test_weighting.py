@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dense_reference import dense_logits, per_row
 from moored.data.batch import answer_offsets
+from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, LossSums
 
 
@@ -91,9 +92,10 @@ def test_weighted_tokens_are_those_of_the_dense_reference(
     kl_weights = torch.rand(n, generator=g) * 3 if by_row else None
     head = Head(torch.nn.Parameter(weight, requires_grad=False), chunk_tokens=5)
     options = {"direction": direction, "mask_target": masked, "temperature": 1.3}
+    objective = Objective(ce_weighting=ce, kl_weighting=kl, **options)  # type: ignore[arg-type]
     found = head(
-        hidden, reference, targets, kl_mask=kl_mask, ce_scale=0.7, kl_scale=0.4,
-        ce_weighting=ce, kl_weighting=kl, kl_weights=kl_weights, **options,  # type: ignore[arg-type]
+        hidden, reference, targets, use=Head.loss, objective=objective, scales=Scales(0.7, 0.4),
+        kl_mask=kl_mask, kl_weights=kl_weights,
     )  # fmt: skip
     assert isinstance(found, tuple)
     grad, sums = found
@@ -118,7 +120,8 @@ def test_eaft_without_a_reference() -> None:
     hidden, weight = torch.randn(9, 5, generator=g).double(), torch.randn(50, 5, generator=g)
     targets = torch.randint(50, (9,), generator=g)
     head = Head(torch.nn.Parameter(weight, requires_grad=False))
-    found = head(hidden, None, targets, ce_scale=1 / 9, ce_weighting="entropy")
+    how = {"objective": Objective(ce_weighting="entropy"), "scales": Scales(1 / 9)}
+    found = head(hidden, None, targets, use=Head.loss, **how)
     assert isinstance(found, tuple)
     loss, expected = dense(
         hidden, None, weight, targets, ce="entropy", kl="uniform", kl_weights=None, kl_mask=None,

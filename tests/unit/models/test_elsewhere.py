@@ -17,7 +17,7 @@ from moored.config import Config, ModelConfig, load_config
 from moored.data.batch import Batch
 from moored.export import merge, run_command
 from moored.models.adapters import scaled, write_scaled
-from moored.models.policy import load_policy
+from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off, of_base
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, write_recipe
@@ -155,11 +155,11 @@ def test_it_is_measured_and_merged_as_stock_peft_has_it(tmp_path, kind, tied):
     policy, batch = load_policy(model, config, ALONE, adapter=adapter), all_targets()
     with torch.no_grad():
         reference = of_base(policy, batch)
-        found = policy(batch, reference_hidden=reference, drift=True, num_spots=3)
+        found = policy(batch, reference, use=PolicyModel.drift, num_spots=3)
         asked = {"input_ids": IDS[:, :8], "max_new_tokens": 6, "do_sample": False}
-        answers = {"on": policy(batch, generate=asked)}
+        answers = {"on": policy(use=PolicyModel.generate, **asked)}
         with adapters_off(policy):
-            answers["off"] = policy(batch, generate=asked)
+            answers["off"] = policy(use=PolicyModel.generate, **asked)
     log_p, log_q = (logits[:-1].log_softmax(-1) for logits in (on, off))
     at = IDS[0, 1:, None]
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -243,7 +243,7 @@ def test_tensors_of_the_base_in_the_file_count_where_they_differ(tmp_path, tied,
     on, off = stock_logits(model, adapter), stock_logits(model)
     policy, batch = load_policy(model, config, ALONE, adapter=adapter), all_targets()
     with torch.no_grad():
-        found = policy(batch, reference_hidden=of_base(policy, batch), drift=True)
+        found = policy(batch, of_base(policy, batch), use=PolicyModel.drift)
     for got, logits in ((found.ce_policy, on), (found.ce_reference, off)):
         right = -logits[:-1].log_softmax(-1).gather(1, IDS[0, 1:, None])[:, 0]
         assert (got - right).abs().max() <= 5e-6

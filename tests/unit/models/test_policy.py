@@ -12,11 +12,13 @@ import transformers
 from torch import nn
 
 from moored.config import Config, load_config
-from moored.data.batch import Sample, collate
+from moored.data.batch import Batch, Sample, collate
+from moored.loss.divergence import Objective, Scales
+from moored.loss.head import LossSums
 from moored.models import forward
 from moored.models.linear4bit import FrozenLinear4bit, make_zero_safe
 from moored.models.loading import load_base
-from moored.models.policy import LossArguments, PolicyModel, load_policy
+from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off, dropout_off
 from moored.models.weights import Loader
 from moored.utils.errors import UserError
@@ -51,11 +53,17 @@ def some_batch(rows: int = 2, length: int = 12, vocab_size: int = 259, seed: int
     return collate([[sample] for sample in samples], pad_token_id=0)
 
 
+def loss_of(
+    policy: PolicyModel, batch: Batch, scales: Scales, reference: torch.Tensor | None = None
+) -> tuple[torch.Tensor, LossSums]:
+    return policy(batch, reference, use=PolicyModel.loss, objective=Objective(), scales=scales)
+
+
 def train_a_little(policy: PolicyModel, steps: int) -> None:
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
     for step in range(steps):
         batch = some_batch(seed=step)
-        loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+        loss, _ = loss_of(policy, batch, Scales(1 / batch.num_targets))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,9 +113,7 @@ def test_tmkl_is_exactly_zero_at_step_0_and_so_is_its_gradient(tmp_path):
     batch = some_batch()
     with adapters_off(policy):
         reference = policy(batch)
-    loss, sums = policy(
-        batch, reference_hidden=reference, loss=LossArguments(ce_scale=0.0, kl_scale=1.0)
-    )
+    loss, sums = loss_of(policy, batch, Scales(0.0, 1.0), reference)
     assert sums.kl_sum.item() == 0.0
     loss.backward()
     assert all(not p.grad.any() for p in policy.trainable().values())
@@ -118,7 +124,7 @@ def test_loss_and_gradients_equal_hugging_faces_own_cross_entropy(tmp_path):
     policy = policy_of(config)
     train_a_little(policy, steps=2)
     batch = some_batch(rows=3, length=9)
-    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    loss, _ = loss_of(policy, batch, Scales(1 / batch.num_targets))
     loss.backward()
     ours = {name: p.grad.clone() for name, p in policy.trainable().items()}
     policy.zero_grad()
@@ -165,7 +171,7 @@ def test_as_many_layers_are_recomputed_as_the_recipe_says(tmp_path, kind, fracti
 
         layer.mlp.register_forward_pre_hook(count)
     batch = some_batch()
-    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    loss, _ = loss_of(policy, batch, Scales(1 / batch.num_targets))
     loss.backward()
     assert calls == [2] * recomputed + [1] * (4 - recomputed)
 
@@ -222,7 +228,7 @@ def test_logit_scale_of_the_architecture_reaches_the_head(tmp_path):
     settings = config_of(tmp_path, f"model.name_or_path={path}")
     policy = policy_of(settings)
     batch = some_batch()
-    loss, _ = policy(batch, loss=LossArguments(ce_scale=1 / batch.num_targets))
+    loss, _ = loss_of(policy, batch, Scales(1 / batch.num_targets))
     theirs = policy.causal_lm(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False)
     torch.testing.assert_close(loss, theirs["loss"], rtol=1e-5, atol=0)
 
@@ -352,9 +358,7 @@ def test_the_dropout_of_the_base_is_off_in_the_policy_too(tmp_path):
     batch = some_batch()
     with torch.no_grad():
         reference = policy(batch)
-    _, sums = policy(
-        batch, reference_hidden=reference, loss=LossArguments(ce_scale=1.0, kl_scale=1.0)
-    )
+    _, sums = loss_of(policy, batch, Scales(1.0, 1.0), reference)
     assert sums.kl_sum.item() == 0.0
 
 

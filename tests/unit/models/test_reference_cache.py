@@ -38,25 +38,25 @@ def base(batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.stack(rows).to(dtype) if rows else torch.empty((0, D), dtype=dtype)
 
 
-class Counting:
-    """A cache in `folder` that counts how often the base is asked."""
+class Cached:
+    """A cache in `folder`, with the base beside it."""
 
     def __init__(self, folder: Path, **options: object):
         dtype = options.pop("dtype", torch.float32)
         given = {"facts": {}, "by_batch": False, "max_bytes": 2**30} | options
         like = torch.empty((1, D), dtype=dtype)
-        self.cache, self.dtype, self.asked = ReferenceCache(folder, like=like, **given), dtype, 0
+        self.cache, self.dtype = ReferenceCache(folder, like=like, **given), dtype
 
     def __call__(self, *rows: list[Sample]) -> bool:
         """Whether the batch came out of the cache; it is right in any case."""
-        batch, before = collate(rows, 0), self.asked
-
-        def compute() -> torch.Tensor:
-            self.asked += 1
-            return base(batch, self.dtype)
-
-        assert torch.equal(self.cache.hidden(batch, compute), base(batch, self.dtype))
-        return self.asked == before
+        batch = collate(rows, 0)
+        expected = base(batch, self.dtype)
+        found = self.cache.find(batch)
+        if found is None:
+            self.cache.keep(batch, expected)
+            return False
+        assert torch.equal(found, expected)
+        return True
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_sample_serves_wherever_it_is_laid(folder: Path) -> None:
-    cache = Counting(folder)
+    cache = Cached(folder)
     assert not cache([A, B], [C])
     for rows in ([[A, B], [C]], [[C, B, A]], [[A], [B]], [[B]], []):
         assert cache(*rows), rows
@@ -76,7 +76,7 @@ def test_a_sample_serves_wherever_it_is_laid(folder: Path) -> None:
 
 
 def test_a_batch_serves_itself_alone(folder: Path) -> None:
-    cache = Counting(folder, by_batch=True)
+    cache = Cached(folder, by_batch=True)
     assert not cache([A, B], [C])
     assert cache([A, B], [C])
     for rows in ([[A, B]], [[B, A], [C]], [[C], [A, B]], [[A, B], [sample("c", 6)]]):
@@ -89,29 +89,30 @@ def test_a_sample_that_lies_in_a_batch_twice_has_two_records(folder: Path) -> No
     )
     batch = collate([[A, B], [A]], 0)
     hidden = torch.randn(batch.num_targets, D)  # A's differ by where it lies
-    assert cache.hidden(batch, lambda: hidden) is hidden
-    assert torch.equal(cache.hidden(batch, pytest.fail), hidden)
+    assert cache.find(batch) is None
+    cache.keep(batch, hidden)
+    assert torch.equal(cache.find(batch), hidden)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_flushed_is_there_for_others(folder: Path, dtype: torch.dtype) -> None:
-    first, second = (Counting(folder, dtype=dtype) for _ in range(2))
+    first, second = (Cached(folder, dtype=dtype) for _ in range(2))
     assert not first([A, B])
     assert not second([A]), "not written yet"
     first.cache.flush()
     assert second([B]), "a file that came while it ran"
-    third = Counting(folder, dtype=dtype)
+    third = Cached(folder, dtype=dtype)
     assert third([A, B])
     assert (third.cache.num_read, third.cache.num_computed) == (1, 0)
-    assert not Counting(folder, dtype=torch.float64)([A, B]), "of another dtype"
+    assert not Cached(folder, dtype=torch.float64)([A, B]), "of another dtype"
 
 
 def test_large_amounts_are_written_on_the_way(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(reference_cache, "FILE_BYTES", 20 * D * 4)
-    killed = Counting(folder)  # that is, never flushed
+    killed = Cached(folder)  # that is, never flushed
     for length in range(5, 25):
         killed([sample(f"s{length}", length)])
-    again = Counting(folder)
+    again = Cached(folder)
     found = [again([sample(f"s{length}", length)]) for length in range(5, 25)]
     assert sum(found) >= 17, found
     assert not list(folder.glob("*.draft"))
@@ -119,7 +120,7 @@ def test_large_amounts_are_written_on_the_way(folder: Path, monkeypatch) -> None
 
 @pytest.mark.parametrize("where", ["record", "header", "cut", "empty", "text"])
 def test_broken_files_are_computed_again(folder: Path, where: str, caplog) -> None:
-    first = Counting(folder)
+    first = Cached(folder)
     first([A, B], [C])
     first.cache.flush()
     (path,) = folder.glob("*.safetensors")
@@ -134,25 +135,25 @@ def test_broken_files_are_computed_again(folder: Path, where: str, caplog) -> No
         data = bytearray(b"" if where == "empty" else b"not a tensor" * 10)
     path.write_bytes(data)
     caplog.set_level(logging.WARNING)
-    found = [Counting(folder)(row) for row in ([A], [B], [C])]
+    found = [Cached(folder)(row) for row in ([A], [B], [C])]
     assert not all(found)
     assert f"{path.name} is broken" in caplog.text
     assert not path.exists(), "it would be found again and again"
     assert path.with_suffix(".broken").exists()
-    mended = Counting(folder)
+    mended = Cached(folder)
     mended([A, B], [C])
     mended.cache.flush()
     caplog.clear()
-    assert Counting(folder)([A, B], [C])
+    assert Cached(folder)([A, B], [C])
     assert not caplog.text
 
 
 def test_what_is_read_ahead_is_used_once_and_let_go_of(folder: Path, monkeypatch) -> None:
-    first = Counting(folder)
+    first = Cached(folder)
     for rows in ([A], [B], [C]):
         first(rows)
     first.cache.flush()
-    cache = Counting(folder)
+    cache = Cached(folder)
     cache.cache.read_ahead([collate([[A]], 0), collate([[B]], 0), collate([[sample("d", 4)]], 0)])
     reads: list[str] = []
     read_one = cache.cache._read_one
@@ -174,11 +175,11 @@ def test_what_is_read_ahead_is_used_once_and_let_go_of(folder: Path, monkeypatch
 
 def test_the_disk_is_bounded(folder: Path, caplog) -> None:
     beside = folder.parent / "another"
-    full = Counting(beside)
+    full = Cached(beside)
     full([A])
     full.cache.flush()
     used = sum(path.stat().st_size for path in folder.parent.glob("*/*.safetensors"))
-    cache = Counting(folder, max_bytes=used + 100)
+    cache = Cached(folder, max_bytes=used + 100)
     assert not cache([A])
     cache.cache.flush()
     assert not list(folder.glob("*.safetensors"))
@@ -190,29 +191,29 @@ def test_the_disk_is_bounded(folder: Path, caplog) -> None:
 
 def test_a_file_that_others_take_away_costs_nothing(folder: Path, monkeypatch) -> None:
     """As `moored prepare --prune` does, between the listing and the look at its size."""
-    cache = Counting(folder)
+    cache = Cached(folder)
     cache([A])
     gone = folder.parent / "another/gone.safetensors"
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([gone]))
     cache.cache.flush()
     monkeypatch.undo()
-    assert Counting(folder)([A])
+    assert Cached(folder)([A])
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog) -> None:
     (tmp_path / "reference").write_text("a file")
-    cache = Counting(tmp_path / "reference" / "base")
+    cache = Cached(tmp_path / "reference" / "base")
     assert not cache([A])
     assert not cache([A])
     assert "nothing more is added to the reference cache" in caplog.text
 
 
 def test_a_rank_that_does_not_write_reads(folder: Path) -> None:
-    reader = Counting(folder, writes=False)
+    reader = Cached(folder, writes=False)
     assert not reader([A])
     reader.cache.flush()
     assert not list(folder.glob("*.safetensors"))
-    writer = Counting(folder)
+    writer = Cached(folder)
     writer([A])
     writer.cache.flush()
     assert reader([A])
@@ -225,10 +226,10 @@ def test_where_others_lack_something_all_compute(folder: Path) -> None:
         seen.append(hit)
         return False
 
-    writer = Counting(folder)
+    writer = Cached(folder)
     writer([A])
     writer.cache.flush()
-    cache = Counting(folder, agree=agree)
+    cache = Cached(folder, agree=agree)
     assert not cache([A])
     assert seen == [True]
     assert not cache.cache._pending, "it is kept already"

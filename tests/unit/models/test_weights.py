@@ -543,7 +543,9 @@ def test_slices_with_whole_scales_are_those_of_the_double_quantised_whole(tmp_pa
     require_slices(models, layout, theirs(path, dtype, double=True))
     for layer in packed_layers(models[0]).values():
         assert not layer.weight.quant_state.nested
-        assert layer.weight.quant_state.absmax.dtype == torch.float32
+        scales = layer.weight.quant_state.absmax
+        assert scales.dtype == torch.float32
+        assert scales.untyped_storage().nbytes() == scales.nbytes, "a view keeps the whole alive"
         assert layer.weight.quant_state.dtype == dtype
 
 
@@ -568,6 +570,8 @@ def test_slices_are_cut_from_a_checkpoint_in_nf4(tmp_path, stored, dtype):
     models, layout = shares(path, 2, double=stored, dtype=dtype)
     for layer in packed_layers(models[0]).values():
         assert layer.weight.quant_state.dtype == dtype
+        scales = layer.weight.quant_state.absmax
+        assert scales.untyped_storage().nbytes() == scales.nbytes, "a view keeps the whole alive"
     require_slices(models, layout, theirs(path))
 
 

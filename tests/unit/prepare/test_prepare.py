@@ -23,11 +23,11 @@ from datakit import CHAT, TOKENIZER, config, jsonl
 from moored import data
 from moored.cli import main
 from moored.config import Config, Corpus, load_config
-from moored.data import kept
+from moored.data import samples, token_cache
 from moored.data.chat import ChatEncoder
-from moored.data.encode import HeldSource
 from moored.data.samples import SampleSet, load_samples
 from moored.data.stream import TrainStream
+from moored.data.token_arrays import HeldSource
 from moored.models.reference_cache import references_folder
 from moored.prepare import fetch_weights, prepare_command
 from moored.utils import atomic_dir
@@ -233,14 +233,14 @@ def test_data_with_problems_are_not_kept(tmp_path, cache):
 
 def test_data_that_change_meanwhile_are_not_kept(tmp_path, cache, monkeypatch):
     path = Path(jsonl(tmp_path / "a.jsonl", chat_rows(4)))
-    build = kept.build
+    build = samples.build
 
     def slow(*arguments: Any) -> HeldSource:
         made = build(*arguments)
         jsonl(path, chat_rows(5))
         return made
 
-    monkeypatch.setattr(kept, "build", slow)
+    monkeypatch.setattr(samples, "build", slow)
     assert len(tokenised(config([{"path": str(path)}]), keep=True)) == 4
     assert not list(cache.glob("[!.]*"))
 
@@ -330,7 +330,7 @@ def folder_of(
     tokenizer = change.get("tokenizer", lambda: chats.tokenizer(chats.CHATML))()
     with monkeypatch.context() as patch:
         if "patch" in change:
-            patch.setattr(kept, *change["patch"])
+            patch.setattr(token_cache, *change["patch"])
         found = load_samples(
             recipe.data.train, tokenizer, recipe.data, change.get("vocab_size", 5000), keep=True
         )
@@ -385,7 +385,7 @@ def test_a_tokenizer_with_code_of_its_own_is_not_trusted(tmp_path, cache):
     foreign.__class__ = Foreign
     recipe = config([{"path": jsonl(tmp_path / "a.jsonl", chat_rows(8))}])
     assert source_of(tokenised(recipe, keep=True, tokenizer=foreign)).kept_in is None
-    assert kept._tokenizer(ChatEncoder(foreign)) is None
+    assert token_cache._tokenizer(ChatEncoder(foreign)) is None
 
 
 # ---------------------------------------------------------------- a cache that is not as it was
@@ -445,7 +445,7 @@ def test_nothing_pickled_is_read(tmp_path, caplog):
 def test_a_cache_that_cannot_be_written_costs_a_run_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOORED_CACHE", str(tmp_path / "file" / "below"))
-    monkeypatch.setattr(kept, "KEEP_BYTES", 1)
+    monkeypatch.setattr(token_cache, "KEEP_BYTES", 1)
     recipe = config([{"path": jsonl(tmp_path / "a.jsonl", chat_rows(20))}])
     found = tokenised(recipe)
     assert "the tokens of a.jsonl are not kept" in caplog.text
@@ -457,9 +457,9 @@ def test_a_cache_that_cannot_be_written_costs_a_run_a_warning(tmp_path, monkeypa
 def test_a_run_keeps_the_tokens_of_large_data(tmp_path, monkeypatch, cache):
     path = Path(jsonl(tmp_path / "a.jsonl", chat_rows(20)))
     recipe = config([{"path": str(path)}])
-    monkeypatch.setattr(kept, "KEEP_BYTES", path.stat().st_size + 1)
+    monkeypatch.setattr(token_cache, "KEEP_BYTES", path.stat().st_size + 1)
     assert source_of(tokenised(recipe)).kept_in is None
-    monkeypatch.setattr(kept, "KEEP_BYTES", path.stat().st_size)
+    monkeypatch.setattr(token_cache, "KEEP_BYTES", path.stat().st_size)
     assert source_of(tokenised(recipe)).kept_in is not None
 
 

@@ -1,7 +1,7 @@
 """Shipping: each point exactly once, whatever call fails or wherever the shipper is killed.
 
 The store here is a dictionary that, unlike MLflow's SQL store, takes a repeated point twice, so
-that nothing but the shipper's own care keeps it single. Real MLflow is in test_track.py.
+that nothing but the shipper's own care keeps it single. Real MLflow is in test_tracking.py.
 """
 
 from __future__ import annotations

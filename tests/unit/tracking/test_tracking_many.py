@@ -1,6 +1,6 @@
 """Tracking of many at once: several machines, many runs on one store, parents, and the registry.
 
-How one run reaches MLflow is in test_track.py.
+How one run reaches MLflow is in test_tracking.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +72,27 @@ def test_the_counts_are_those_of_the_tokens(told):
     counts = [int(word) for word in line.replace(",", "").split() if word.isdigit()]
     assert counts[0] == 1
     assert 0 < counts[2] < counts[1]
+
+
+def test_weights_are_not_loaded_where_they_do_not_fit(tmp_path):
+    """A base of 500 GB by its config.json; a limit stands in for it, should it be tried."""
+    recipe = tiny.tiny_recipe(tmp_path)
+    path = Path(recipe["model"]["name_or_path"]) / "config.json"
+    config = json.loads(path.read_text())
+    sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 400}
+    path.write_text(json.dumps(config | sizes))
+    done = subprocess.run(
+        [sys.executable, "-m", "moored", "doctor", str(tiny.write_recipe(tmp_path, recipe))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=600,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (6 * 2**30, 6 * 2**30)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data.train.0" in done.stdout  # what needs no weights was looked at
+    line = next(line for line in done.stdout.splitlines() if line.startswith("warning"))
+    assert "GiB in each process" in line
+    assert "were not loaded" in line
+    assert "adapter  " not in done.stdout

@@ -3,22 +3,26 @@
 Nothing is measured or trained here; figures come in as BaseResult and ArmResult.
 """
 
-from moored.evaluation.report.blocks import Blocks, Tally
 from moored.evaluation.report.bootstrap import increase_intervals
 from moored.evaluation.report.headline import Headline, headline
 from moored.evaluation.report.merging import merge
-from moored.evaluation.report.report_files import labels_of, run_command, write
+from moored.evaluation.report.report_files import labels_of, run_command, settings_of, write
 from moored.evaluation.report.results import (
     ArmResult,
     BaseResult,
+    Blocks,
     Figures,
     Report,
+    Stretch,
+    Tally,
+    TokenChoice,
+    TokenDrift,
+    TokenExample,
+    Where,
     increase_pct,
     rise_pct,
 )
-from moored.evaluation.report.settings import settings_of
 from moored.evaluation.report.terminal import show, table
-from moored.evaluation.report.where import Stretch, TokenChoice, TokenDrift, TokenExample, Where
 
 __all__ = [
     "ArmResult",

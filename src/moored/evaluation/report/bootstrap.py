@@ -17,16 +17,20 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 
-from moored.evaluation.report.blocks import Blocks, Tally
+from moored.evaluation.report.results import Blocks, Tally
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 FEWEST_BLOCKS = 5  # of fewer, resampling says little
 FEWEST_SEEDS = 3  # of fewer, nothing is said of other seeds
+
+# Streams of random numbers.
+_BLOCKS, _RUNS = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,36 +46,41 @@ class Interval:
         """Whether 0 lies outside: the sign is known."""
         return self.low > 0 or self.high < 0
 
+    def map(self, change: Callable[[float], float]) -> Interval:
+        """The interval of a growing function of the figure."""
+        return Interval(value=change(self.value), low=change(self.low), high=change(self.high))
 
-Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+class Sums(NamedTuple):
+    """A text's sums under each resample, [1 + R] each: tokens, and nats as in `Blocks`."""
+
+    num_tokens: np.ndarray
+    ce: np.ndarray
+    ce_base: np.ndarray
+    kl: np.ndarray
 
 
-def increase_pct(
-    tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray
-) -> np.ndarray:
+Statistic = Callable[[Sums], np.ndarray]
+
+
+def increase_pct(text: Sums) -> np.ndarray:
     """100 * (policy's perplexity / base's - 1)."""
-    del kl
-    return 100.0 * np.expm1((ce - ce_base) / tokens)
+    return 100.0 * np.expm1((text.ce - text.ce_base) / text.num_tokens)
 
 
-def log_perplexity(
-    tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray
-) -> np.ndarray:
+def log_perplexity(text: Sums) -> np.ndarray:
     """The policy's mean cross-entropy, nats per token."""
-    del ce_base, kl
-    return ce / tokens
+    return text.ce / text.num_tokens
 
 
-def gain(tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray) -> np.ndarray:
+def gain(text: Sums) -> np.ndarray:
     """What the policy gained on the base, nats per token."""
-    del kl
-    return (ce_base - ce) / tokens
+    return (text.ce_base - text.ce) / text.num_tokens
 
 
-def drift(tokens: np.ndarray, ce: np.ndarray, ce_base: np.ndarray, kl: np.ndarray) -> np.ndarray:
+def drift(text: Sums) -> np.ndarray:
     """Mean KL(base || policy), nats per token."""
-    del ce, ce_base
-    return kl / tokens
+    return text.kl / text.num_tokens
 
 
 def interval(
@@ -124,23 +133,16 @@ def difference(
 
 def increase_intervals(blocks: Mapping[str, Blocks]) -> dict[str, list[float]]:
     """[low, high] of the rise in percent of each text's perplexity, where there is an interval."""
-    found = {name: interval([text]) for name, text in blocks.items()}
-    return {name: [i.low, i.high] for name, i in found.items() if i is not None}
+    known = {name: interval([text]) for name, text in blocks.items()}
+    return {name: [rise.low, rise.high] for name, rise in known.items() if rise is not None}
 
 
 def ratio_pct(
-    ours: Sequence[Blocks],
-    theirs: Sequence[Blocks],
-    seed: int = 0,
-    *,
-    same_seeds: bool = True,
+    ours: Sequence[Blocks], theirs: Sequence[Blocks], seed: int = 0, *, same_seeds: bool = True
 ) -> Interval | None:
     """100 * (perplexity of `ours` / of `theirs` - 1), means over runs being geometric."""
-    found = difference(ours, theirs, log_perplexity, seed, same_seeds=same_seeds)
-    if found is None:
-        return None
-    low, value, high = (100.0 * float(np.expm1(x)) for x in (found.low, found.value, found.high))
-    return Interval(value=value, low=low, high=high)
+    nats = difference(ours, theirs, log_perplexity, seed, same_seeds=same_seeds)
+    return nats and nats.map(lambda value: 100.0 * float(np.expm1(value)))
 
 
 def resampled(
@@ -173,8 +175,28 @@ def points(before: Tally, after: Tally, seed: int = 0) -> Interval | None:
     return _interval(len(num_N), values_R[None])
 
 
-# Streams of random numbers.
-_BLOCKS, _RUNS = 0, 1
+def more_right(before: Tally, after: Tally) -> Interval:
+    """Points between two shares of what was right: paired by prompt or passage, where they differ.
+
+    Where none differs, or they were not asked the same, it is `share_difference`'s.
+    """
+    paired = points(before, after)
+    return paired or share_difference(before.share, after.share, min(before.total, after.total))
+
+
+def share_difference(before: float, after: float, num: int) -> Interval:
+    """Points between two shares of `num` things each, with Agresti and Caffo's interval.
+
+    It takes the two for independent samples, so it is wider than a paired one would be (Agresti and
+    Caffo 2000, "Simple and effective confidence intervals for proportions": one success and one
+    failure are added to each).
+    """
+    shares = [(share * num + 1) / (num + 2) for share in (before, after)]
+    centre = shares[1] - shares[0]
+    reach = 1.959964 * math.sqrt(sum(share * (1 - share) / (num + 2) for share in shares))
+    value = 100 * (after - before)
+    ends = 100 * (centre - reach), 100 * (centre + reach)
+    return Interval(value=value, low=min(ends[0], value), high=max(ends[1], value))
 
 
 def _resampled_runs(runs: Sequence[Blocks], statistic: Statistic, seed: int) -> np.ndarray | None:
@@ -183,7 +205,7 @@ def _resampled_runs(runs: Sequence[Blocks], statistic: Statistic, seed: int) -> 
         return None
     counts_RN = _drawn(len(runs[0].num_tokens), seed, _BLOCKS)
     with np.errstate(all="ignore"):  # of figures that are not finite, or texts without a token
-        values_SR = np.stack([statistic(*_sums(run, counts_RN)) for run in runs])
+        values_SR = np.stack([statistic(_sums(run, counts_RN)) for run in runs])
     return values_SR if np.isfinite(values_SR).all() else None
 
 
@@ -192,23 +214,22 @@ def _same_blocks(runs: Sequence[Blocks]) -> bool:
 
 
 def _interval(num_blocks: int, *groups_SR: np.ndarray) -> Interval:
-    """Of the sum of the means of groups of runs that vary on their own."""
-    values_R = sum(values_SR.mean(0) for values_SR in groups_SR)
-    assert isinstance(values_R, np.ndarray)
+    """The sum of the means of groups of runs that vary on their own."""
+    values_R = np.sum([values_SR.mean(0) for values_SR in groups_SR], axis=0)
     tail = (1 - LEVEL) / 2
     value = float(values_R[0])
     ends = np.percentile(values_R[1:], [100 * tail, 100 * (1 - tail)])
     few = float(stdtrit(num_blocks - 1, 1 - tail) / ndtri(1 - tail))
     few *= math.sqrt(num_blocks / (num_blocks - 1))
-    of_seeds = _of_seeds([values_SR[:, 0] for values_SR in groups_SR], tail)
+    seeds = _reach_of_seeds([values_SR[:, 0] for values_SR in groups_SR], tail)
     # A skewed text's figure may lie outside by chance: an interval always holds its figure.
     low, high = (
-        math.hypot(few * max(0.0, reach), of_seeds) for reach in (value - ends[0], ends[1] - value)
+        math.hypot(few * max(0.0, reach), seeds) for reach in (value - ends[0], ends[1] - value)
     )
     return Interval(value=value, low=value - low, high=value + high)
 
 
-def _of_seeds(groups_S: Sequence[np.ndarray], tail: float) -> float:
+def _reach_of_seeds(groups_S: Sequence[np.ndarray], tail: float) -> float:
     """Half of Student's (Welch's) interval of the sum of means; 0 where few runs tell nothing."""
     terms = [(v.var(ddof=1) / len(v), len(v) - 1) for v in groups_S if len(v) >= FEWEST_SEEDS]
     variance = float(sum(term for term, _ in terms))
@@ -226,6 +247,6 @@ def _drawn(number: int, seed: int, stream: int) -> np.ndarray:
     return np.concatenate([np.ones((1, number)), drawn])
 
 
-def _sums(run: Blocks, counts_RN: np.ndarray) -> list[np.ndarray]:
+def _sums(run: Blocks, counts_RN: np.ndarray) -> Sums:
     columns = (run.num_tokens, run.ce, run.ce_base, run.kl)
-    return [counts_RN @ np.asarray(column, dtype=float) for column in columns]
+    return Sums(*(counts_RN @ np.asarray(column, dtype=float) for column in columns))

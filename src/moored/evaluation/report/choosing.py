@@ -1,6 +1,6 @@
 """Which setting to take: the knee between learning and forgetting, and how sure that choice is.
 
-How it is drawn is `figures.py`'s.
+How it is drawn is `frontier.py`'s.
 """
 
 from __future__ import annotations
@@ -47,6 +47,24 @@ class Recommendation:
         """Whether there was forgetting to weigh learning against."""
         return self.most_forgot > NEXT_TO_NOTHING_PCT
 
+    @property
+    def in_words(self) -> str:
+        """Why it is the one, as the end of a sentence."""
+        most = percent(self.most_forgot)
+        if not self.is_knee:
+            return f"learned most; none forgot more than {most}"
+        return (
+            f"is the knee: {self.learned:.0%} of what was learned at most, with "
+            f"{percent(self.forgot)} of retention perplexity at worst, against {most} at most"
+        )
+
+    @property
+    def how_sure(self) -> str:
+        """The share of resamples that agree, in brackets; nothing where it is not known."""
+        if self.agreement is None:
+            return ""
+        return f" (so in {100 * self.agreement:.0f} of 100 resamples)"
+
 
 def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | None:
     """The knee: where the share of the learning exceeds that of the forgetting by most.
@@ -60,8 +78,11 @@ def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | 
     """
     if before is None or not math.isfinite(before) or before <= 0:
         return None
-    known = [(g, g.learned, w[1]) for g in groups if (w := g.worst) and math.isfinite(w[1])]
-    points = [(g, math.log(before / ppl), forgot) for g, ppl, forgot in known if ppl is not None]
+    points = [
+        (group, math.log(before / group.learned), worst[1])
+        for group in groups
+        if (worst := group.worst) and math.isfinite(worst[1]) and group.learned is not None
+    ]
     if len(points) < 2:
         return None
     learned = np.array([point[1] for point in points])
@@ -69,10 +90,9 @@ def choose(groups: Sequence[Setting], before: float | None) -> Recommendation | 
     if learned.max() <= 0:
         return None
     best = int(_knee(learned[:, None], forgot[:, None])[0])
-    chosen = points[best][0]
     return Recommendation(
-        setting=chosen,
-        adapter=chosen.median(),
+        setting=points[best][0],
+        adapter=points[best][0].median(),
         num_settings=len(points),
         learned=float(learned[best] / learned.max()),
         forgot=float(forgot[best]),
@@ -119,47 +139,21 @@ def recommendations(report: Report) -> tuple[Recommendation | None, list[str]]:
     for group in groups:
         one = group.first
         key = (one.setting, one.kind, one.weight, one.direction, one.temperature, one.adapter)
-        families.setdefault((*key, *(arm.seed for arm in group.runs)), []).append(group)
-    choice = choose(groups, before)
+        families.setdefault((*key, *group.seeds), []).append(group)
     lines: list[str] = []
     for family in families.values():
-        if any(group.first.scale is not None for group in family):
-            found = choose(family, before)
-            lines += [_of_scales(found)] if found else []
+        scaled = any(group.first.scale is not None for group in family)
+        if scaled and (best := choose(family, before)):
+            of = f"Of {best.num_settings} scales of the adapter ({kind_name(family[0].first.kind)})"
+            scale = 1.0 if best.setting.first.scale is None else best.setting.first.scale
+            sure = best.how_sure if best.is_knee else ""
+            lines.append(f"{of}, {scale:g} {best.in_words}{sure}.")
+    choice = choose(groups, before)
     if choice and len(families) > 1:
-        lines.append(_of_settings(choice))
+        name, num_seeds = clean(choice.setting.name, 40), len(choice.setting.arms)
+        take = f" Take {clean(choice.adapter, 60)}, the median of {num_seeds} seeds."
+        lines.append(
+            f"Of {choice.num_settings} settings, {name} {choice.in_words}{choice.how_sure}."
+            f"{take if num_seeds > 1 else ''}"
+        )
     return choice, lines
-
-
-def _of_scales(choice: Recommendation) -> str:
-    first = choice.setting.first
-    of = f"Of {choice.num_settings} scales of the adapter ({kind_name(first.kind)})"
-    scale = 1.0 if first.scale is None else first.scale
-    if not choice.is_knee:
-        return f"{of}, {scale:g} learned most; none forgot more than {percent(choice.most_forgot)}."
-    return f"{of}, {scale:g} is the knee: {_shares(choice)}{_sure(choice)}."
-
-
-def _of_settings(choice: Recommendation) -> str:
-    name = clean(choice.setting.name, 40)
-    of = f"Of {choice.num_settings} settings, {name}"
-    take = ""
-    if len(choice.setting.arms) > 1:
-        take = f" Take {clean(choice.adapter, 60)}, the median of {len(choice.setting.arms)} seeds."
-    if not choice.is_knee:
-        most = percent(choice.most_forgot)
-        return f"{of} learned most; none forgot more than {most}{_sure(choice)}.{take}"
-    return f"{of} is the knee: {_shares(choice)}{_sure(choice)}.{take}"
-
-
-def _shares(choice: Recommendation) -> str:
-    return (
-        f"{choice.learned:.0%} of what was learned at most, with {percent(choice.forgot)} of "
-        f"retention perplexity at worst, against {percent(choice.most_forgot)} at most"
-    )
-
-
-def _sure(choice: Recommendation) -> str:
-    if choice.agreement is None:
-        return ""
-    return f" (so in {100 * choice.agreement:.0f} of 100 resamples)"

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from moored.evaluation.report import bootstrap
-from moored.evaluation.report.blocks import Blocks, Tally
 from moored.evaluation.report.bootstrap import Interval
-from moored.evaluation.report.results import ArmResult, Report, badness
+from moored.evaluation.report.results import ArmResult, Blocks, Report, badness
 
 # What two runs share that differ in nothing but their seed, as far as a report without a digest of
 # their recipes knows.
@@ -44,35 +43,31 @@ class Setting:
     def name(self) -> str:
         """The run's, or what the names of all runs have in common."""
         without = {re.sub(r"-seed-?\d+", "", name) for name in self.arms}
-        if len(self.arms) == 1 or len(without) > 1:
-            return next(iter(self.arms))
-        return without.pop() or next(iter(self.arms))
+        common = without.pop() if len(self.arms) > 1 and len(without) == 1 else ""
+        return common or next(iter(self.arms))
 
     @property
     def seeds(self) -> list[int | None]:
-        """Of the runs: runs of two settings with the same ones are pairs."""
+        """The runs' seeds: runs of two settings with the same ones are pairs."""
         return [arm.seed for arm in self.runs]
 
     @property
     def learned(self) -> float | None:
         """Adaptation perplexity, if every run has a finite one."""
-        known = [a.adaptation_ppl for a in self.runs]
-        finite = [ppl for ppl in known if ppl is not None and math.isfinite(ppl) and ppl > 0]
-        if len(finite) < len(known):
+        known = [ppl for arm in self.runs if (ppl := arm.adaptation_ppl) and math.isfinite(ppl)]
+        if len(known) < len(self.runs) or min(known) <= 0:
             return None
-        return finite[0] if len(finite) == 1 else math.exp(_mean([math.log(ppl) for ppl in finite]))
+        return known[0] if len(known) == 1 else math.exp(_mean([math.log(ppl) for ppl in known]))
 
     @cached_property
     def increases(self) -> dict[str, float]:
         """Rise of each corpus in percent, where every run has one."""
-        known = [arm.retention_increase_pct for arm in self.runs]
-        result: dict[str, float] = {}
-        for corpus in known[0]:
-            values = [found.get(corpus) for found in known]
-            given = [value for value in values if value is not None]
-            if len(given) == len(values):
-                result[corpus] = _mean(given)
-        return result
+        rises = {
+            corpus: [arm.retention_increase_pct.get(corpus) for arm in self.runs]
+            for corpus in self.first.retention_increase_pct
+        }
+        known = {corpus: [v for v in each if v is not None] for corpus, each in rises.items()}
+        return {corpus: _mean(v) for corpus, v in known.items() if len(v) == len(self.runs)}
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -81,12 +76,12 @@ class Setting:
 
     def blocks(self, corpus: str | None) -> list[Blocks]:
         """Every run's sums on a corpus (None: the new task's text); empty where one lacks them."""
-        found = [
+        each = [
             arm.adaptation_blocks if corpus is None else arm.retention_blocks.get(corpus)
             for arm in self.runs
         ]
-        known = [blocks for blocks in found if blocks is not None]
-        return known if len(known) == len(found) else []
+        known = [blocks for blocks in each if blocks is not None]
+        return known if len(known) == len(each) else []
 
     def increase(self, corpus: str) -> Interval | None:
         """The rise of a corpus in percent, with its interval."""
@@ -94,8 +89,8 @@ class Setting:
 
     def learned_interval(self) -> Interval | None:
         """Adaptation perplexity with its interval."""
-        found = bootstrap.interval(self.blocks(None), bootstrap.log_perplexity)
-        return None if found is None else _apply(found, math.exp)
+        nats = bootstrap.interval(self.blocks(None), bootstrap.log_perplexity)
+        return nats and nats.map(math.exp)
 
     def change_interval(self) -> Interval | None:
         """Adaptation perplexity against the base's, in percent."""
@@ -103,20 +98,20 @@ class Setting:
 
     def median(self) -> str:
         """The run whose worst corpus is the median: the one to take of several seeds."""
-        worst = {name: arm.worst() for name, arm in self.arms.items()}
-        ordered = sorted(
-            self.arms, key=lambda name: badness(pair[1]) if (pair := worst[name]) else math.inf
-        )
-        return ordered[(len(ordered) - 1) // 2]
+        worst = {
+            name: pair[1] if (pair := a.worst()) else math.inf for name, a in self.arms.items()
+        }
+        return sorted(worst, key=lambda name: badness(worst[name]))[(len(worst) - 1) // 2]
 
 
 def settings(report: Report) -> list[Setting]:
     """The arms by setting, in their order. Runs without a seed of their own stand alone."""
     groups: dict[tuple[object, ...], dict[str, ArmResult]] = {}
     for name, arm in report.arms.items():
-        groups.setdefault(setting_of(arm), {})[name] = arm
+        known = (arm.setting, arm.scale) if arm.setting is not None else ()
+        key = known or tuple(getattr(arm, each) for each in SETTING)
+        groups.setdefault(key, {})[name] = arm
     result: list[Setting] = []
-    order = list(report.arms)
     for arms in groups.values():
         seeds = [arm.seed for arm in arms.values()]
         if None in seeds or len(set(seeds)) < len(seeds):
@@ -125,6 +120,7 @@ def settings(report: Report) -> list[Setting]:
         else:
             ordered = sorted(arms.items(), key=lambda item: item[1].seed or 0)
             result.append(Setting(arms=dict(ordered)))
+    order = list(report.arms)
     return sorted(result, key=lambda setting: min(order.index(name) for name in setting.arms))
 
 
@@ -137,8 +133,6 @@ def shared_corpora(report: Report) -> list[str]:
 def on_shared_corpora(report: Report) -> Report:
     """The report with the rises of `shared_corpora` alone, so that `worst` is of the same texts."""
     shared = shared_corpora(report)
-    if all(set(arm.retention_increase_pct) <= set(shared) for arm in report.arms.values()):
-        return report
     arms = {
         name: replace(
             arm,
@@ -153,48 +147,17 @@ def on_shared_corpora(report: Report) -> Report:
     return replace(report, arms=arms)
 
 
-def setting_of(arm: ArmResult) -> tuple[object, ...]:
-    """What arms of one setting have in common."""
-    if arm.setting is not None:
-        return arm.setting, arm.scale
-    return tuple(getattr(arm, name) for name in SETTING)
-
-
 def increase_interval(arm: ArmResult, corpus: str) -> Interval | None:
     """The interval of one run's rise of a corpus: from its sums, else as it was reported."""
     value = arm.retention_increase_pct.get(corpus)
     if value is None or not math.isfinite(value):
         return None
     blocks = arm.retention_blocks.get(corpus)
-    found = None if blocks is None else bootstrap.interval([blocks])
+    resampled = bootstrap.interval([blocks]) if blocks else None
     ends = arm.retention_increase_interval_pct.get(corpus)
-    if found is None and ends is not None:
+    if resampled is None and ends is not None:
         return Interval(value=value, low=ends[0], high=ends[1])
-    return found
-
-
-def more_right(before: Tally, after: Tally) -> Interval:
-    """Points between two shares of what was right: paired by prompt or passage, where they differ.
-
-    Where none differs, or they were not asked the same, it is `share_difference`'s.
-    """
-    paired = bootstrap.points(before, after)
-    return paired or share_difference(before.share, after.share, min(before.total, after.total))
-
-
-def share_difference(before: float, after: float, num: int) -> Interval:
-    """Points between two shares of `num` things each, with Agresti and Caffo's interval.
-
-    It takes the two for independent samples, so it is wider than a paired one would be (Agresti and
-    Caffo 2000, "Simple and effective confidence intervals for proportions": one success and one
-    failure are added to each).
-    """
-    shares = [(share * num + 1) / (num + 2) for share in (before, after)]
-    centre = shares[1] - shares[0]
-    reach = 1.959964 * math.sqrt(sum(share * (1 - share) / (num + 2) for share in shares))
-    value = 100 * (after - before)
-    ends = 100 * (centre - reach), 100 * (centre + reach)
-    return Interval(value=value, low=min(ends[0], value), high=max(ends[1], value))
+    return resampled
 
 
 def learned_more(ours: Setting, theirs: Setting) -> Interval | None:
@@ -204,24 +167,20 @@ def learned_more(ours: Setting, theirs: Setting) -> Interval | None:
     )
 
 
-def forgot_more(ours: Setting, theirs: Setting, corpus: str) -> Interval | None:
-    """Points by which our rise of a corpus is above theirs; less is better."""
+def forgot_more(ours: Setting, theirs: Setting, corpus: str, other: str = "") -> Interval | None:
+    """Points by which our rise of a corpus is above theirs (of the other one); less is better."""
     return bootstrap.difference(
-        ours.blocks(corpus), theirs.blocks(corpus), same_seeds=ours.seeds == theirs.seeds
+        ours.blocks(corpus),
+        theirs.blocks(other or corpus),
+        same_text=other in ("", corpus),
+        same_seeds=ours.seeds == theirs.seeds,
     )
 
 
 def forgot_more_at_worst(ours: Setting, theirs: Setting) -> Interval | None:
     """Points by which our worst corpus rose more than theirs, which may be another one."""
     mine, other = ours.worst, theirs.worst
-    if mine is None or other is None:
-        return None
-    return bootstrap.difference(
-        ours.blocks(mine[0]),
-        theirs.blocks(other[0]),
-        same_text=mine[0] == other[0],
-        same_seeds=ours.seeds == theirs.seeds,
-    )
+    return forgot_more(ours, theirs, mine[0], other[0]) if mine and other else None
 
 
 def yardstick(groups: Sequence[Setting]) -> Setting:
@@ -229,12 +188,6 @@ def yardstick(groups: Sequence[Setting]) -> Setting:
     plain = [group for group in groups if group.first.kind == "none"]
     as_trained = [group for group in plain if group.first.scale is None]
     return [*as_trained, *plain, *groups][0]
-
-
-def _apply(interval: Interval, change: Callable[[float], float]) -> Interval:
-    return Interval(
-        value=change(interval.value), low=change(interval.low), high=change(interval.high)
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

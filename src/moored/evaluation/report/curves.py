@@ -1,115 +1,123 @@
-"""Curves over the steps laid out in pixels, one panel per metric.
+"""Curves over the steps, from the journals: a small drawing for each metric.
 
-Which metrics are shown, and in what colours, is the page's.
+How lines become pictures is `drawing.py`'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
 from moored.evaluation.report import words
-from moored.evaluation.report.figures import Style
-from moored.evaluation.report.geometry import Box, Point, Scale, Tick, plain, ticks
+from moored.evaluation.report.drawing import SOFT, Box, Drawing, Point, styles
+from moored.evaluation.report.results import Report
 
-# Arm -> its style and (step, value).
-Curves = Mapping[str, tuple[Style, Sequence[tuple[int, float]]]]
+Curve = Sequence[tuple[int, float]]  # (step, value)
+Curves = Mapping[str, Mapping[str, Curve]]  # arm -> metric -> curve
 
+WIDTH, HEIGHT, FONT = 300, 190, 12
+MOST_POINTS = 300  # of a curve
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CurveLine:
-    """A curve of one arm: pieces without gaps, as pixels."""
-
-    name: str
-    style: Style
-    pieces: list[list[Point]]
-    last: str
+# Their own term is no divergence from the base.
+_NOT_DIVERGENT = ("none", "eaft", "l2", "replay")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Panel:
-    """One metric over the steps, for all arms; `limits` are what it may reach."""
-
-    title: str
-    unit: str
-    width: float
-    height: float
-    font: float
-    frame: Box
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    lines: list[CurveLine]
-    limits: list[CurveLine]
-    logarithmic: bool
-    num_not_finite: int
+def panels(report: Report, curves: Curves) -> list[tuple[str, Drawing]]:
+    """What the journals have of learning, divergence, the budget and evaluations, with titles."""
+    nats, lost, drift = "nats per token", "retention_increase_pct", "drift_nats_per_token"
+    kinds = dict.fromkeys(arm.kind for arm in report.arms.values())
+    divergences = [f"train/{kind}_nats_per_token" for kind in kinds if kind not in _NOT_DIVERGENT]
+    # Unit, metrics of which an arm's longest is taken, and what limits it.
+    plans = {
+        "Cross-entropy": (nats, ["train/ce_nats_per_token"], ""),
+        "Divergence from the base": (nats, divergences, ""),
+        "Replayed text": (nats, ["train/replay_nats_per_token"], ""),
+        "L2 penalty": ("squared norm", ["train/l2_squared_norm"], ""),
+        "Loss": (nats, ["train/loss"], ""),
+        "Budget: what the probe lost": (
+            "percent of perplexity",
+            [f"budget/{lost}"],
+            f"budget/limit_{lost}",
+        ),
+        "Budget: how far the probe drifted": (nats, [f"budget/{drift}"], f"budget/limit_{drift}"),
+        "Weight of the regulariser": (
+            "factor",
+            ["budget/weight", "train/regularizer_weight"],
+            "",
+        ),
+        "Adaptation, held out": ("perplexity", ["eval/adaptation_perplexity"], ""),
+    }
+    for corpus in report.corpora[:5]:
+        title = f"Retention, {words.clean(corpus, 28)}"
+        plans[title] = "perplexity", [f"retention/{corpus}/perplexity"], ""
+    result: list[tuple[str, Drawing]] = []
+    for title, (unit, metrics, limit) in plans.items():
+        least = 3 if unit == "perplexity" else 2  # before and after alone are in the tables already
+        lines: dict[str, Curve] = {}
+        for name in report.arms:
+            known = [curves.get(name, {}).get(metric, ()) for metric in metrics]
+            if len(curve := max(known, key=len, default=())) >= least:
+                lines[name] = curve
+        limits = {name: at for name in lines if (at := curves[name].get(limit))}
+        if drawing := panel(report, title, unit, lines, limits):
+            result.append((title, drawing))
+    return result
 
 
 def panel(
-    title: str,
-    unit: str,
-    curves: Curves,
-    *,
-    limits: Curves | None = None,
-    width: float = 300,
-    height: float = 190,
-    font: float = 12,
-) -> Panel | None:
-    """Lay out one metric's curves, and what they may reach; None without a finite point.
+    report: Report, title: str, unit: str, lines: Mapping[str, Curve], limits: Mapping[str, Curve]
+) -> Drawing | None:
+    """Draw one metric's curves by arm, and what they may reach; None without a finite point.
 
     Values that are not finite leave a gap and are counted. The scale is logarithmic where positive
     values span more than two decades.
     """
-    finite = [(s, v) for _, curve in curves.values() for s, v in curve if _drawable(v)]
-    if not finite:
+    points = [point for curve in lines.values() for point in curve]
+    known = [point for point in points if _drawable(point[1])]
+    if not known:
         return None
-    num_finite = len(finite)
-    finite += [(s, v) for _, curve in (limits or {}).values() for s, v in curve if _drawable(v)]
-    values = [value for _, value in finite]
+    num_odd = len(points) - len(known)
+    known += [point for curve in limits.values() for point in curve if _drawable(point[1])]
+    plot = Drawing(
+        WIDTH, HEIGHT, FONT, Box(FONT * 3.6, FONT * 2, WIDTH - FONT, HEIGHT - FONT * 0.8)
+    )
+    values = [value for _, value in known]
     low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low > 100
-    frame = Box(left=font * 3.6, top=font * 0.8, right=width - font, bottom=height - font * 2)
-    first, last = min(step for step, _ in finite), max(step for step, _ in finite)
-    x_scale = Scale(first, max(last, first + 1), frame.left, frame.right)
-    x_values = MaxNLocator(5, integer=True).tick_values(x_scale.low, x_scale.high)
-    if logarithmic:
-        low, high = math.log(low), math.log(high)
-        y_scale = Scale(low - 0.2, high + 0.2, frame.bottom, frame.top, math.log)
+    is_log = low > 0 and high / low > 100
+    if is_log:
+        low, high = math.log(low) - 0.2, math.log(high) + 0.2
         step = max(1, round((high - low) / math.log(10) / 5))
-        y_values = [10.0**e for e in range(-300, 300, step)]
+        ticks = [10.0**e for e in range(-300, 300, step)]
     else:
         pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-        floor = 0.0 if 0 <= low < 0.3 * high else low - pad
-        y_scale = Scale(floor, high + pad, frame.bottom, frame.top)
-        y_values = [float(v) for v in MaxNLocator(5).tick_values(y_scale.low, y_scale.high)]
-    return Panel(
-        title=title,
-        unit=unit,
-        width=width,
-        height=height,
-        font=font,
-        frame=frame,
-        x_ticks=ticks(x_scale, [float(v) for v in x_values], plain, font * 3.5),
-        y_ticks=ticks(y_scale, y_values, _tick, font * 1.6),
-        lines=_lines(curves, x_scale, y_scale),
-        limits=_lines(limits or {}, x_scale, y_scale),
-        logarithmic=logarithmic,
-        num_not_finite=sum(len(curve) for _, curve in curves.values()) - num_finite,
-    )
-
-
-def _lines(curves: Curves, x_scale: Scale, y_scale: Scale) -> list[CurveLine]:
-    return [
-        CurveLine(
-            name=name,
-            style=style,
-            pieces=_pieces(curve, x_scale, y_scale),
-            last=words.nats(curve[-1][1]) if curve else words.MISSING,
-        )
-        for name, (style, curve) in curves.items()
-    ]
+        low, high = 0.0 if 0 <= low < 0.3 * high else low - pad, high + pad
+        ticks = list(MaxNLocator(5).tick_values(low, high))
+    bend = math.log if is_log else float
+    first, last = min(known)[0], max(known)[0]
+    last = max(last, first + 1)
+    plot.axes.set(xlim=(first, last), ylim=(low, high))
+    plot.ticks(plot.axes.yaxis, ticks, 1.6, _number, bend)
+    steps = MaxNLocator(5, integer=True).tick_values(first, last)
+    plot.ticks(plot.axes.xaxis, steps, 3.5)
+    plot.axes.xaxis.grid(visible=False)
+    plot.line([(first, low), (last, low)], color=SOFT, linewidth=1.2)
+    plot.notes = [f"{unit}, by step", *(["dashed: at most"] if limits else [])]
+    plot.notes += ["log scale"] if is_log else []
+    plot.notes += [f"{num_odd} points not finite, left out"] if num_odd else []
+    kinds, ends = styles(report), list[str]()
+    for name, curve in lines.items():
+        style, shown, end = kinds[report.arms[name].kind], words.clean(name), curve[-1][1]
+        ends.append(f"{words.clean(name, 40)} {words.nats(end)}")
+        look = {"color": style.hex, "linewidth": 1.7}
+        look |= {"dashes": [size / 1.7 for size in style.dash]} if style.dash else {}
+        plot.line(_thinned(curve, bend), f"{shown}: {words.nats(end)} at the end", **look)
+        if limit := limits.get(name):
+            look |= {"linewidth": 1.3, "dashes": (4, 3)}
+            plot.line(_thinned(limit, bend), f"{shown}: at most {words.nats(limit[-1][1])}", **look)
+    plot.about = f"{title}, {unit}, by step; at the end: {', '.join(ends)}"
+    return plot
 
 
 def _drawable(value: float) -> bool:
@@ -117,33 +125,21 @@ def _drawable(value: float) -> bool:
     return math.isfinite(value) and abs(value) < 1e100
 
 
-def _tick(value: float) -> str:
+def _number(value: float) -> str:
     if 0 < abs(value) < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", words.MINUS)
     return f"{value:.4g}".replace("e+0", "e").replace("-", words.MINUS)
 
 
-def _pieces(
-    curve: Sequence[tuple[int, float]], x_scale: Scale, y_scale: Scale, most: int = 300
-) -> list[list[Point]]:
-    """Pixels of a curve, cut where it is not finite; spikes survive the thinning."""
-    bucket = max(1, math.ceil(2 * len(curve) / most))
-    kept: list[tuple[int, float]] = []
+def _thinned(curve: Curve, bend: Callable[[float], float]) -> list[Point]:
+    """Points of a curve, NaN where it is not finite; spikes survive."""
+    bucket = max(1, math.ceil(2 * len(curve) / MOST_POINTS))
+    points: list[Point] = []
     for start in range(0, len(curve), bucket):
-        part = list(curve[start : start + bucket])
-        finite = [item for item in part if _drawable(item[1])]
+        part = curve[start : start + bucket]
+        finite = [(value, step) for step, value in part if _drawable(value)]
         if len(finite) < len(part):
-            kept.append((part[0][0], math.nan))
-        extremes = {min(finite, key=_value), max(finite, key=_value)} if finite else set()
-        kept += sorted(extremes)
-    pieces: list[list[Point]] = [[]]
-    for step, value in kept:
-        if math.isfinite(value):
-            pieces[-1].append((x_scale(step), y_scale(value)))
-        elif pieces[-1]:
-            pieces.append([])
-    return [piece for piece in pieces if piece]
-
-
-def _value(item: tuple[int, float]) -> float:
-    return item[1]
+            points.append((part[0][0], math.nan))
+        extremes = sorted({min(finite)[::-1], max(finite)[::-1]}) if finite else []
+        points += [(step, bend(value)) for step, value in extremes]
+    return points

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moored.evaluation.report.bootstrap import FEWEST_SEEDS, Interval
-from moored.evaluation.report.budgets import budgets
 from moored.evaluation.report.choosing import recommendations
 from moored.evaluation.report.comparing import (
     Setting,
@@ -28,7 +27,7 @@ from moored.evaluation.report.words import bounds, clean, kind_name, percent, po
 SAME_PPL_PCT = 3.0
 SAME_INCREASE_POINTS = 1.0
 
-UNKNOWN, NOT_FINITE = "not known", "not finite"
+MOST_BUDGETS = 4  # that are named
 
 Span = tuple[float, float]
 
@@ -61,19 +60,38 @@ def headline(report: Report) -> Headline:
         title = f"{broken.subject} broke down: a perplexity is not finite."
     elif plain:
         pair = Pair(focus, plain)
-        title = _compared(pair, before)
-        details += _differences(pair)
+        title = pair.title(before)
+        details += pair.details()
     else:
-        title = _alone(focus, before)
+        title = focus.title(before)
     details += budgets(report)
     return Headline(title=title, details=(*details, *recommendations(report)[1]))
+
+
+def budgets(report: Report) -> list[str]:
+    """A line for each budget; of many, one on those that were held, and the broken ones by name."""
+    known = {name: arm for name, arm in report.arms.items() if arm.budget_held is not None}
+    if len(known) <= MOST_BUDGETS:
+        return [_budget(name, arm) for name, arm in known.items()]
+    broken = [(name, arm) for name, arm in known.items() if not arm.budget_held]
+    lines = [f"{len(known) - len(broken)} of {len(known)} forgetting budgets were held."]
+    lines += [_budget(name, arm) for name, arm in broken[:MOST_BUDGETS]]
+    if len(broken) > MOST_BUDGETS:
+        lines.append(f"{len(broken) - MOST_BUDGETS} more were broken: see report.json.")
+    return lines
+
+
+def _budget(name: str, arm: ArmResult) -> str:
+    lost = "not known" if arm.budget_lost is None else f"{arm.budget_lost:.3g}"
+    verdict = "held" if arm.budget_held else "BROKEN"
+    what = clean(arm.budget or "", 80)
+    return f"The budget of {clean(name, 40)} ({what}) was {verdict}: the probe lost {lost}."
 
 
 def compared(report: Report) -> tuple[ArmGroup, ArmGroup | None, list[ArmGroup]]:
     """The kind in focus, plain fine-tuning beside it, and the others."""
     every = settings(report)
-    trained = [setting for setting in every if setting.first.scale is None]
-    chosen = trained or every
+    chosen = [setting for setting in every if setting.first.scale is None] or every
     groups = [
         ArmGroup(kind, [setting for setting in chosen if setting.first.kind == kind])
         for kind in dict.fromkeys(setting.first.kind for setting in chosen)
@@ -116,8 +134,7 @@ class ArmGroup:
     @property
     def broken(self) -> bool:
         """Whether a perplexity is not finite."""
-        values = [arm.adaptation_ppl for arm in self.arms]
-        values += [value for arm in self.arms for value in arm.retention_ppl.values()]
+        values = [v for arm in self.arms for v in (arm.adaptation_ppl, *arm.retention_ppl.values())]
         return any(value is not None and not math.isfinite(value) for value in values)
 
     @cached_property
@@ -141,34 +158,84 @@ class ArmGroup:
     @cached_property
     def forgot(self) -> Span | None:
         """Rise of an arm's worst corpus: the mean of one setting, else the range."""
-        worst = self.single.worst if self.single else None
-        if self.forgot_interval and worst:
-            return (worst[1], worst[1])
-        every = [arm.worst() for arm in self.arms]
-        return _range([None if pair is None else pair[1] for pair in every])
+        if self.single and self.single.worst and self.forgot_interval:
+            return (self.single.worst[1], self.single.worst[1])
+        return _range([worst and worst[1] for worst in (arm.worst() for arm in self.arms)])
 
     @property
     def forgot_text(self) -> str:
         """The rise in words, with its interval where there is one."""
         assert self.forgot is not None
-        found = self.forgot_interval
-        ends = f" {bounds(found.low, found.high)}" if found else ""
-        return f"{_shown(self.forgot, percent)}{ends}"
+        ends = self.forgot_interval
+        return _shown(self.forgot, percent) + (f" {bounds(ends.low, ends.high)}" if ends else "")
+
+    @property
+    def forgot_little(self) -> bool:
+        """Whether its worst rise is next to nothing, and surely so."""
+        ends = self.forgot_interval
+        little = self.forgot is not None and self.forgot[1] <= SAME_INCREASE_POINTS
+        return little and not (ends and ends.high > SAME_INCREASE_POINTS)
 
     def detail(self, before: float | None) -> str:
         """The group's figures in one line."""
         start = f"{ppl(before)} → " if before is not None else ""
-        worst = self.single.worst if self.single and self.forgot_interval else None
-        corpora = {pair[0] for arm in self.arms if (pair := arm.worst())}
-        corpora = {worst[0]} if worst else corpora
+        corpora = {worst[0] for arm in self.arms if (worst := arm.worst())}
+        if self.single and self.single.worst and self.forgot_interval:
+            corpora = {self.single.worst[0]}
         where = f" ({clean(min(corpora), 32)})" if len(corpora) == 1 else ""
-        unknown = NOT_FINITE if self.broken else UNKNOWN
+        unknown = "not finite" if self.broken else "not known"
         one = f"{start}{_shown(self.learned, ppl)}" if self.learned else unknown
         two = f"{self.forgot_text} at worst{where}" if self.forgot else unknown
         ranges = ""
         if len(self.settings) > 1:
             ranges = f" (ranges over {len(self.settings)} arms that differ in more than the seed)"
         return f"{self.subject}: adaptation perplexity {one}; retention perplexity {two}{ranges}."
+
+    def nothing(self, before: float | None) -> str | None:
+        """How to say that no arm learned; None where one did, or it is not known."""
+        learned, change = self.learned, self.learned_change
+        if before is None or learned is None:
+            return None
+        unclear = change is not None and not change.is_clear
+        if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
+            if learned[0] > before * (1 + SAME_PPL_PCT / 100) and not unclear:
+                return "learned nothing and got worse at the task"
+            wide = change and (change.low < -SAME_PPL_PCT or change.high > SAME_PPL_PCT)
+            if not (unclear and wide):
+                return "learned next to nothing"
+        return "learned nothing that can be told from chance" if unclear else None
+
+    def title(self, before: float | None) -> str:
+        """One sentence on it alone."""
+        nothing = self.nothing(before)
+        if self.learned is None:
+            learning = "what it learned was not measured"
+        elif before is None:
+            learning = f"reached adaptation perplexity {_shown(self.learned, ppl)}"
+        else:
+            change = f"adaptation perplexity {ppl(before)} → {_shown(self.learned, ppl)}"
+            learning = f"{nothing or 'learned'} ({change})"
+        little, ends = "", self.forgot_interval
+        if self.forgot is None:
+            forgetting = "what it forgot was not measured"
+        else:
+            if self.forgot_little:
+                little = " nothing" if self.forgot[1] <= 0 else " next to nothing"
+            elif ends and not ends.is_clear:
+                little = " nothing that can be told from chance"
+            forgetting = f"forgot{little} (retention perplexity {self.forgot_text} at worst)"
+        if self.learned is None:
+            return f"{self.subject} {forgetting}; {learning}."
+        if self.forgot is None:
+            return f"{self.subject} {learning}; {forgetting}."
+        joint = "and" if bool(nothing) != bool(little) else "but"
+        return f"{self.subject} {learning} {joint} {forgetting}."
+
+
+# A group against another: below, about the same, above, ranges overlapping, or not told apart.
+_UNCLEAR = 9
+_LEARNED = {-1: "more than", 0: "about as much as", 1: "less than", None: "in the same range as"}
+_FORGOT = {-1: "less", 0: "about as much", 1: "more", None: "in the same range"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +261,95 @@ class Pair:
         """Points by which the focus's worst corpus rose more than the other's."""
         return forgot_more_at_worst(*self.singles) if self.singles else None
 
+    def title(self, before: float | None) -> str:
+        """One sentence on both."""
+        focus, plain = self.focus, self.plain
+        learned, forgot = (focus.learned, plain.learned), (focus.forgot, plain.forgot)
+        nothing = focus.nothing(before)
+        figures = learning = forgetting = ""
+        learned_order = forgot_order = None
+        if learned[0] and learned[1]:
+            if nothing and plain.nothing(before):
+                reached = " and ".join(_shown(span, ppl) for span in learned if span)
+                drops = f"adaptation perplexity {ppl(before)} → {reached}"
+                return f"Neither {focus.name} nor {plain.name} learned: {drops}."
+            # As far below as above: in nats.
+            least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
+            factor = 1 + SAME_PPL_PCT / 100
+            learned_order = _order(
+                self.learned,
+                least,
+                SAME_PPL_PCT,
+                learned[0],
+                learned[1],
+                lambda a, b: a > b * factor,
+            )
+            if nothing and learned_order == 1:
+                learning = f"{nothing} where {plain.name} learned"
+            elif learned_order == _UNCLEAR:
+                learning = f"cannot be told apart from {plain.name} in what it learned"
+            else:
+                learning = f"learned {_LEARNED[learned_order]} {plain.name}"
+        if forgot[0] and forgot[1]:
+            most = SAME_INCREASE_POINTS
+            forgot_order = _order(
+                self.forgot, -most, most, forgot[0], forgot[1], lambda a, b: a > b + most
+            )
+            if forgot_order == _UNCLEAR:
+                apart = "from it" if learning else f"from {plain.name}"
+                forgetting = f"cannot be told apart {apart} in what it forgot"
+            else:
+                forgetting = f"forgot {_FORGOT[forgot_order]}"
+            both = f"{_shown(forgot[0], percent)} against {_shown(forgot[1], percent)} at worst"
+            figures = f": retention perplexity {both}"
+            if plain.forgot_little and forgot_order != 1:
+                figures += "; there was next to nothing to protect"
+        # One setting is said to be above or below another by the bare figures.
+        bare = bool(learning and not self.learned) or bool(forgetting and not self.forgot)
+        if self.singles and bare and {learned_order, forgot_order} & {1, -1}:
+            figures += "; no interval says how sure that is"
+        if learning and forgetting:
+            if learned_order == forgot_order == _UNCLEAR:
+                neither = "neither in what it learned nor in what it forgot"
+                return (
+                    f"{focus.subject} cannot be told apart from {plain.name}, {neither}{figures}."
+                )
+            unclear = _UNCLEAR in (learned_order, forgot_order)
+            joint = "and" if (learned_order == 1) == (forgot_order == 1) and not unclear else "but"
+            return f"{focus.subject} {learning} {joint} {forgetting}{figures}."
+        if learning:
+            return f"{focus.subject} {learning}; what was forgotten was not measured."
+        if forgetting:
+            link = "as" if forgot_order in (0, None) else "than"
+            versus = "" if forgot_order == _UNCLEAR else f" {link} {plain.name}"
+            unknown = "what was learned was not measured"
+            return f"{focus.subject} {forgetting}{versus}{figures}; {unknown}."
+        return f"{focus.subject} and {plain.name}: too little was measured to compare them."
+
+    def details(self) -> list[str]:
+        """The differences behind the sentence, with their intervals; why there are none."""
+        if not self.singles:
+            return ["Several settings of a kind are compared by their ranges, without an interval."]
+        said: list[str] = []
+        intervals = "Paired 95 % intervals"
+        if ends := self.learned:
+            said.append(
+                f"adaptation perplexity {percent(ends.value)} {bounds(ends.low, ends.high)}"
+            )
+        if ends := self.forgot:
+            where = list(dict.fromkeys(clean(s.worst[0], 32) for s in self.singles if s.worst))
+            if len(where) > 1:
+                where[-1] += ", not paired"
+                intervals = "95 % intervals, else paired,"
+            by = f"{points(ends.value)} {bounds(ends.low, ends.high)}"
+            said.append(f"retention perplexity at worst {by} ({' against '.join(where)})")
+        if not said:
+            return []
+        seeds = min(len(self.focus.arms), len(self.plain.arms)) >= FEWEST_SEEDS
+        over = "texts and seeds" if seeds else "texts"
+        groups = f"{self.focus.subject} against {self.plain.name}"
+        return [f"{groups}: {'; '.join(said)}. {intervals} over {over}."]
+
 
 def _range(values: Sequence[float | None]) -> Span | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
@@ -205,180 +361,31 @@ def _shown(span: Span, show: Callable[[float], str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _nothing(before: float | None, group: ArmGroup) -> str | None:
-    """How to say that no arm learned; None where one did, or it is not known."""
-    learned, change = group.learned, group.learned_change
-    if before is None or learned is None:
-        return None
-    unclear = change is not None and not change.is_clear
-    if learned[0] >= before * (1 - SAME_PPL_PCT / 100):
-        if learned[0] > before * (1 + SAME_PPL_PCT / 100) and not unclear:
-            return "learned nothing and got worse at the task"
-        wide = change and (change.low < -SAME_PPL_PCT or change.high > SAME_PPL_PCT)
-        if not (unclear and wide):
-            return "learned next to nothing"
-    return "learned nothing that can be told from chance" if unclear else None
+def _order(
+    difference: Interval | None,
+    least: float,
+    most: float,
+    a: Span,
+    b: Span,
+    above: Callable[[float, float], bool],
+) -> int | None:
+    """Where a lies to b: 1 above, -1 below, 0 about the same, None overlapping, or not told apart.
 
-
-def _alone(group: ArmGroup, before: float | None) -> str:
-    learned, forgot = group.learned, group.forgot
-    nothing = _nothing(before, group)
-    if learned is None:
-        learning = "what it learned was not measured"
-    elif before is None:
-        learning = f"reached adaptation perplexity {_shown(learned, ppl)}"
-    else:
-        change = f"adaptation perplexity {ppl(before)} → {_shown(learned, ppl)}"
-        learning = f"{nothing or 'learned'} ({change})"
-    little = forgetting = ""
-    if forgot is None:
-        forgetting = "what it forgot was not measured"
-    else:
-        found = group.forgot_interval
-        if forgot[1] <= SAME_INCREASE_POINTS and not (found and found.high > SAME_INCREASE_POINTS):
-            little = " nothing" if forgot[1] <= 0 else " next to nothing"
-        elif found and not found.is_clear:
-            little = " nothing that can be told from chance"
-        forgetting = f"forgot{little} (retention perplexity {group.forgot_text} at worst)"
-    if learned is None:
-        return f"{group.subject} {forgetting}; {learning}."
-    if forgot is None:
-        return f"{group.subject} {learning}; {forgetting}."
-    joint = "and" if bool(nothing) != bool(little) else "but"
-    return f"{group.subject} {learning} {joint} {forgetting}."
-
-
-# A group against another: below, about the same, above, ranges overlapping, or not told apart.
-_UNCLEAR = 9
-_LEARNED = {-1: "more than", 0: "about as much as", 1: "less than", None: "in the same range as"}
-_FORGOT = {-1: "less", 0: "about as much", 1: "more", None: "in the same range"}
-
-
-def _compared(pair: Pair, before: float | None) -> str:
-    """One sentence on two groups."""
-    focus, plain = pair.focus, pair.plain
-    learned, forgot = (focus.learned, plain.learned), (focus.forgot, plain.forgot)
-    nothing = [_nothing(before, group) for group in (focus, plain)]
-    figures = learning = forgetting = ""
-    bad_learning = bad_forgetting = False
-    learned_order = forgot_order = None
-    if learned[0] and learned[1]:
-        if nothing[0] and nothing[1]:
-            return f"Neither {focus.name} nor {plain.name} learned: {_drops(before, learned)}."
-        learned_order = _learned_order(pair)
-        bad_learning = learned_order == 1
-        if nothing[0] and learned_order == 1:
-            learning, bad_learning = f"{nothing[0]} where {plain.name} learned", True
-        elif learned_order == _UNCLEAR:
-            learning = f"cannot be told apart from {plain.name} in what it learned"
-        else:
-            learning = f"learned {_LEARNED[learned_order]} {plain.name}"
-    if forgot[0] and forgot[1]:
-        forgot_order = _forgot_order(pair)
-        bad_forgetting = forgot_order == 1
-        if forgot_order == _UNCLEAR:
-            apart = f"from {plain.name}" if not learning else "from it"
-            forgetting = f"cannot be told apart {apart} in what it forgot"
-        else:
-            forgetting = f"forgot {_FORGOT[forgot_order]}"
-        both = f"{_shown(forgot[0], percent)} against {_shown(forgot[1], percent)} at worst"
-        figures = f": retention perplexity {both}"
-        found = plain.forgot_interval
-        little = forgot[1][1] <= SAME_INCREASE_POINTS
-        little = little and not (found and found.high > SAME_INCREASE_POINTS)
-        if little and forgot_order != 1:
-            figures += "; there was next to nothing to protect"
-    if _unsure(pair, {learned_order, forgot_order}):
-        figures += "; no interval says how sure that is"
-    if learning and forgetting:
-        if learned_order == forgot_order == _UNCLEAR:
-            neither = "neither in what it learned nor in what it forgot"
-            return f"{focus.subject} cannot be told apart from {plain.name}, {neither}{figures}."
-        unclear = _UNCLEAR in (learned_order, forgot_order)
-        joint = "and" if bad_learning == bad_forgetting and not unclear else "but"
-        return f"{focus.subject} {learning} {joint} {forgetting}{figures}."
-    if learning:
-        return f"{focus.subject} {learning}; what was forgotten was not measured."
-    if forgetting:
-        link = "as" if forgot_order in (0, None) else "than"
-        versus = "" if forgot_order == _UNCLEAR else f" {link} {plain.name}"
-        return f"{focus.subject} {forgetting}{versus}{figures}; what was learned was not measured."
-    return f"{focus.subject} and {plain.name}: too little was measured to compare them."
-
-
-def _unsure(pair: Pair, orders: set[int | None]) -> bool:
-    """Whether one setting is said to be above or below another by the bare figures."""
-    focus, plain = pair.focus, pair.plain
-    if not pair.singles or not orders & {1, -1}:
-        return False
-    learned_by_figures = focus.learned and plain.learned and pair.learned is None
-    forgot_by_figures = focus.forgot and plain.forgot and pair.forgot is None
-    return bool(learned_by_figures or forgot_by_figures)
-
-
-def _drops(before: float | None, learned: Sequence[Span | None]) -> str:
-    reached = " and ".join(_shown(span, ppl) for span in learned if span)
-    return f"adaptation perplexity {ppl(before)} → {reached}"
-
-
-def _learned_order(pair: Pair) -> int | None:
-    if found := pair.learned:
-        # As far below as above: in nats.
-        least = 100 * math.expm1(-math.log1p(SAME_PPL_PCT / 100))
-        return _told(found, found.low >= least and found.high <= SAME_PPL_PCT)
-    ours, theirs = pair.focus.learned, pair.plain.learned
-    assert ours is not None
-    assert theirs is not None
-    return _order(ours, theirs, lambda a, b: a > b * (1 + SAME_PPL_PCT / 100))
-
-
-def _forgot_order(pair: Pair) -> int | None:
-    if found := pair.forgot:
-        most = SAME_INCREASE_POINTS
-        return _told(found, found.low >= -most and found.high <= most)
-    ours, theirs = pair.focus.forgot, pair.plain.forgot
-    assert ours is not None
-    assert theirs is not None
-    return _order(ours, theirs, lambda a, b: a > b + SAME_INCREASE_POINTS)
-
-
-def _told(difference: Interval, same: bool) -> int:
-    """1 above, -1 below, 0 about the same, or not to be told apart."""
-    if same:
-        return 0
-    if not difference.is_clear:
-        return _UNCLEAR
-    return 1 if difference.value > 0 else -1
-
-
-def _order(a: Span, b: Span, above: Callable[[float, float], bool]) -> int | None:
-    """Where range a lies to range b: 1 above, -1 below, 0 about the same, None overlapping."""
+    Args:
+        difference: of a to b; None: ranges are compared.
+        least: from here on a difference is about the same,
+        most: up to here.
+        a: a range.
+        b: another.
+        above: whether one figure is more than about the same as another.
+    """
+    if difference:
+        if difference.low >= least and difference.high <= most:
+            return 0
+        sign = 1 if difference.value > 0 else -1
+        return sign if difference.is_clear else _UNCLEAR
     if not any(above(x, y) or above(y, x) for x in a for y in b):
         return 0
     if above(a[0], b[1]):
         return 1
     return -1 if above(b[0], a[1]) else None
-
-
-def _differences(pair: Pair) -> list[str]:
-    """The differences behind the sentence, with their intervals; why there are none."""
-    if not pair.singles:
-        return ["Several settings of a kind are compared by their ranges, without an interval."]
-    focus, plain = pair.focus, pair.plain
-    said: list[str] = []
-    intervals = "Paired 95 % intervals"
-    if found := pair.learned:
-        said.append(f"adaptation perplexity {percent(found.value)} {bounds(found.low, found.high)}")
-    if found := pair.forgot:
-        where = dict.fromkeys(clean(s.worst[0], 32) for s in pair.singles if s.worst)
-        by = f"{points(found.value)} {bounds(found.low, found.high)}"
-        apart = ""
-        if len(where) > 1:
-            apart, intervals = ", not paired", "95 % intervals, else paired,"
-        said.append(f"retention perplexity at worst {by} ({' against '.join(where)}{apart})")
-    if not said:
-        return []
-    seeds = min(len(focus.arms), len(plain.arms)) >= FEWEST_SEEDS
-    over = "texts and seeds" if seeds else "texts"
-    joined = "; ".join(said)
-    return [f"{focus.subject} against {plain.name}: {joined}. {intervals} over {over}."]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from moored.evaluation.report.results import ArmResult, BaseResult, Report
@@ -15,6 +15,21 @@ from moored.utils.errors import UserError
 
 # Two measurements of one base on one text may differ by rounding, not by more than this.
 BASE_RELATIVE_TOLERANCE = 1e-3
+
+# What two measurements of one base agree in, as a whole or where both know a text; not in its
+# answers, since rounding may flip a greedy choice: the first report's are taken.
+_SAME = (
+    "model",
+    "revision",
+    "quantization",
+    "adaptation_ppl",
+    "num_adaptation_tokens",
+    "num_adaptation_prompts",
+    "num_instructions",
+    "num_instruction_prompts",
+    "retention_ppl",
+    "num_tokens",
+)
 
 
 def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> Report:
@@ -35,18 +50,18 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
     labels = list(labels or [f"report {i + 1}" for i in range(len(reports))])
     base, settings = reports[0].base, dict(reports[0].settings)
     for label, other in zip(labels[1:], reports[1:], strict=True):
-        _require_same_base(base, other.base, labels[0], label)
+        if differences := _differences(base, other.base):
+            raise UserError(
+                f"{labels[0]} and {label} do not share a base: they differ in "
+                f"{', '.join(differences)}: report them apart, or evaluate both on the same model "
+                "and texts"
+            )
         base = replace(
             base,
-            retention_ppl=_union(base.retention_ppl, other.base.retention_ppl),
-            num_tokens=_union(base.num_tokens, other.base.num_tokens),
-            last_word_accuracy=_union(base.last_word_accuracy, other.base.last_word_accuracy),
-            last_word_tallies=_union(base.last_word_tallies, other.base.last_word_tallies),
-            lm_eval=_union(base.lm_eval, other.base.lm_eval),
             **{
-                name: getattr(other.base, name)
-                for name in _BASE_FIGURES
-                if getattr(base, name) is None
+                item.name: _filled(getattr(base, item.name), getattr(other.base, item.name))
+                for item in fields(base)
+                if item.name != "revision"
             },
         )
         for key, value in other.settings.items():
@@ -65,45 +80,24 @@ def merge(reports: Sequence[Report], *, labels: Sequence[str] | None = None) -> 
     return Report(base=base, arms=merged, settings=settings)
 
 
-# Of these two measurements of one base agree; of its answers not, since rounding may flip a greedy
-# choice: the first report's are taken.
-_SAME_FIGURES = (
-    "adaptation_ppl",
-    "num_adaptation_tokens",
-    "num_adaptation_prompts",
-    "num_instructions",
-    "num_instruction_prompts",
-)
-_BASE_FIGURES = (
-    *_SAME_FIGURES,
-    "adaptation_exact_match",
-    "instruction_following",
-    "instruction_prompts_followed",
-    "exact_match_tally",
-    "instruction_tally",
-)
+def _filled(first: Any, second: Any) -> Any:
+    """One report's figures, and of what it did not measure the other's."""
+    if isinstance(first, dict):
+        return first | {key: value for key, value in second.items() if first.get(key) is None}
+    return second if first is None else first
 
 
-def _union(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    return first | {key: value for key, value in second.items() if first.get(key) is None}
-
-
-def _require_same_base(one: BaseResult, other: BaseResult, first: str, second: str) -> None:
-    pairs: dict[str, tuple[Any, Any]] = {
-        name: (getattr(one, name), getattr(other, name))
-        for name in ("model", "revision", "quantization", *_SAME_FIGURES)
-    }
-    for name in ("retention_ppl", "num_tokens"):
+def _differences(one: BaseResult, other: BaseResult) -> list[str]:
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in _SAME:
         mine, theirs = getattr(one, name), getattr(other, name)
-        pairs |= {f"{name}.{key}": (mine[key], theirs[key]) for key in mine if key in theirs}
-    differences = [
+        if isinstance(mine, dict):
+            pairs |= {f"{name}.{key}": (mine[key], theirs[key]) for key in mine if key in theirs}
+        else:
+            pairs[name] = mine, theirs
+    return [
         f"{name} ({_figure(a)} and {_figure(b)})" for name, (a, b) in pairs.items() if _differ(a, b)
     ]
-    if differences:
-        raise UserError(
-            f"{first} and {second} do not share a base: they differ in {', '.join(differences)}: "
-            "report them apart, or evaluate both on the same model and texts"
-        )
 
 
 def _figure(value: object) -> str:
@@ -114,9 +108,8 @@ def _differ(a: object, b: object) -> bool:
     if a is None or b is None:
         return False  # not measured in one of them
     if isinstance(a, float) and isinstance(b, float):
-        if math.isnan(a) or math.isnan(b):
-            return math.isnan(a) != math.isnan(b)
-        return not math.isclose(a, b, rel_tol=BASE_RELATIVE_TOLERANCE)
+        both_nan = math.isnan(a) and math.isnan(b)
+        return not both_nan and not math.isclose(a, b, rel_tol=BASE_RELATIVE_TOLERANCE)
     return a != b
 
 
@@ -133,9 +126,5 @@ def _names(arms: Sequence[ArmResult], labels: Sequence[str]) -> list[str]:
         names.append(name)
     twice = {name for name in names if names.count(name) > 1}
     names = [f"{n}-{label}" if n in twice else n for n, label in zip(names, labels, strict=True)]
-    seen: dict[str, int] = {}
-    for i, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            names[i] = f"{name}-{seen[name]}"
-    return names
+    counted = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [f"{n}-{many}" if many > 1 else n for n, many in zip(names, counted, strict=True)]

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,12 @@ from moored.evaluation.report.terminal import show
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
 from moored.tracking.run_directory import write_atomically
+from moored.utils.environment import version_of
 from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from moored.evaluation.report.page import Curves
+    from moored.config import Config
+    from moored.evaluation.report.curves import Curves
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +47,20 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
         UserError: the figures contradict themselves, or the folder cannot be written.
     """
     # matplotlib takes half a second, of every rank's start if it stood above.
+    from moored.evaluation.report.frontier import frontier_png
     from moored.evaluation.report.page import html
-    from moored.evaluation.report.picture import frontier_png
 
     folder = Path(folder)
     data = report.to_json()
     Report.from_json(data, source=f"figures for {folder / 'report.json'}")
-    content = (_on_lines(json.dumps(data, indent=1, allow_nan=False)) + "\n").encode()
+    text = json.dumps(data, indent=1, allow_nan=False)
+    # Each list of plain numbers on one line; strings hold no line breaks.
+    numbers = re.compile(r"\[\n([^\[\]{}\"]*)\]")
+    content = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
     try:
         with _private():
             # The figures first: they cost a training run, the pictures can be drawn again.
-            write_atomically(folder / "report.json", content)
+            write_atomically(folder / "report.json", content.encode())
             write_atomically(folder / "report.html", html(report, curves).encode())
             write_atomically(folder / "frontier.png", frontier_png(report))
     except OSError as error:
@@ -63,11 +69,6 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
             "folder, or make room"
         ) from error
     return folder
-
-
-def _on_lines(text: str) -> str:
-    """Indented JSON with each list of plain numbers on one line; strings hold no line breaks."""
-    return re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
 
 
 @contextlib.contextmanager
@@ -170,3 +171,29 @@ def _curves(run: Path, arm: str, *, alone: bool) -> dict[str, list[tuple[int, fl
     if Path(arm).name == arm and (run / "arms" / arm).is_dir():
         return metrics(run / "arms" / arm)
     return metrics(run) if alone else {}
+
+
+_PACKAGES = ("moored", "torch", "transformers", "peft", "bitsandbytes", "deepspeed")
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """What repeats a run: its recipe in a few lines, and versions. No secrets: no URIs, no tags."""
+    adapter, optim, train, parallel = config.adapter, config.optim, config.train, config.parallel
+    targets = adapter.target_modules
+    targets = targets if isinstance(targets, str) else ", ".join(targets)
+    sequences, tokens = train.global_batch_sequences, train.global_batch_tokens
+    warmup = f", {optim.warmup_steps} warm-up steps" if optim.warmup_steps else ""
+    versions = [f"{name} {version_of(name)}" for name in _PACKAGES]
+    return {
+        "recipe": config.name,
+        "adapter": f"{adapter.method}, r {adapter.r}, alpha {adapter.alpha:g}, "
+        f"dropout {adapter.dropout:g}, {targets}",
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule}{warmup}",
+        "length": f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs",
+        "global batch": f"{sequences} sequences" if sequences else f"{tokens} tokens",
+        "longest sample": f"{config.data.max_length} tokens"
+        + (", packed" if config.data.packing else ""),
+        "parallel": f"ZeRO stage {parallel.zero_stage}, "
+        f"tensor parallel degree {parallel.tensor_parallel_degree}",
+        "versions": ", ".join([*versions, f"Python {platform.python_version()}"]),
+    }

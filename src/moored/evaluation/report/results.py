@@ -1,154 +1,277 @@
-"""The figures of finished runs as data: strict, JSON in and out.
+"""The figures of finished runs as data: what stands in report.json, and how it is checked.
 
 Nothing is measured, worded or drawn here; several reports are joined in `merging.py`.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
+import itertools
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
-from moored.evaluation.report.blocks import Blocks, Tally
-from moored.evaluation.report.reading import JsonReader, short
-from moored.evaluation.report.where import Where
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    InstanceOf,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+
 from moored.utils.errors import UserError, UserErrors
 
-Figures = dict[str, float | None]
+# Neighbouring samples share a block, so that a report stays small and what neighbours have in
+# common stays together.
+MOST_BLOCKS = 200
+
+
+def _number(value: object) -> object:
+    """JSON has no NaN and no infinities: they are text, and integers may have any length."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    return math.inf if type(value) is int and abs(value) > sys.float_info.max else value
+
+
+def _must(hold: Callable[[Any], object], says: str) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not hold(value):
+            raise ValueError(says.format(value))
+        return value
+
+    return AfterValidator(check)
+
+
+# Text of data and vocabularies may be empty, or half a surrogate pair: it is no pydantic `str`.
+Text = InstanceOf[str]
+Name = Annotated[Text, _must(str.strip, "must not be empty")]
+ArmName = Annotated[Text, _must(str.strip, "an arm's name is empty: name it after its regulariser")]
+Truth = Annotated[bool, Strict()]
+Integer = Annotated[int, Strict(), _must(lambda n: abs(n) < 2**63, "too large an integer")]
+Count = Annotated[Integer, _must(lambda n: n >= 0, "must not be negative, got {}")]
+Number = Annotated[float, Strict(), BeforeValidator(_number)]
+# Written so that NaN passes. Just below a bound is rounding; clearly below it is another unit.
+NotNegative = Annotated[Number, _must(lambda x: not x < 0, "must not be negative, got {:g}")]
+Fraction = Annotated[
+    Number, _must(lambda x: not (x < 0 or x > 1), "{:g} is no fraction: expected 0 to 1")
+]
+Perplexity = Annotated[
+    Number,
+    _must(
+        lambda x: not x < 1 - 1e-6,
+        "{:g} is no perplexity: exp of a cross-entropy is never below 1",
+    ),
+]
+Divergence = Annotated[
+    Number, _must(lambda x: not x < -1e-4, "{:g}: a divergence is never negative")
+]
+Figures = dict[Text, Number | None]
+
+
+class Strictly:
+    """Data that are read without unknown keys."""
+
+    __slots__ = ()
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+
+@dataclass(frozen=True, slots=True)
+class Columns(Strictly):
+    """Lists side by side, an entry in each per block of neighbours, in their order."""
+
+    def __post_init__(self) -> None:
+        """Refuse lists that differ in length."""
+        if len({len(getattr(self, item.name)) for item in fields(self)}) > 1:
+            raise ValueError("its lists differ in length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BaseResult:
-    """The base model, before any adapter. None: not measured.
+class Blocks(Columns):
+    """Sums over blocks of samples (windows, passages, answers): what intervals are made of."""
 
-    Attributes:
-        model: name or path.
-        revision: of the model.
-        quantization: nf4 or none.
-        adaptation_ppl: perplexity on the new task's held-out targets.
-        adaptation_exact_match: fraction of its prompts answered exactly, 0 to 1.
-        retention_ppl: perplexity per corpus.
-        num_tokens: scored tokens per corpus.
-        num_adaptation_tokens: scored target tokens of the new task.
-        num_adaptation_prompts: prompts behind the exact match.
-        last_word_accuracy: fraction of passages whose last word was predicted, per corpus where
-            nothing else is scored.
-        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
-        instruction_prompts_followed: fraction of prompts of which all constraints were met.
-        num_instructions: constraints behind that.
-        num_instruction_prompts: prompts behind that.
-        exact_match_tally: right answers per prompt.
-        instruction_tally: constraints met per prompt.
-        last_word_tallies: last words predicted per passage, per corpus.
-        lm_eval: figures of the evaluation harness (lm_eval): task -> metric -> value, with
-            `METRIC_stderr` beside it where the harness gives a standard error.
-    """
+    num_tokens: list[Count]  # scored
+    ce: list[Number]  # the policy's cross-entropy, nats
+    ce_base: list[Number]  # the base's
+    kl: list[Number]  # KL(base || policy) over the whole vocabulary, nats
 
-    model: str
-    revision: str | None
-    quantization: str
-    adaptation_ppl: float | None
-    adaptation_exact_match: float | None = None
-    retention_ppl: Figures
-    num_tokens: dict[str, int]
-    num_adaptation_tokens: int | None = None
-    num_adaptation_prompts: int | None = None
-    last_word_accuracy: Figures = field(default_factory=dict)
-    instruction_following: float | None = None
-    instruction_prompts_followed: float | None = None
-    num_instructions: int | None = None
-    num_instruction_prompts: int | None = None
-    exact_match_tally: Tally | None = None
-    instruction_tally: Tally | None = None
-    last_word_tallies: dict[str, Tally] = field(default_factory=dict)
-    lm_eval: dict[str, Figures] = field(default_factory=dict)
+    @property
+    def mean_ce(self) -> float | None:
+        """The policy's mean cross-entropy, nats per token; None without a token."""
+        num_tokens = sum(self.num_tokens)
+        return sum(self.ce) / num_tokens if num_tokens else None
+
+    @staticmethod
+    def of(sums: Mapping[str, Sequence[float]]) -> Blocks:
+        """Blocks of per-sample sums by the names above; at most `MOST_BLOCKS`, of like size."""
+        edges = _edges(len(sums["num_tokens"]))
+        num_tokens, *nats = (
+            [sum(sums[item.name][a:b]) for a, b in itertools.pairwise(edges)]
+            for item in fields(Blocks)
+        )
+        ce, ce_base, kl = ([float(f"{value:.8g}") for value in values] for values in nats)
+        return Blocks(num_tokens=list(map(int, num_tokens)), ce=ce, ce_base=ce_base, kl=kl)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ArmResult:
-    """One adapted model. None: not measured; dicts are per corpus.
+class Tally(Columns):
+    """What was right of what was asked, per block of passages or prompts."""
 
-    Attributes:
-        kind: the regulariser.
-        weight: of the regulariser; where a budget moved it, the one that acted last.
-        seed: of data order and adapter.
-        adaptation_ppl: perplexity on the new task's held-out targets.
-        retention_ppl: perplexity per corpus.
-        retention_increase_pct: 100 * (retention_ppl / the base's - 1), percent.
-        drift_nats_per_token: mean KL(base || adapted) over the whole vocabulary.
-        num_steps: optimizer updates.
-        tokens_per_second: trained tokens (without padding) per second of training.
-        adaptation_exact_match: fraction of the prompts answered exactly, 0 to 1.
-        drift_tmkl_nats_per_token: the same drift with the true token left out.
-        top1_agreement: fraction of positions where base and adapted prefer the same token.
-        train_seconds: spent in updates.
-        peak_memory_bytes: most memory that one process held.
-        final_loss: of the last update, nats per token.
-        status: how the run ended.
-        setting: digest of the recipe without its seed: what seeds of one setting share.
-        direction: of the divergence.
-        temperature: of the divergence.
-        adapter: its method.
-        scale: factor of all that the adapter adds, where it is not as trained.
-        last_word_accuracy: fraction of passages whose last word was predicted.
-        retention_increase_interval_pct: 95 % bootstrap interval of that increase, [low, high].
-        drift_alternatives_nats_per_token: the part of the drift that is among the alternatives to
-            the true token; the rest is the change of the true token's probability.
-        adaptation_blocks: sums over blocks of the new task's held-out samples.
-        retention_blocks: sums over blocks of each corpus.
-        budget: what might be forgotten of which text, in words, where there was a budget.
-        budget_lost: what its probe has lost in the end, in the budget's unit.
-        budget_held: whether that is within the budget and its tolerance.
-        budget_watched: retention corpora out of the probe's own text.
-        where: each corpus's drift by place, by token and in its worst examples.
-        instruction_following: fraction of checkable constraints that its answers met, 0 to 1.
-        instruction_prompts_followed: fraction of prompts of which all constraints were met.
-        exact_match_tally: right answers per prompt.
-        instruction_tally: constraints met per prompt.
-        last_word_tallies: last words predicted per passage, per corpus.
-        lm_eval: figures of the evaluation harness, as of the base.
-    """
+    num: list[Count]  # asked
+    hits: list[Count]  # right
 
-    kind: str
-    weight: float | None
-    seed: int | None
-    adaptation_ppl: float | None
-    retention_ppl: Figures
-    retention_increase_pct: Figures
-    drift_nats_per_token: Figures
-    num_steps: int
-    tokens_per_second: float | None
-    adaptation_exact_match: float | None = None
-    drift_tmkl_nats_per_token: Figures = field(default_factory=dict)
-    top1_agreement: Figures = field(default_factory=dict)
-    train_seconds: float | None = None
-    peak_memory_bytes: int | None = None
-    final_loss: float | None = None
-    status: str = "done"
-    setting: str | None = None
-    direction: str | None = None
-    temperature: float | None = None
-    adapter: str | None = None
-    scale: float | None = None
+    @property
+    def total(self) -> int:
+        """All that was asked."""
+        return sum(self.num)
+
+    @property
+    def share(self) -> float:
+        """Share of what was right, 0 to 1; 0 where nothing was asked."""
+        return sum(self.hits) / max(1, self.total)
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, int]]) -> Tally:
+        """Tally of (asked, right) per passage or prompt; at most `MOST_BLOCKS` blocks."""
+        blocks = [rows[a:b] for a, b in itertools.pairwise(_edges(len(rows)))]
+        num, hits = ([sum(row[i] for row in block) for block in blocks] for i in (0, 1))
+        return Tally(num=num, hits=hits)
+
+
+def _edges(num_samples: int) -> list[int]:
+    """Where blocks of neighbours begin and end."""
+    num_blocks = min(num_samples, MOST_BLOCKS)
+    return [round(i * num_samples / max(1, num_blocks)) for i in range(num_blocks + 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch(Strictly):
+    """The drift at some distance from the start of a sample."""
+
+    first: Count  # tokens of context before the first target of the stretch
+    last: Count | None  # and before its last; None: to the end
+    num_tokens: Count  # scored
+    drift: Number  # mean KL(base || policy), nats per token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDrift(Strictly):
+    """What one true token contributes to the drift."""
+
+    token: Text
+    num_tokens: Count  # how often it was to be predicted
+    drift: Number  # mean KL(base || policy) there, nats
+    share: Number  # of the whole text's drift, 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChoice(Strictly):
+    """A token that one of the models prefers, with both models' probabilities, 0 to 1."""
+
+    token: Text
+    base: Number
+    adapted: Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenExample(Strictly):
+    """A place where the drift is among the greatest."""
+
+    sample: Name
+    context: Text  # just before it
+    target: Text  # the true token
+    drift: Number  # KL(base || policy), nats
+    base: Number  # the base's probability of the true token
+    adapted: Number  # the policy's
+    choices: list[TokenChoice]  # what either model prefers, the base's first choice first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where(Strictly):
+    """One text's drift taken apart: by place, by token, and its worst examples."""
+
+    stretches: list[Stretch]
+    tokens: list[TokenDrift]
+    spots: list[TokenExample]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseResult(Strictly):
+    """The base model, before any adapter. None: not measured; dicts are per corpus."""
+
+    model: Name  # name or path
+    revision: Name | None
+    quantization: Name  # nf4 or none
+    adaptation_ppl: Perplexity | None  # on the new task's held-out targets
+    adaptation_exact_match: Fraction | None = None  # of its prompts
+    retention_ppl: dict[Text, Perplexity | None]
+    num_tokens: dict[Text, Count]  # scored
+    num_adaptation_tokens: Count | None = None  # scored targets of the new task
+    num_adaptation_prompts: Count | None = None  # behind the exact match
+    # Passages whose last word was predicted, of corpora where nothing else is scored.
     last_word_accuracy: Figures = field(default_factory=dict)
-    retention_increase_interval_pct: dict[str, list[float]] = field(default_factory=dict)
-    drift_alternatives_nats_per_token: Figures = field(default_factory=dict)
-    adaptation_blocks: Blocks | None = None
-    retention_blocks: dict[str, Blocks] = field(default_factory=dict)
-    budget: str | None = None
-    budget_lost: float | None = None
-    budget_held: bool | None = None
-    budget_watched: list[str] = field(default_factory=list)
-    where: dict[str, Where] = field(default_factory=dict)
-    instruction_following: float | None = None
-    instruction_prompts_followed: float | None = None
+    instruction_following: Fraction | None = None  # of the checkable constraints
+    instruction_prompts_followed: Fraction | None = None  # prompts of which all were met
+    num_instructions: Count | None = None  # constraints
+    num_instruction_prompts: Count | None = None
+    exact_match_tally: Tally | None = None  # right answers per prompt
+    instruction_tally: Tally | None = None  # constraints met per prompt
+    last_word_tallies: dict[Text, Tally] = field(default_factory=dict)  # per passage
+    # Of the evaluation harness: task -> metric -> value, `METRIC_stderr` beside it where known.
+    lm_eval: dict[Text, Figures] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmResult(Strictly):
+    """One adapted model. None: not measured; dicts are per corpus, and as in the base's result."""
+
+    kind: Name  # the regulariser
+    weight: Number | None  # where a budget moved it, the one that acted last
+    seed: Integer | None  # of data order and adapter
+    adaptation_ppl: Perplexity | None
+    retention_ppl: dict[Text, Perplexity | None]
+    retention_increase_pct: Figures  # 100 * (retention_ppl / the base's - 1)
+    drift_nats_per_token: dict[Text, Divergence | None]  # mean KL(base || adapted)
+    num_steps: Count  # optimizer updates
+    tokens_per_second: NotNegative | None  # trained, without padding
+    adaptation_exact_match: Fraction | None = None
+    # The drift with the true token left out.
+    drift_tmkl_nats_per_token: dict[Text, Divergence | None] = field(default_factory=dict)
+    # Of the positions, where both models prefer the same token.
+    top1_agreement: dict[Text, Fraction | None] = field(default_factory=dict)
+    train_seconds: NotNegative | None = None  # spent in updates
+    peak_memory_bytes: Count | None = None  # most that one process held
+    final_loss: Number | None = None  # of the last update, nats per token
+    status: Name = "done"  # how the run ended
+    setting: Name | None = None  # digest of the recipe but its seed: what seeds of it share
+    direction: Name | None = None  # of the divergence
+    temperature: NotNegative | None = None  # of the divergence
+    adapter: Name | None = None  # its method
+    scale: Number | None = None  # factor of what the adapter adds, where not as trained
+    last_word_accuracy: Figures = field(default_factory=dict)
+    # 95 % bootstrap interval of the increase: [low, high].
+    retention_increase_interval_pct: dict[Text, list[Number]] = field(default_factory=dict)
+    # The part of the drift among the alternatives to the true token; the rest is the change of the
+    # true token's probability.
+    drift_alternatives_nats_per_token: dict[Text, Divergence | None] = field(default_factory=dict)
+    adaptation_blocks: Blocks | None = None  # of the new task's held-out samples
+    retention_blocks: dict[Text, Blocks] = field(default_factory=dict)
+    budget: Name | None = None  # what might be forgotten of which text, in words
+    budget_lost: Number | None = None  # what its probe lost in the end, in the budget's unit
+    budget_held: Truth | None = None  # whether that is within the budget and its tolerance
+    budget_watched: list[Name] = field(default_factory=list)  # corpora out of the probe's text
+    where: dict[Text, Where] = field(default_factory=dict)
+    instruction_following: Fraction | None = None
+    instruction_prompts_followed: Fraction | None = None
     exact_match_tally: Tally | None = None
     instruction_tally: Tally | None = None
-    last_word_tallies: dict[str, Tally] = field(default_factory=dict)
-    lm_eval: dict[str, Figures] = field(default_factory=dict)
+    last_word_tallies: dict[Text, Tally] = field(default_factory=dict)
+    lm_eval: dict[Text, Figures] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -164,18 +287,13 @@ def badness(value: float) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A base and what each arm made of it.
-
-    Attributes:
-        base: the figures before.
-        arms: the figures after, by name.
-        settings: what else a reader needs to repeat the runs (recipe, versions): label -> text.
-    """
+class Report(Strictly):
+    """A base and what each arm made of it."""
 
     base: BaseResult
-    arms: dict[str, ArmResult]
-    settings: dict[str, str] = field(default_factory=dict)
+    arms: Annotated[dict[ArmName, ArmResult], _must(bool, "empty: a report needs at least one arm")]
+    # What else a reader needs to repeat the runs (recipe, versions): label -> text.
+    settings: dict[Text, Name] = field(default_factory=dict)
 
     @property
     def corpora(self) -> list[str]:
@@ -186,21 +304,17 @@ class Report:
         self, base: dict[str, Figures], arm: dict[str, Figures], settings: Mapping[str, str]
     ) -> Report:
         """The same with the evaluation harness's figures, of a report on one arm."""
-        arms = {name: replace(result, lm_eval=arm) for name, result in self.arms.items()}
         return replace(
             self,
             base=replace(self.base, lm_eval=base),
-            arms=arms,
+            arms={name: replace(result, lm_eval=arm) for name, result in self.arms.items()},
             settings={**self.settings, **settings},
         )
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json; NaN and infinities become the strings that `float` reads."""
-        result: dict[str, Any] = {
-            "base": _plain(self.base),
-            "arms": {name: _plain(arm) for name, arm in self.arms.items()},
-        }
-        return result | ({"settings": dict(self.settings)} if self.settings else {})
+        data = json.loads(json.dumps(asdict(self)), parse_constant=str)
+        return {key: value for key, value in data.items() if value or key != "settings"}
 
     @classmethod
     def from_json(cls, data: object, *, source: str = "report.json") -> Report:
@@ -213,10 +327,11 @@ class Report:
         Raises:
             UserErrors: everything that is wrong with it, one line each.
         """
-        problems: list[str] = []
-        report = _read(JsonReader(problems), data)
-        if report is not None and not problems:
-            problems += _contradictions(report)
+        try:
+            report = _adapter().validate_python(data)
+            problems = _contradictions(report)
+        except ValidationError as error:
+            report, problems = None, [_in_words(one) for one in error.errors(include_url=False)]
         if problems or report is None:
             raise UserErrors([f"{source}: {problem}" for problem in problems])
         return report
@@ -242,35 +357,56 @@ class Report:
         return cls.from_json(data, source=str(path))
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+@functools.cache
+def _adapter() -> TypeAdapter[Report]:
+    return TypeAdapter(Report)
 
 
-def _read(reader: JsonReader, data: object) -> Report | None:
-    top = reader.mapping(data, "", ("base", "arms", "settings"))
-    if top is None:
-        return None
-    base = reader.result(BaseResult, top.get("base", MISSING), "base")
-    arms: dict[str, ArmResult] = {}
-    given = reader.mapping(top.get("arms", MISSING), "arms")
-    if given is not None and not given:
-        reader.problems.append("arms: empty: a report needs at least one arm")
-    for name, arm in (given or {}).items():
-        result = reader.result(ArmResult, arm, f"arms.{short(name)}")
-        if not name.strip():
-            reader.problems.append("arms: an arm's name is empty: name it after its regulariser")
-        if result is not None:
-            arms[name] = result
-    settings = reader.values(top.get("settings", {}), "settings", reader.text)
-    return None if base is None else Report(base=base, arms=arms, settings=settings)
+_EXPECTED = {
+    "dataclass_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "bool_type": "true or false",
+    "is_instance_of": "text",
+}
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as a line: place, what was received, which relation broke."""
+    place, kind = error["loc"], error["type"]
+    if place[-1:] == ("[key]",):
+        place = place[:-2]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{short(part)}" for part in place]
+    if kind in _EXPECTED:
+        says = f"expected {_EXPECTED[kind]}, got {short(error['input'])}"
+    elif kind == "unexpected_keyword_argument":
+        known = [item.name for item in fields(_class_at(place[:-1]))]
+        near = difflib.get_close_matches(place[-1], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        says = f"unknown key; {hint}"
+    elif kind == "value_error":
+        says = str(error["ctx"]["error"])
+    else:
+        says = "missing" if kind == "missing" else error["msg"]
+    return ": ".join(filter(None, ["".join(parts).removeprefix("."), says]))
+
+
+def _class_at(place: Sequence[str | int]) -> Any:
+    """The dataclass at a place of a report."""
+    kind: Any = Report
+    for part in place:
+        kind = get_type_hints(kind)[str(part)] if is_dataclass(kind) else get_args(kind)[-1]
+        if type(None) in get_args(kind):
+            kind = get_args(kind)[0]
+    return kind
+
+
+def short(value: object) -> str:
+    """A value as errors show it."""
+    text = value if isinstance(value, str) and value.isidentifier() else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _contradictions(report: Report) -> list[str]:
@@ -292,11 +428,10 @@ def _contradictions(report: Report) -> list[str]:
                     f"{where}.retention_increase_interval_pct.{short(corpus)}: {short(ends)} is no "
                     "interval: expected [low, high] in percent"
                 )
+        increases = increase_pct(report.base.retention_ppl, arm.retention_ppl)
         for corpus, given in arm.retention_increase_pct.items():
-            expected = increase_pct(report.base.retention_ppl, arm.retention_ppl).get(corpus)
-            if given is None or expected is None:
-                continue
-            if not math.isfinite(given) or not math.isfinite(expected):
+            expected = increases.get(corpus)
+            if given is None or expected is None or not math.isfinite(given - expected):
                 continue
             # Generous to figures that were rounded by hand.
             if abs(given - expected) > 0.5 + 0.02 * abs(expected):
@@ -309,13 +444,11 @@ def _contradictions(report: Report) -> list[str]:
 
 def _off_their_sums(arm: ArmResult) -> list[str]:
     """Perplexities that are not those of the sums beside them, so that intervals would mislead."""
-    pairs = [("adaptation", arm.adaptation_ppl, arm.adaptation_blocks)]
-    pairs += [
-        (f"retention.{short(corpus)}", arm.retention_ppl.get(corpus), blocks)
-        for corpus, blocks in arm.retention_blocks.items()
-    ]
+    sums = {"adaptation": (arm.adaptation_ppl, arm.adaptation_blocks)}
+    for corpus, blocks in arm.retention_blocks.items():
+        sums[f"retention.{short(corpus)}"] = arm.retention_ppl.get(corpus), blocks
     problems: list[str] = []
-    for name, ppl, blocks in pairs:
+    for name, (ppl, blocks) in sums.items():
         nats = None if blocks is None else blocks.mean_ce
         if ppl is None or nats is None or not math.isfinite(ppl) or not math.isfinite(nats):
             continue

@@ -6,6 +6,8 @@ Files are not written here.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import partial
 from typing import TextIO
 
 from rich import box
@@ -14,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from moored.evaluation.report import words
-from moored.evaluation.report.budgets import budgets
 from moored.evaluation.report.comparing import increase_interval
-from moored.evaluation.report.headline import headline
+from moored.evaluation.report.headline import budgets, headline
 from moored.evaluation.report.results import ArmResult, Report, badness
+from moored.evaluation.report.tables import harness
 
 # More corpora than this (instructions count as one) do not fit beside each other: the worst one
 # stands for all.
@@ -31,13 +33,35 @@ def table(report: Report) -> Table:
     A corpus's column holds the perplexity and its rise over the base's; with more than two corpora
     the worst one stands for all.
     """
-    corpora = report.corpora
-    matched = any(arm.adaptation_exact_match is not None for arm in report.arms.values())
-    followed = any(arm.instruction_following is not None for arm in report.arms.values())
+    base, arms, corpora = report.base, report.arms, report.corpora
+    # Header, the base's cell and an arm's.
+    columns: list[tuple[str, str, Callable[[ArmResult], Text | str]]] = [
+        (
+            "adaptation\nperplexity",
+            words.ppl(base.adaptation_ppl),
+            lambda a: words.ppl(a.adaptation_ppl),
+        )
+    ]
+    if any(arm.adaptation_exact_match is not None for arm in arms.values()):
+        before = words.fraction(base.adaptation_exact_match)
+        columns.append(("exact\nmatch", before, lambda a: words.fraction(a.adaptation_exact_match)))
+    followed = any(arm.instruction_following is not None for arm in arms.values())
+    if followed:
+        before = words.fraction(base.instruction_following)
+        columns.append(
+            ("instruc-\ntions", before, lambda a: words.fraction(a.instruction_following))
+        )
     each = len(corpora) <= MOST_COLUMNS - followed
+    for corpus in corpora if each else []:
+        before = words.ppl(base.retention_ppl[corpus])
+        columns.append((words.clean(corpus, 16), before, partial(_retention, corpus=corpus)))
+    if not each:
+        columns.append((f"worst of\n{len(corpora)} corpora", "", _worst))
+    columns.append(("KL\nnats", "", _drift))
+    columns.append(("tok/s", "", lambda arm: words.count(arm.tokens_per_second)))
     what = "Corpora: perplexity" if each else "Worst: the greatest rise of a corpus's perplexity"
     over = " and its rise over the base's" if each else " over the base's"
-    if any(increase_interval(a, c) for a in report.arms.values() for c in corpora):
+    if any(increase_interval(arm, corpus) for arm in arms.values() for corpus in corpora):
         over += " with its 95 % interval"
     result = Table(
         box=box.SIMPLE_HEAD,
@@ -49,32 +73,46 @@ def table(report: Report) -> Table:
         caption_justify="left",
     )
     result.add_column("arm", overflow="fold", max_width=24)
-    result.add_column("adaptation\nperplexity", justify="right")
-    if matched:
-        result.add_column("exact\nmatch", justify="right")
-    if followed:
-        result.add_column("instruc-\ntions", justify="right")
-    for corpus in corpora if each else []:
-        result.add_column(Text(words.clean(corpus, 16)), justify="right", overflow="fold")
-    if not each:
-        result.add_column(f"worst of\n{len(corpora)} corpora", justify="right", overflow="fold")
-    result.add_column("KL\nnats", justify="right")
-    result.add_column("tok/s", justify="right")
-    base = report.base
-    row = [Text("base"), Text(words.ppl(base.adaptation_ppl))]
-    row += [Text(_narrow(words.fraction(base.adaptation_exact_match)))] if matched else []
-    row += [Text(_narrow(words.fraction(base.instruction_following)))] if followed else []
-    row += [Text(words.ppl(base.retention_ppl[corpus])) for corpus in corpora] if each else []
-    result.add_row(*row)
-    for name, arm in report.arms.items():
-        row = [Text(words.clean(name, 48), style="bold"), Text(words.ppl(arm.adaptation_ppl))]
-        row += [Text(_narrow(words.fraction(arm.adaptation_exact_match)))] if matched else []
-        row += [Text(_narrow(words.fraction(arm.instruction_following)))] if followed else []
-        row += [_retention(arm, corpus) for corpus in corpora] if each else [_worst(arm)]
-        drift = [value for value in arm.drift_nats_per_token.values() if value is not None]
-        row.append(Text(words.nats(max(drift, key=badness, default=None))))
-        result.add_row(*row, Text(words.count(arm.tokens_per_second)))
+    for header, _, _ in columns:
+        result.add_column(Text(header), justify="right", overflow="fold")
+    result.add_row("base", *(Text(_narrow(before)) for _, before, _ in columns))
+    for name, arm in arms.items():
+        cells = [cell(arm) for _, _, cell in columns]
+        shown = [Text(_narrow(cell)) if isinstance(cell, str) else cell for cell in cells]
+        result.add_row(Text(words.clean(name, 48), style="bold"), *shown)
     return result
+
+
+def _narrow(text: str) -> str:
+    return text.replace(words.NBSP, "")
+
+
+def _rise(arm: ArmResult, corpus: str) -> Text:
+    """A rise and its interval, on a line of its own: beside it there is no room."""
+    pct = arm.retention_increase_pct.get(corpus)
+    # The sign says it; colour only repeats it.
+    style = "" if not pct else "yellow" if pct > 0 else "green"
+    ends = increase_interval(arm, corpus)
+    interval = "\n" + _narrow(words.bounds(ends.low, ends.high)) if ends else ""
+    return Text.assemble((_narrow(words.percent(pct)), style), (interval, "dim"))
+
+
+def _retention(arm: ArmResult, corpus: str) -> Text:
+    ppl = words.ppl(arm.retention_ppl.get(corpus))
+    known = arm.retention_increase_pct.get(corpus) is not None
+    return Text.assemble(ppl, " ", _rise(arm, corpus)) if known else Text(ppl)
+
+
+def _worst(arm: ArmResult) -> Text:
+    worst = arm.worst()
+    if worst is None:
+        return Text(words.MISSING)
+    return Text.assemble(_rise(arm, worst[0]), "\n", words.clean(worst[0], 20))
+
+
+def _drift(arm: ArmResult) -> str:
+    known = [value for value in arm.drift_nats_per_token.values() if value is not None]
+    return words.nats(max(known, key=badness, default=None))
 
 
 def harness_table(report: Report) -> Table:
@@ -84,57 +122,18 @@ def harness_table(report: Report) -> Table:
         result.add_column(name, overflow="fold")
     for name in ("base", "after"):
         result.add_column(name, justify="right")
-    for task, figures in report.base.lm_eval.items():
-        for metric in figures:
-            if "_stderr" in metric:
-                continue
-            for name, arm in report.arms.items():
-                after = words.with_error(arm.lm_eval.get(task, {}), metric)
-                cells = [words.clean(text, 28) for text in (task, metric, name)]
-                shown = [
-                    " ".join(pair).rstrip() for pair in (words.with_error(figures, metric), after)
-                ]
-                result.add_row(*map(Text, [*cells, *shown]))
+    for row in harness(report):
+        for name, after in zip(report.arms, row["arms"], strict=True):
+            cells = [words.clean(text, 28) for text in (row["task"], row["metric"], name)]
+            shown = [" ".join(pair).rstrip() for pair in (row["base"], after)]
+            result.add_row(*map(Text, [*cells, *shown]))
     return result
-
-
-def _narrow(text: str) -> str:
-    return text.replace(words.NBSP, "")
-
-
-def _rise(pct: float | None) -> Text:
-    # The sign says it; colour only repeats it.
-    style = "" if not pct else "yellow" if pct > 0 else "green"
-    return Text(_narrow(words.percent(pct)), style=style)
-
-
-def _ends(arm: ArmResult, corpus: str) -> list[str | tuple[str, str]]:
-    """The interval of a rise on a line of its own: beside it there is no room."""
-    found = increase_interval(arm, corpus)
-    return [("\n" + _narrow(words.bounds(found.low, found.high)), "dim")] if found else []
-
-
-def _retention(arm: ArmResult, corpus: str) -> Text:
-    ppl = Text(words.ppl(arm.retention_ppl.get(corpus)))
-    pct = arm.retention_increase_pct.get(corpus)
-    return ppl if pct is None else Text.assemble(ppl, " ", _rise(pct), *_ends(arm, corpus))
-
-
-def _worst(arm: ArmResult) -> Text:
-    worst = arm.worst()
-    if worst is None:
-        return Text(words.MISSING)
-    name = words.clean(worst[0], 20)
-    return Text.assemble(_rise(worst[1]), *_ends(arm, worst[0]), "\n", name)
 
 
 def show(report: Report, stream: TextIO) -> None:
     """Print the table: styled on a terminal, else plain text."""
     if stream.isatty():
-        console = Console(file=stream)
-        console.print(table(report))
-        if report.base.lm_eval:
-            console.print(harness_table(report))
+        Console(file=stream).print(*_tables(report))
     else:
         # A log in another encoding than UTF-8 must not end the run.
         encoding = stream.encoding or "utf-8"
@@ -146,7 +145,11 @@ def plain(report: Report, width: int = 100) -> str:
     buffer = io.StringIO()
     # Colours off whatever FORCE_COLOR says.
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
-    for drawn in [table(report), *([harness_table(report)] if report.base.lm_eval else [])]:
+    for drawn in _tables(report):
         drawn.box = box.ASCII2
         console.print(drawn)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _tables(report: Report) -> list[Table]:
+    return [table(report), *([harness_table(report)] if report.base.lm_eval else [])]

@@ -1,4 +1,4 @@
-"""Numbers, names and caveats as people read them.
+"""Numbers and names as people read them.
 
 What the figures amount to is said in `headline.py`; no layout and no file format is known here.
 """
@@ -41,10 +41,14 @@ def percent(value: float | None) -> str:
     if size >= 1e5:
         text = f"{size:.1e}".replace("e+0", "e").replace("e+", "e")
     else:
-        text = f"{size:,.{2 if size < 0.995 else 1 if size < 99.95 else 0}f}"
+        text = f"{size:,.{_decimals(size)}f}"
     if not text.strip("0.,"):
         return f"0{NBSP}%"
     return f"{'+' if value > 0 else MINUS}{text}{NBSP}%"
+
+
+def _decimals(size: float) -> int:
+    return 2 if size < 0.995 else 1 if size < 99.95 else 0
 
 
 def points(value: float | None) -> str:
@@ -57,9 +61,8 @@ def bounds(low: float, high: float) -> str:
     size = max(abs(low), abs(high))
     if not math.isfinite(size) or size >= 1e5:
         return f"[{figure(low)}, {figure(high)}]"
-    decimals = 2 if size < 0.995 else 1 if size < 99.95 else 0
     # Rounded first, so that no zero has a sign.
-    ends = [f"{round(end, decimals) + 0.0:,.{decimals}f}" for end in (low, high)]
+    ends = [f"{round(end, _decimals(size)) + 0.0:,.{_decimals(size)}f}" for end in (low, high)]
     return f"[{ends[0]},{NBSP}{ends[1]}]".replace("-", MINUS)
 
 
@@ -74,11 +77,9 @@ def nats(value: float | None) -> str:
 
 def fraction(value: float | None) -> str:
     """A fraction as a percentage."""
-    return (
-        f"{100 * value:.1f}{NBSP}%"
-        if value is not None and math.isfinite(value)
-        else _special(value)
-    )
+    if value is None or not math.isfinite(value):
+        return _special(value)
+    return f"{100 * value:.1f}{NBSP}%"
 
 
 def probability(value: float | None) -> str:
@@ -166,9 +167,8 @@ def passage(text: str, limit: int = 200) -> str:
 
 def _shape(c: str) -> str:
     category = unicodedata.category(c)
-    if category == "Zs":
-        return "⍽"  # a space of another kind than the usual
-    return "�" if category in ("Cc", "Cf", "Cs", "Co", "Cn") else c
+    # Zs: a space of another kind than the usual.
+    return "⍽" if category == "Zs" else "�" if category[0] == "C" else c
 
 
 def kind_name(kind: str) -> str:

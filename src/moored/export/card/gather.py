@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from moored.export.card.facts import (
     SourceFacts,
     TrainingFacts,
 )
+from moored.export.card.markdown import FRONT_MATTER
 from moored.models.hub import ResolvedModel
 from moored.tracking.cursor import CURSOR_NAME
 from moored.tracking.journal import JOURNAL_NAME, is_start, read_journal
@@ -44,6 +46,7 @@ SMALL_BYTES = 64 << 20  # config and tokenizer files: always hashed
 HASHED_BYTES = 20 * 10**9  # of weights: hashing them takes less than a minute
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+_FROZEN = ("randlora_A", "randlora_B")  # random bases, stored beside what is trained
 
 
 def public(name: str) -> str:
@@ -55,6 +58,11 @@ def hub_name(name: str) -> str | None:
     """The name if it is one of a model or data set on the hub."""
     is_one = HUB_NAME.fullmatch(name) and ".." not in name and "--" not in name
     return name if is_one and not Path(name).exists() else None
+
+
+def utc(seconds: float) -> str:
+    """A time in ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 # ---------------------------------------------------------------- figures
@@ -72,25 +80,28 @@ def figures_for(
         corpora: retention texts of the recipe.
         name: the arm that is meant if the report holds several at this scale.
     """
-    option = "" if scale == 1 else f" --scale {scale:g}"
-    measures = f"`moored evaluate {run}{option}` measures it, and exporting again shows it here"
-    at = "This adapter" if scale == 1 else f"This adapter at scale {scale:g}"
-    not_measured = f"{at} was not measured"
+    what, option, others = "This adapter", "", ""
     if scale != 1:
-        not_measured += " (the figures of its run are of scale 1)"
-    if file is None or not file.is_file():
-        return Figures(missing=f"{not_measured}. {measures}.")
-    try:
-        report = Report.read(file)
-    except MooredError as error:
-        why = redact(str(error).splitlines()[0]).replace(str(file), file.name)
-        return Figures(missing=f"The report of this adapter cannot be read ({why}). {measures}.")
-    arms = [n for n, a in report.arms.items() if (1.0 if a.scale is None else a.scale) == scale]
-    if len(arms) > 1:
-        arms = [arm for arm in arms if arm == name]
-    if not arms:
-        return Figures(missing=f"{not_measured}. {measures}.")
-    return Figures.of(report, arms[0], {n: _origin(corpus) for n, corpus in corpora.items()})
+        what, option = f"{what} at scale {scale:g}", f" --scale {scale:g}"
+        others = " (the figures of its run are of scale 1)"
+    missing = f"{what} was not measured{others}"
+    if file is not None and file.is_file():
+        try:
+            report = Report.read(file)
+        except MooredError as error:
+            why = redact(str(error).splitlines()[0]).replace(str(file), file.name)
+            missing = f"The report of this adapter cannot be read ({why})"
+        else:
+            if (arm := _arm_at(report, scale, name)) is not None:
+                return Figures.of(report, arm, {n: _origin(c) for n, c in corpora.items()})
+    measures = f"`moored evaluate {run}{option}` measures it, and exporting again shows it here"
+    return Figures(missing=f"{missing}. {measures}.")
+
+
+def _arm_at(report: Report, scale: float, name: str) -> str | None:
+    scales = {arm: 1 if its.scale is None else its.scale for arm, its in report.arms.items()}
+    arms = [arm for arm in scales if scales[arm] == scale]
+    return arms[0] if len(arms) == 1 else name if name in arms else None
 
 
 def _origin(corpus: Corpus) -> str:
@@ -107,63 +118,56 @@ def _origin(corpus: Corpus) -> str:
 
 def of_run(run: RunDirectory, config: Config) -> tuple[TrainingFacts, Data, Provenance]:
     """How a run trained, on what, and with which code; from its recipe, state and journal."""
-    sections = config.resolved()
-    spent = run.state().get("training") or {}
+    sections, state = config.resolved(), run.state()
+    spent = state.get("training") or {}
     training = TrainingFacts(
         regularizer=_public_paths(sections["regularizer"]),
         optim=sections["optim"],
         train=sections["train"],
-        steps=spent.get("num_steps", run.state().get("step")),
+        steps=spent.get("num_steps", state.get("step")),
         tokens=spent.get("tokens"),
         seconds=spent.get("seconds"),
         final_loss=spent.get("final_loss"),
     )
-    starts: list[dict[str, Any]] = []
-    last: dict[str, dict[str, Any]] = {}
-    ended: float | None = None
-    for record in read_journal(run.path / JOURNAL_NAME):
-        if record["kind"] != "event":
-            continue
-        last[record["event"]] = record["fields"]
-        if is_start(record):
-            starts.append(record)
-        elif record["event"] == "finish":
-            ended = record["time"]
-    newest = starts[-1]["fields"] if starts else {}
+    events = [r for r in read_journal(run.path / JOURNAL_NAME) if r["kind"] == "event"]
+    starts = [event for event in events if is_start(event)]
+    ends = [event["time"] for event in events if event["event"] == "finish"]
+    commits = [event["fields"].get("commit") for event in starts]
     provenance = Provenance(
         began=utc(starts[0]["time"]) if starts else None,
-        ended=None if ended is None else utc(ended),
-        attempts=run.state().get("attempt"),
+        ended=utc(ends[-1]) if ends else None,
+        attempts=state.get("attempt"),
         recipe_sha256=config.fingerprint(),
-        commits=tuple(dict.fromkeys(c for start in starts if (c := start["fields"].get("commit")))),
-        versions=newest.get("versions") or {},
+        commits=tuple(dict.fromkeys(filter(None, commits))),
+        versions=(starts[-1]["fields"].get("versions") if starts else None) or {},
         mlflow=tuple(_stores(run.path)),
     )
-    return training, _data(config, last), provenance
+    return training, _data(config, {e["event"]: e["fields"] for e in events}), provenance
 
 
 def _data(config: Config, events: Mapping[str, dict[str, Any]]) -> Data:
     """The sources of the recipe, with what the journal says of them."""
-    all_of_them = events.get("dataset", {})
+    trained, replayed = config.data.train, config.regularizer.replay
+    total = events.get("dataset", {})
+    counts = {name: total.get(name) for name in ("num_samples", "num_tokens")}
     said = events.get("sources", {}).get("sources", [])  # journals of before have none
-    if len(said) != len(config.data.train):
-        is_all = len(config.data.train) == 1 and not config.data.train[0].streaming
-        counts = {name: all_of_them.get(name) for name in ("num_samples", "num_tokens")}
-        said = [counts if is_all else {}] * len(config.data.train)
-    replayed = config.regularizer.replay
+    if len(said) != len(trained) == 1 and not trained[0].streaming:
+        said = [counts]
     told = events.get("replayed_sources", {}).get("sources", [])
     return Data(
-        sources=_sources(config.data.train, said),
-        replayed=_sources(replayed, told if len(told) == len(replayed) else [{}] * len(replayed)),
-        num_samples=all_of_them.get("num_samples"),
-        num_tokens=all_of_them.get("num_tokens"),
-        sha256=all_of_them.get("digest"),
+        sources=_sources(trained, said),
+        replayed=_sources(replayed, told),
+        sha256=total.get("digest"),
+        **counts,
     )
 
 
 def _sources(
     sources: Sequence[Source], said: Sequence[Mapping[str, Any]]
 ) -> tuple[SourceFacts, ...]:
+    """A recipe's sources; where the journal is of other ones, nothing is said of them."""
+    if len(said) != len(sources):
+        said = [{}] * len(sources)
     return tuple(
         SourceFacts(
             name=redact(told.get("name") or public(source.path or source.hub or "")),
@@ -181,18 +185,13 @@ def _sources(
     )
 
 
-def _public_paths(value: Any) -> Any:
+def _public_paths(value: Any, key: str = "") -> Any:
     """A section of the recipe whose paths, at any depth, are names."""
     if isinstance(value, list):
         return [_public_paths(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: public(item)
-        if key in ("path", "hub") and isinstance(item, str)
-        else _public_paths(item)
-        for key, item in value.items()
-    }
+    if isinstance(value, dict):
+        return {name: _public_paths(item, name) for name, item in value.items()}
+    return public(value) if key in ("path", "hub") and isinstance(value, str) else value
 
 
 def _stores(run: Path) -> list[dict[str, str]]:
@@ -214,11 +213,6 @@ def _store(uri: str) -> str:
     return f"{scheme or 'file'}:"  # a path, or what a scheme of its own makes of the rest
 
 
-def utc(seconds: float) -> str:
-    """A time in ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
 # ---------------------------------------------------------------- the files
 
 
@@ -227,29 +221,22 @@ def adapter_of(folder: Path) -> Adapter:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     file = folder / "adapter_model.safetensors"
     method = str(config.get("peft_type") or "unknown").lower()
+    prefix = "randlora" if method == "randlora" else "lora"
     targets = config.get("target_modules")
     with safe_open(file, framework="numpy") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    frozen = ("randlora_A", "randlora_B")  # random bases, stored beside what is trained
-    sizes = [_elements(shape) for name, shape in shapes.items() if not name.endswith(frozen)]
+        trained = [name for name in tensors.keys() if not name.endswith(_FROZEN)]  # noqa: SIM118
+        sizes = [math.prod(tensors.get_slice(name).get_shape()) for name in trained]
     return Adapter(
         method="dora" if config.get("use_dora") else method,
         r=config.get("r"),
-        alpha=config.get("randlora_alpha" if method == "randlora" else "lora_alpha"),
+        alpha=config.get(f"{prefix}_alpha"),
         rslora=bool(config.get("use_rslora")),
-        dropout=config.get("randlora_dropout" if method == "randlora" else "lora_dropout"),
+        dropout=config.get(f"{prefix}_dropout"),
         target_modules=tuple(sorted(targets)) if isinstance(targets, list) else targets,
         num_parameters=sum(sizes),
         sha256=atomic_dir.sha256(file),
         bytes=file.stat().st_size,
     )
-
-
-def _elements(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def base_of(model: ModelConfig, source: ResolvedModel, *, hash_all: bool) -> Base:
@@ -263,11 +250,10 @@ def base_of(model: ModelConfig, source: ResolvedModel, *, hash_all: bool) -> Bas
         source: its files.
         hash_all: hash weights of any size.
     """
-    hub = hub_name(model.name_or_path)
     from_index = source.origin.startswith(("hub:", "pypi:"))
     return Base(
         name=public(model.name_or_path),
-        hub=hub,
+        hub=hub_name(model.name_or_path),
         revision=source.revision,
         origin=redact(source.origin) if from_index else "files of the machine it was trained on",
         quantization=model.quantization,
@@ -278,38 +264,35 @@ def base_of(model: ModelConfig, source: ResolvedModel, *, hash_all: bool) -> Bas
 
 
 def _files(folder: Path, *, hash_all: bool) -> dict[str, File]:
-    sealed_files: dict[str, Any] = {}
+    sealed: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, KeyError):
-        sealed_files = atomic_dir.read_manifest(folder)["files"]
+        sealed = atomic_dir.read_manifest(folder)["files"]
     paths = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix in _KEPT and path.name != atomic_dir.MANIFEST
     ]
     weights = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
-    found: dict[str, File] = {}
+    files: dict[str, File] = {}
     with atomic_dir.hashing("hashing the base", paths) as phase:
         for path in paths:
-            size, blob = path.stat().st_size, path.resolve()
-            if (known := sealed_files.get(path.name, {})).get("bytes") == size:
-                found[path.name] = File(bytes=size, sha256=known["sha256"], by="moored")
+            size, blob, known = path.stat().st_size, path.resolve(), sealed.get(path.name, {})
+            sha256, by = None, None
+            if known.get("bytes") == size:
+                sha256, by = known["sha256"], "moored"
             elif blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-                found[path.name] = File(bytes=size, sha256=blob.name, by="hub")
+                sha256, by = blob.name, "hub"
             elif hash_all or size <= SMALL_BYTES or weights <= HASHED_BYTES:
-                found[path.name] = File(
-                    bytes=size, sha256=atomic_dir.sha256(path, phase), by="export"
-                )
-            else:
-                found[path.name] = File(bytes=size)
-    return found
+                sha256, by = atomic_dir.sha256(path, phase), "export"
+            files[path.name] = File(bytes=size, sha256=sha256, by=by)
+    return files
 
 
 def _license(folder: Path) -> str | None:
     """What the front matter of the base's own card says."""
     with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
-        text = (folder / "README.md").read_text(encoding="utf-8")
-        matter = re.match(r"\s*---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, re.S)
-        stated = yaml.safe_load(matter.group(1)).get("license") if matter else None
+        matter = FRONT_MATTER.match((folder / "README.md").read_text(encoding="utf-8"))
+        stated = yaml.safe_load(matter[1]).get("license") if matter else None
         if isinstance(stated, str) and re.fullmatch(r"[\w.+-]{1,64}", stated, re.ASCII):
             return stated
     return None

@@ -1,0 +1,224 @@
+"""What of a recipe memory and time depend on, and what little of its data can be seen at a glance.
+
+A `Workload` is a flat copy, so that a plan can try other layouts without making recipes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moored.config import Config
+
+GLANCE_BYTES = 2**20  # of each file, from its start
+CHARACTERS_PER_TOKEN = 4.0  # English under vocabularies of 100,000 and more; code has less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataGlance:
+    """Training data by the first megabyte of each file.
+
+    Attributes:
+        num_samples: of one epoch.
+        mean_tokens: of a sample, by characters: within a quarter.
+    """
+
+    num_samples: int
+    mean_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One recipe, as far as memory and time go.
+
+    Attributes:
+        nf4: the base is held in 4 bits.
+        double_quantization: its scales in 8 bits.
+        cache_quantized: the quantised base is kept on disk.
+        compute_bytes: of an activation: 2 in bf16, 4 in fp32.
+        eager_attention: asked for by the recipe.
+        family: of the adapter.
+        r: its rank.
+        targets: names of adapted modules; None: all linear layers.
+        max_length: tokens of a row at most.
+        packing: several samples in a row.
+        has_kl: a reference pass and the divergence.
+        kl_every: in one of so many steps.
+        direction: of the divergence.
+        cached_reference: the base's hidden states are kept.
+        cached_by_sample: one record per sample, not one per epoch.
+        zero_stage: of DeepSpeed.
+        tensor_parallel_degree: ranks that share a model.
+        sequence_parallel: also by tokens.
+        offload: the optimizer's state is in the host's memory.
+        micro_batch_size: rows.
+        checkpointing: none, reentrant or non_reentrant.
+        checkpointed_layers: part of the layers that are recomputed.
+        rows_per_step: of all ranks.
+        steps: updates; None: not known without the data.
+        epochs: passes over the data; None: not known.
+        keep_checkpoints: how many.
+        data: None where it cannot be read cheaply.
+    """
+
+    nf4: bool
+    double_quantization: bool
+    cache_quantized: bool
+    compute_bytes: int
+    eager_attention: bool
+    family: str
+    r: int
+    targets: tuple[str, ...] | None
+    max_length: int
+    packing: bool
+    has_kl: bool
+    kl_every: int
+    direction: str
+    cached_reference: bool
+    cached_by_sample: bool
+    zero_stage: int
+    tensor_parallel_degree: int
+    sequence_parallel: bool
+    offload: bool
+    micro_batch_size: int
+    checkpointing: str
+    checkpointed_layers: float
+    rows_per_step: int
+    steps: int | None
+    epochs: float | None
+    keep_checkpoints: int
+    data: DataGlance | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return self.micro_batch_size * self.max_length
+
+    @property
+    def row_tokens(self) -> float:
+        """Tokens of a row that are computed, on average, padding included."""
+        if self.packing or self.data is None:
+            return float(self.max_length)
+        # A micro-batch is as long as its longest sample, about 1.5 times the mean of many.
+        longest = self.data.mean_tokens * (1 + 0.5 * (1 - 1 / self.micro_batch_size))
+        return min(float(self.max_length), max(1.0, longest))
+
+    def recomputed(self, num_layers: int) -> int:
+        """Layers of which only the input is kept."""
+        if self.checkpointing == "none":
+            return 0
+        return math.ceil(round(self.checkpointed_layers * num_layers, 9))
+
+    @classmethod
+    def of(cls, config: Config, *, on_gpu: bool = True) -> Workload:
+        """That of a recipe.
+
+        Args:
+            config: the recipe.
+            on_gpu: else on a CPU, which computes in fp32 unless the recipe says otherwise.
+        """
+        model, parallel, train = config.model, config.parallel, config.train
+        data = glance(config)
+        rows = train.global_batch_sequences or max(
+            1, (train.global_batch_tokens or 1) // config.data.max_length
+        )
+        in_bf16 = model.dtype == "bfloat16" or (model.dtype == "auto" and on_gpu)
+        targets = config.adapter.target_modules
+        found = cls(
+            nf4=model.quantization == "nf4",
+            double_quantization=model.double_quantization,
+            cache_quantized=model.cache_quantized,
+            compute_bytes=2 if in_bf16 else 4,
+            eager_attention=model.attention == "eager",
+            family=config.adapter.method,
+            r=config.adapter.r,
+            targets=None if isinstance(targets, str) else tuple(targets),
+            max_length=config.data.max_length,
+            packing=config.data.packing,
+            has_kl=config.regularizer.is_divergent,
+            kl_every=config.regularizer.every,
+            direction=config.regularizer.direction,
+            cached_reference=config.reference.cache,
+            cached_by_sample=config.reference.match == "sample",
+            zero_stage=parallel.zero_stage,
+            tensor_parallel_degree=parallel.tensor_parallel_degree,
+            sequence_parallel=parallel.sequence_parallel,
+            offload=parallel.offload == "optimizer",
+            micro_batch_size=train.micro_batch_size,
+            checkpointing=train.gradient_checkpointing,
+            checkpointed_layers=train.checkpointed_layers,
+            rows_per_step=rows,
+            steps=train.steps,
+            epochs=train.epochs,
+            keep_checkpoints=train.keep_checkpoints,
+            data=data,
+        )
+        return found._with_steps()
+
+    def _with_steps(self) -> Workload:
+        """Steps of so many epochs, or epochs of so many steps, where the data could be seen."""
+        from dataclasses import replace
+
+        if self.data is None:
+            return self
+        rows = float(self.data.num_samples)
+        if self.packing:
+            rows *= min(1.0, self.data.mean_tokens / self.max_length)
+        steps_per_epoch = max(1.0, rows / self.rows_per_step)
+        if self.steps is None and self.epochs is not None:
+            return replace(self, steps=math.ceil(self.epochs * steps_per_epoch))
+        if self.epochs is None and self.steps is not None:
+            return replace(self, epochs=self.steps / steps_per_epoch)
+        return self
+
+
+def glance(config: Config) -> DataGlance | None:
+    """Samples and their mean length, if every source is a local file of JSON lines."""
+    samples = tokens = 0.0
+    for source in config.data.train:
+        path = Path(source.path) if source.path is not None else None
+        if path is None or path.suffix != ".jsonl" or not path.is_file():
+            return None
+        seen = _glance_at(path)
+        if seen is None:
+            return None
+        num = min(seen.num_samples, source.limit or seen.num_samples) * source.weight
+        samples, tokens = samples + num, tokens + num * seen.mean_tokens
+    if samples < 1:
+        return None
+    return DataGlance(num_samples=round(samples), mean_tokens=tokens / samples)
+
+
+def _glance_at(path: Path) -> DataGlance | None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(GLANCE_BYTES)
+    lines = start.split(b"\n")
+    whole = lines if len(start) == size else lines[:-1]
+    rows = [line for line in whole if line.strip()]
+    if not rows:
+        return None
+    try:
+        characters = [sum(map(len, _texts(json.loads(row)))) for row in rows]
+    except ValueError:
+        return None
+    read = sum(len(line) + 1 for line in whole)
+    num = len(rows) if len(start) == size else round(len(rows) * size / read)
+    return DataGlance(
+        num_samples=num, mean_tokens=sum(characters) / len(rows) / CHARACTERS_PER_TOKEN
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
