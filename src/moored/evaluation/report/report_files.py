@@ -5,14 +5,12 @@ What stands in them is decided by the rest of this room.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ from moored.evaluation.report.results import Report
 from moored.evaluation.report.terminal import show
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
-from moored.tracking.run_directory import write_atomically
+from moored.utils.atomic_dir import private_files, write_atomically
 from moored.utils.environment import version_of
 from moored.utils.errors import UserError
 
@@ -58,7 +56,7 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
     numbers = re.compile(r"\[\n([^\[\]{}\"]*)\]")
     content = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
     try:
-        with _private():
+        with private_files():
             # The figures first: they cost a training run, the pictures can be drawn again.
             write_atomically(folder / "report.json", content.encode())
             write_atomically(folder / "report.html", html(report, curves).encode())
@@ -69,15 +67,6 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
             "folder, or make room"
         ) from error
     return folder
-
-
-@contextlib.contextmanager
-def _private() -> Iterator[None]:
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def run_command(runs: Sequence[Path], out: Path | None = None) -> Path:
