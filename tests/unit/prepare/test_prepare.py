@@ -303,7 +303,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "vocabulary": {"vocab_size": 10_000},
     "template": {"template": chats.MARKED},
-    "versions": {"patch": ("version", lambda name: "9.9")},
+    "versions": {"patch": ("version_of", lambda name: "9.9")},
     "code": {"patch": ("_code", lambda: "other")},
 }
 
