@@ -227,7 +227,7 @@ def place(job: int) -> RankInfo:
         world_size=2,
         address="localhost",
         ports=tuple(ports(job)),
-        meeting=KEY.meeting,
+        rendezvous=KEY.rendezvous,
         one_machine=True,
     )
 
@@ -257,7 +257,7 @@ def test_both_know_each_other(place: RankInfo, rank_0: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [Key("x" * 32, KEY.meeting), Key(SECRET, "4711.1.0")], ids=["secret", "start"]
+    "key", [Key("x" * 32, KEY.rendezvous), Key(SECRET, "4711.1.0")], ids=["secret", "start"]
 )
 def test_nobody_else_knows_rank_0(key: Key, place: RankInfo, rank_0: Any) -> None:
     with pytest.raises(UserError, match="another secret"):
@@ -384,7 +384,7 @@ def test_a_listener_that_is_not_rank_0_is_left_in_time(says: bytes, place: RankI
 
 def prove_to_each_other(rank: int, world_size: int, who_lies: int | None) -> str:
     axis = Axis(name="world", rank=rank, size=world_size)
-    key = Key(secrets.token_hex(32) if rank == who_lies else SECRET, KEY.meeting)
+    key = Key(secrets.token_hex(32) if rank == who_lies else SECRET, KEY.rendezvous)
     try:
         prove(axis, key)
     except UserError as error:

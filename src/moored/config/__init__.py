@@ -1,9 +1,9 @@
 """Recipes: strict YAML to a frozen Config, with all problems reported at once. No torch.
 
 `inputs.py`, `method.py`, `regularizer.py` and `running.py` have every key with its unit and bounds
-(by sections, in that order), `relations.py` what must hold between them, `recipe.py` the reading of
-files and overrides, `validation.py` the collecting and `wording.py` the text of problems;
-`config.py` puts them together.
+(by sections, in that order), `config.py` puts them together and has what must hold between them;
+`recipe.py` is the reading of files and overrides, `validation.py` the collecting and the words of
+problems.
 """
 
 from moored.config.config import PROBE, Config, arm_names, load_config

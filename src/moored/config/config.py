@@ -16,13 +16,11 @@ from typing import Annotated, Any, cast
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from moored.config import recipe as recipes
 from moored.config.document import dump
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
 from moored.config.method import AdapterConfig, OptimConfig
-from moored.config.paths import matches, resolve_paths
+from moored.config.recipe import read_recipe, resolve_paths
 from moored.config.regularizer import Regularizer, arm_names
-from moored.config.relations import across_sections
 from moored.config.running import (
     EvaluationConfig,
     OutputConfig,
@@ -32,8 +30,7 @@ from moored.config.running import (
     TrainConfig,
 )
 from moored.config.section import Key, Relation, Section, dotted_key
-from moored.config.validation import remove, validate
-from moored.config.wording import REMOVED
+from moored.config.validation import drop_removed, remove, validate
 
 __all__ = [
     "AdapterConfig",
@@ -69,8 +66,7 @@ _COSMETIC: tuple[Key, ...] = (
     ("train", "keep_checkpoints"),
     ("train", "log_every"),
 )
-# What changes them by the order of sums at most, so that a run may go on on another mesh. (What it
-# may not go on with, other scales of the base, a checkpoint knows.)
+# What changes them by the order of sums at most, so that a run may go on on another mesh.
 _MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"), ("reference",))
 # What is measured of an adapter, which does not depend on it.
 _MEASURED: tuple[Key, ...] = (("retention",), ("evaluation",), ("data", "eval"))
@@ -189,7 +185,7 @@ class Config(Section):
                 )
                 if not inherited:
                     yield Relation(where, message, involves or tuple((*key, n) for n in names))
-        yield from across_sections(self)
+        yield from _across_sections(self)
 
     def regularizers(self) -> Iterator[tuple[Key, Regularizer]]:
         """All of them, by their places: the recipe's, and those of a comparison's arms."""
@@ -198,31 +194,31 @@ class Config(Section):
 
     def arms(self) -> dict[str, Config]:
         """The runs of a comparison by their names, seed by seed within each arm."""
-        found: dict[str, Config] = {}
+        arms: dict[str, Config] = {}
         for name, regularizer in zip(arm_names(self.compare), self.compare, strict=True):
             for seed in self.compare_seeds or [self.train.seed]:
                 train = self.train.model_copy(update={"seed": seed})
                 full = f"{name}-seed{seed}" if self.compare_seeds else name
-                found[full] = self.model_copy(update={"regularizer": regularizer, "train": train})
-        return found
+                arms[full] = self.model_copy(update={"regularizer": regularizer, "train": train})
+        return arms
 
     def sources(self) -> dict[str, list[Source]]:
         """Every list of data sources that is not empty, by its place in the recipe."""
-        found = {"data.train": self.data.train, "data.eval": self.data.eval}
+        lists = {"data.train": self.data.train, "data.eval": self.data.eval}
         for place, regularizer in self.regularizers():
-            if regularizer.replay not in found.values():
-                found[dotted_key((*place, "replay"))] = regularizer.replay
-        return {place: sources for place, sources in found.items() if sources}
+            if regularizer.replay not in lists.values():
+                lists[dotted_key((*place, "replay"))] = regularizer.replay
+        return {place: sources for place, sources in lists.items() if sources}
 
     def corpora(self) -> dict[str, Corpus]:
         """Every text that is measured, by its place in the recipe."""
-        found = {f"retention.{name}": corpus for name, corpus in self.retention.items()}
+        corpora = {f"retention.{name}": corpus for name, corpus in self.retention.items()}
         probes: list[Corpus] = []
         for place, regularizer in self.regularizers():
             if regularizer.budget is not None and regularizer.budget.probe not in probes:
                 probes.append(regularizer.budget.probe)
-                found[dotted_key((*place, "budget", "probe"))] = probes[-1]
-        return found
+                corpora[dotted_key((*place, "budget", "probe"))] = probes[-1]
+        return corpora
 
     def budget_watched(self) -> list[str]:
         """Retention corpora that come from the text that the budget's probe is the start of."""
@@ -236,15 +232,15 @@ class Config(Section):
         values = self.model_dump(mode="json")
         for relation in self._without_effect():
             remove(values, relation.key)
-        found = _without_null(values)
+        resolved = _without_null(values)
         # Where an arm has none of what it would inherit, its null says something.
-        for arm, whole in zip(found["compare"], values["compare"], strict=True):
+        for arm, whole in zip(resolved["compare"], values["compare"], strict=True):
             arm |= {
                 name: None
                 for name, value in whole.items()
                 if value is None and getattr(self.regularizer, name) is not None
             }
-        return found
+        return resolved
 
     def dump_yaml(self) -> str:
         """The resolved recipe as YAML; loading it gives an equal `Config`."""
@@ -301,6 +297,156 @@ class Config(Section):
         )
 
 
+# ---------------------------------------------------------------- between sections
+
+
+def _across_sections(config: Config) -> Iterator[Relation]:
+    """What is wrong between options of different sections, each with its fix."""
+    data, train, evaluation = config.data, config.train, config.evaluation
+    if train.steps is not None and config.optim.warmup_steps >= train.steps:
+        yield Relation(
+            ("optim", "warmup_steps"),
+            f"{config.optim.warmup_steps} is not less than train.steps {train.steps}, so the "
+            "learning rate would never reach its peak: lower warmup_steps or raise steps",
+            (("train", "steps"),),
+        )
+    if train.global_batch_tokens is not None and train.global_batch_tokens < data.max_length:
+        yield Relation(
+            ("train", "global_batch_tokens"),
+            f"{train.global_batch_tokens} is less than data.max_length {data.max_length}, so "
+            "one sample may not fit in an update: raise it, or lower data.max_length",
+            (("data", "max_length"),),
+        )
+    if train.epochs is not None and any(source.streaming for source in data.train):
+        yield Relation(
+            ("train", "epochs"),
+            "the length of a streaming source is not known: set train.steps instead",
+            (("data", "train"),),
+        )
+    if evaluation.exact_match and all(source.format == "text" for source in data.eval):
+        reason = "every source of data.eval has format text" if data.eval else "it is empty"
+        yield Relation(
+            ("evaluation", "exact_match"),
+            f"needs prompts and answers in data.eval, but {reason}: add a source with messages "
+            "or prompt_completion, or set exact_match to false",
+            (("data", "eval"),),
+        )
+    if evaluation.every is not None and not data.eval and not config.retention:
+        yield Relation(
+            ("evaluation", "every"),
+            "there is nothing to evaluate: add data.eval or retention, or remove it",
+            (("data", "eval"), ("retention",)),
+        )
+    if evaluation.max_examples is not None and not data.eval:
+        yield Relation(
+            ("evaluation", "max_examples"),
+            "data.eval, of which it takes the first, is empty: add data.eval, or remove it",
+            (("data", "eval"),),
+        )
+    for place, regularizer in config.regularizers():
+        yield from _of_regularizer(config, place, regularizer)
+    parallel, nf4 = config.parallel, config.model.quantization == "nf4"
+    for field, message, names in config.adapter.spread(
+        nf4=nf4,
+        zero_stage=parallel.zero_stage,
+        tensor_parallel_degree=parallel.tensor_parallel_degree,
+    ):
+        involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
+        yield Relation(("adapter", field), message, tuple(involves))
+    if len(set(config.compare_seeds)) < len(config.compare_seeds):
+        yield Relation(("compare_seeds",), "holds a seed twice: remove one", (("compare_seeds",),))
+    for index, arm in enumerate(config.compare):
+        first = config.compare.index(arm)
+        if first < index:
+            yield Relation(
+                ("compare", index),
+                f"is the same regularizer as compare.{first}: change or remove one",
+                (("compare",), ("regularizer",)),
+            )
+
+
+def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Iterator[Relation]:
+    """What is wrong with the recipe's, or with an arm's where that has its own in this."""
+    own, steps = config.regularizer, config.train.steps
+
+    def is_news(*names: str) -> bool:
+        differs = any(getattr(regularizer, name) != getattr(own, name) for name in names)
+        return regularizer is own or differs
+
+    if regularizer.kind == "l2" and is_news("kind"):
+        yield from _of_l2(config, (*place, "kind"))
+    if is_news("budget", "replay"):
+        yield from _of_probe(config, place, regularizer)
+    warm = regularizer.warmup_steps
+    too_long = steps is not None and warm >= steps
+    if too_long and regularizer.has_schedule and is_news("warmup_steps"):
+        yield Relation(
+            (*place, "warmup_steps"),
+            f"{warm} is not less than train.steps {steps}, so the weight would never be reached: "
+            "lower it",
+            (("train", "steps"),),
+        )
+    never = steps is not None and regularizer.every > steps
+    if never and regularizer.is_divergent and is_news("every"):
+        yield Relation(
+            (*place, "every"),
+            f"{regularizer.every} is more than train.steps {steps}, so the divergence would never "
+            "act: lower it",
+            (("train", "steps"),),
+        )
+
+
+def _of_probe(config: Config, place: Key, regularizer: Regularizer) -> Iterator[Relation]:
+    """A budget on text that is trained on would be held by learning it."""
+    budget = regularizer.budget
+    if budget is None or budget.probe.builtin:
+        return
+    if budget.probe.domain_field is not None and budget.probe.domain is None:
+        yield Relation(
+            (*place, "budget", "probe", "domain_field"),
+            "a probe is one text: name one of its domains as domain, or leave domain_field out",
+        )
+    trained = {("data", "train"): config.data.train, (*place, "replay"): regularizer.replay}
+    for key, sources in trained.items():
+        if any(source.place == budget.probe.place for source in sources):
+            yield Relation(
+                (*place, "budget", "probe"),
+                f"is also in {dotted_key(key)}: a budget needs text that is not trained on",
+                (key,),
+            )
+
+
+def _of_l2(config: Config, kind: Key) -> Iterator[Relation]:
+    """The norm of B A is read beside the layers, from whole matrices."""
+    parallel = config.parallel
+    refused = [
+        (
+            config.adapter.method == "lora",
+            ("adapter", "method"),
+            "set adapter.method to lora",
+        ),
+        (parallel.zero_stage != 3, ("parallel", "zero_stage"), "set zero_stage to 2 or less"),
+        (
+            parallel.tensor_parallel_degree == 1,
+            ("parallel", "tensor_parallel_degree"),
+            "set tensor_parallel_degree to 1",
+        ),
+        (
+            config.train.gradient_checkpointing != "reentrant",
+            ("train", "gradient_checkpointing"),
+            "set gradient_checkpointing to non_reentrant",
+        ),
+    ]
+    for fits, key, fix in refused:
+        if not fits:
+            yield Relation(
+                kind, f"l2 is not done with {'.'.join(key)} as it is: {fix}", (kind, key)
+            )
+
+
+# ---------------------------------------------------------------- from a file
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads, overrides, resolves and checks a recipe.
 
@@ -311,25 +457,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserErrors: everything that is wrong, each in one line with its place and its fix.
     """
-    recipe = recipes.read(path, overrides)
+    recipe = read_recipe(path, overrides)
     if recipe.data.get("name") is None:
         recipe.data["name"] = _default_name(Path(path))
     resolve_paths(recipe)
-    _drop_removed(recipe.data)
+    drop_removed(recipe.data)
     return validate(Config, recipe, _PLACEHOLDERS, extra=_secrets)
-
-
-def _drop_removed(data: dict[str, Any]) -> None:
-    """Take out options that are gone, where they ask for what is done anyway; in place."""
-    for place, removed in REMOVED.items():
-        for holder, name, _ in matches(data, place):
-            if _is_same(holder[name], removed.default):
-                del holder[name]
-
-
-def _is_same(value: object, default: object) -> bool:
-    """Whether a recipe's value is that default: 0 is 0.0, but not false."""
-    return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
 def _secrets(config: Config) -> Iterator[Relation]:

@@ -23,14 +23,14 @@ def input_files(config: Config) -> list[Path]:
     named = [source.path for sources in config.sources().values() for source in sources]
     named += [corpus.path for corpus in config.corpora().values()]
     named += [config.data.chat_template, config.model.name_or_path]
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for name in filter(None, named):
         path = Path(name)
         if path.is_dir():
-            found |= dict.fromkeys(sorted(p for p in path.rglob("*") if p.is_file()))
+            files |= dict.fromkeys(sorted(p for p in path.rglob("*") if p.is_file()))
         elif path.is_file():
-            found[path] = None
-    return [path.absolute() for path in found]
+            files[path] = None
+    return [path.absolute() for path in files]
 
 
 def fingerprints(files: Iterable[Path]) -> dict[str, str]:

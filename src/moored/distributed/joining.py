@@ -150,26 +150,26 @@ def _store(
     place: RankInfo, waiting: Waiting, stack: contextlib.ExitStack, folder: Path | None
 ) -> tuple[Any, Key | None]:
     """The store of this start's ranks, and the key by which they know each other."""
-    if not place.meeting:
+    if not place.rendezvous:
         if place.rank == 0:
             log.info(
                 "the launcher gave the processes no secret by which to know each other: whoever "
                 "reaches their ports can take part in the run (SECURITY.md)"
             )
         return _store_of_launcher(place, waiting), None
-    given, file = secret.given(), secret.place_of(place.meeting, folder)
+    given, file = secret.given(), secret.place_of(place.rendezvous, folder)
     if place.rank:
-        found: list[Key] = []
+        newest: list[Key] = []
 
         def key() -> Key | None:
             value = given or secret.read(file)[0]
-            found[:] = [Key(value, place.meeting)] if value else []
-            return found[0] if found else None
+            newest[:] = [Key(value, place.rendezvous)] if value else []
+            return newest[0] if newest else None
 
         host, port = rendezvous.find(place, key, waiting)
         os.environ["MASTER_PORT"] = str(port)
-        return _tcp_store(host, port), found[0]
-    mine = Key(given or stack.enter_context(secret.made(file)), place.meeting)
+        return _tcp_store(host, port), newest[0]
+    mine = Key(given or stack.enter_context(secret.made(file)), place.rendezvous)
     asked_at, listening = rendezvous.host(place)
     host, port = _where(listening)
     os.environ["MASTER_PORT"] = str(port)

@@ -68,14 +68,14 @@ def _addresses(place: RankInfo) -> Iterator[str]:
     with contextlib.suppress(ValueError):
         yield str(ipaddress.ip_address(name))
         return
-    found: list[str] = []
+    known: list[str] = []
     with contextlib.suppress(OSError):
         for *_, where in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM):
-            found.append(str(where[0]))
+            known.append(str(where[0]))
     # Many a machine calls itself 127.0.1.1, which the others do not; and a name may be another's
     # address, which hands on what comes to it. Then everywhere, as there is no saying where.
-    found.sort(key=lambda address: ":" in address)  # IPv6 does not lead everywhere
-    yield from dict.fromkeys(a for a in found if not ipaddress.ip_address(a).is_loopback)
+    known.sort(key=lambda address: ":" in address)  # IPv6 does not lead everywhere
+    yield from dict.fromkeys(a for a in known if not ipaddress.ip_address(a).is_loopback)
     yield ""
 
 
@@ -87,7 +87,7 @@ def _listen(where: str, port: int) -> socket.socket:
 def answer(server: socket.socket, place: RankInfo, port: int, key: Key) -> threading.Thread:
     """Rank 0: say in a thread where the store is, until every other rank has proved itself."""
     serving = _serve(server, place, port, key)
-    thread = threading.Thread(target=asyncio.run, args=(serving,), name="meeting", daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(serving,), name="rendezvous", daemon=True)
     thread.start()
     return thread
 
@@ -133,9 +133,9 @@ def find(place: RankInfo, key: Callable[[], Key | None], waiting: Waiting) -> tu
             now = key()
         if now is not None:
             with contextlib.suppress(OSError):
-                found = _ask(place, port, now)
-                if found is not None:
-                    return found
+                answered = _ask(place, port, now)
+                if answered is not None:
+                    return answered
                 strangers.add(port)
         whom = _first_at(place, strangers, is_known=now is not None)
         if not waiting.left:

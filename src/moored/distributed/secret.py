@@ -34,14 +34,14 @@ class Key:
     """The secret of a start, and the start's name."""
 
     secret: str
-    meeting: str
+    rendezvous: str
 
     def __repr__(self) -> str:
-        return f"Key(of {self.meeting!r})"  # whatever prints it
+        return f"Key(of {self.rendezvous!r})"  # whatever prints it
 
     def proof(self, who: str, *facts: object) -> str:
         """What only a holder of the secret can say of these facts in the name of `who`."""
-        text = json.dumps([self.meeting, who, *map(str, facts)])  # no two lists are one text
+        text = json.dumps([self.rendezvous, who, *map(str, facts)])  # no two lists are one text
         return hmac.new(self.secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
     def proves(self, proof: object, who: str, *facts: object) -> bool:
@@ -70,9 +70,9 @@ def given() -> str | None:
     return value or None
 
 
-def place_of(meeting: str, folder: Path | None) -> Path:
+def place_of(rendezvous: str, folder: Path | None) -> Path:
     """Where rank 0 leaves the secret: in `folder`, by default in Moored's cache."""
-    digest = hashlib.sha256(meeting.encode()).hexdigest()[:20]
+    digest = hashlib.sha256(rendezvous.encode()).hexdigest()[:20]
     return (folder or cache_folder()).absolute() / f".meeting-{digest}"
 
 

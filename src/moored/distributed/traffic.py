@@ -33,7 +33,7 @@ class Sent:
 
     @property
     def bytes(self) -> int:
-        """Of all of them."""
+        """The bytes of all of them."""
         return self.count * self.bytes_each
 
     def wire_bytes(self, degree: int) -> float:
@@ -127,10 +127,10 @@ def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
         Sent("adapters", "all_reduce", spread.shared_adapter_sizes.count(size), 4 * size)
         for size in sorted(set(spread.shared_adapter_sizes))
     ]
-    return [*sent, *_of_the_head(spread, batch)]
+    return [*sent, *_head_traffic(spread, batch)]
 
 
-def _of_the_head(spread: Spread, batch: MicroBatch) -> list[Sent]:
+def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """One all-gather of numbers per row and chunk, two for jsd, and the sum of the gradient."""
     sent: list[Sent] = []
     per_row = 7 if spread.is_warm else 6

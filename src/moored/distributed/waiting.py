@@ -76,12 +76,12 @@ class Waiting:
 
 def ranks(missing: Collection[int]) -> str:
     """`rank 3`, `ranks 1, 4-7`: many of them in few words."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for rank in sorted(missing):
-        if found and rank == found[-1][1] + 1:
-            found[-1][1] = rank
+        if ranges and rank == ranges[-1][1] + 1:
+            ranges[-1][1] = rank
         else:
-            found.append([rank, rank])
-    parts = [str(a) if a == b else f"{a}-{b}" for a, b in found]
+            ranges.append([rank, rank])
+    parts = [str(a) if a == b else f"{a}-{b}" for a, b in ranges]
     shown = parts[:8] + ([f"and {len(parts) - 8} more groups"] if parts[8:] else [])
     return f"rank{'s' if len(missing) != 1 else ''} {', '.join(shown)}"

@@ -81,7 +81,7 @@ def jobs_of(
         caches={n: os.path.abspath(v) for n in _CACHES if (v := os.environ.get(n))},
         binds=binds_of(config, site),
     )
-    here, recipe = str(run), str(run / "slurm" / "recipe.yaml")
+    here, recipe = str(run), str(RunDirectory(run).slurm / "recipe.yaml")
     commands = {
         "prepare": ("prepare", recipe),
         "evaluate": ("evaluate", here),

@@ -27,7 +27,7 @@ from moored.tracking.run_directory import RunDirectory
 from moored.utils.environment import versions_of
 from moored.utils.errors import MooredError
 
-MEETING_SECONDS = 120.0  # for the other nodes to come, and to answer
+RENDEZVOUS_SECONDS = 120.0  # for the other nodes to come, and to answer
 PROBE_BYTES = 16 << 20  # of the all-reduce whose bandwidth is measured
 MAX_GPU_USED = 0.1  # share of a GPU's memory that somebody else may hold
 GIB = 2**30
@@ -85,7 +85,7 @@ def _check(run_dir: Path, expected: dict[str, Any], facts: list[str]) -> None:
         own = unfit
     try:
         mesh = start_mesh(
-            timeout_seconds=MEETING_SECONDS, wait_seconds=MEETING_SECONDS, folder=run_dir
+            timeout_seconds=RENDEZVOUS_SECONDS, wait_seconds=RENDEZVOUS_SECONDS, folder=run_dir
         )
     except MooredError as error:
         raise own or _Unfit("waited", str(error)) from error
@@ -136,11 +136,11 @@ def _disk(run_dir: Path, min_free_gib: float) -> list[str]:
 def _gpus(expected: int) -> list[str]:
     if not expected:
         return []
-    found = torch.cuda.device_count()
-    if found < expected:
-        raise _Unfit("bad", f"{found} usable GPUs, but the job has {expected} per node")
+    count = torch.cuda.device_count()
+    if count < expected:
+        raise _Unfit("bad", f"{count} usable GPUs, but the job has {expected} per node")
     wrong = []
-    for index in range(found):
+    for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
         if free < (1 - MAX_GPU_USED) * total:
             wrong.append(f"GPU {index}: {(total - free) / GIB:.1f} GiB are held by somebody else")
@@ -152,7 +152,7 @@ def _gpus(expected: int) -> list[str]:
             wrong.append(f"GPU {index}: {str(error).splitlines()[0]}")
     if wrong:
         raise _Unfit("bad", *wrong)
-    return [f"{found} x {torch.cuda.get_device_name(0)}"]
+    return [f"{count} x {torch.cuda.get_device_name(0)}"]
 
 
 def _together(mesh: Mesh, expected: dict[str, Any], own: _Unfit | None) -> list[str]:

@@ -15,8 +15,7 @@ from typing import Literal
 
 import jinja2
 
-from moored.slurm.node_places import slurm_folder
-from moored.slurm.site import Site
+from moored.slurm.site import Site, slurm_folder
 from moored.utils.errors import UserError
 
 PREFLIGHT_SECONDS, STAGING_SECONDS = 600, 3600  # of the checks; with a model to copy to a disk

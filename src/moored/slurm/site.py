@@ -1,12 +1,15 @@
 """A site profile: how jobs are asked for on one cluster, and what its nodes need.
 
-Training options are the recipe's. Profiles lie in `slurm/sites`; what is made of one is
-`script.py`'s.
+Training options are the recipe's. Profiles lie in `slurm/sites`, and what is made of one is
+`script.py`'s. The reference of profiles is written from here:
+
+    python -m moored.slurm.site > docs/site.md
 """
 
 from __future__ import annotations
 
 import re
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,8 +18,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from moored.config import recipe as recipes
-from moored.config.recipe import shorten, suggest
+from moored.config.recipe import read_recipe, shorten, suggest
 from moored.config.section import (
     Ignored,
     Key,
@@ -28,8 +30,31 @@ from moored.config.section import (
     dotted_key,
 )
 from moored.config.validation import validate
-from moored.slurm.node_places import slurm_folder
 from moored.utils.errors import UserError
+
+TEMPLATE = "train.sbatch.j2"
+REFERENCE_HEAD = """# Site profiles: every key
+
+Written from the schema by `python -m moored.slurm.site > docs/site.md`; a test holds it true. A
+profile says how jobs are asked for on one cluster and what its nodes need; how it is trained is the
+recipe's. Examples, one per kind of site, are in `slurm/sites`; `--site` takes a name there or a
+path, and `--set slurm.partition=long` changes a key for one submission. Profiles are strict, as
+recipes are. [slurm.md](slurm.md) is the guide.
+"""
+
+
+def slurm_folder() -> Path:
+    """The folder of the templates and of `sites/`: in a checkout, else where it was installed.
+
+    Raises:
+        UserError: the installation lacks it.
+    """
+    checkout = Path(__file__).resolve().parents[3] / "slurm"
+    installed = Path(sysconfig.get_path("data")) / "share" / "moored" / "slurm"
+    for folder in (checkout, installed):
+        if (folder / TEMPLATE).is_file():
+            return folder
+    raise UserError(f"{installed} is missing: install moored again (pip install --force-reinstall)")
 
 
 def _shaped(pattern: str, words: str) -> BeforeValidator:
@@ -46,7 +71,7 @@ def _shaped(pattern: str, words: str) -> BeforeValidator:
 
 
 def _seconds(limit: str) -> int:
-    """Of a limit as SLURM reads it: `30` and `30:00` are minutes, `2-00` is days and hours."""
+    """A limit as SLURM reads it: `30` and `30:00` are minutes, `2-00` is days and hours."""
     days, dash, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash or len(parts) == 3:
@@ -336,10 +361,16 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
             )
         path = folder / f"{name_or_path}.yaml"
     empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
-    recipe = recipes.read(path, overrides, empty)
+    recipe = read_recipe(path, overrides, empty)
     if recipe.lines.keys() & {("model",), ("data",), ("train",)}:
         raise UserError(
             f"--site {path}: this is a recipe, and a site profile is needed: name one of "
             f"{', '.join(_known())}, or a copy of one in {slurm_folder() / 'sites'}"
         )
     return path.stem, validate(Site, recipe, _NO_PLACEHOLDERS, extra=lambda _site: ())
+
+
+if __name__ == "__main__":
+    from moored.config.recipe_reference import reference
+
+    print(reference(Site, REFERENCE_HEAD), end="")

@@ -227,15 +227,15 @@ def show_logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) ->
         UserError: there is no log, or no such rank.
     """
     _require_rank(run, rank)
-    found: dict[Path, _Log] = {}
+    logs: dict[Path, _Log] = {}
     first = True
     while True:
         ended = not follow or _has_ended(run)
         for path in _log_files(run, rank):
-            if path not in found:
+            if path not in logs:
                 print(f"==> {os.path.relpath(path)} <==", file=out)
-                found[path] = _Log(path)
-            text = found[path].read(to_its_end=ended)
+                logs[path] = _Log(path)
+            text = logs[path].read(to_its_end=ended)
             if first:
                 text = "".join(text.splitlines(keepends=True)[-lines:] if lines else [])
             out.write(text)
@@ -244,7 +244,7 @@ def show_logs(run: Path, out: TextIO, *, rank: int, lines: int, follow: bool) ->
             break
         first = False
         time.sleep(POLL_SECONDS)
-    if not found:
+    if not logs:
         raise UserError(f"{run} has no log of rank {rank} yet: it has not started")
 
 
@@ -268,8 +268,8 @@ class _Log:
 
     def _shown(self, text: str) -> Iterator[str]:
         for line in text.splitlines(keepends=True):
-            if found := _RECORD.match(line):
-                self._hides = found[1] == "DEBUG"
+            if record := _RECORD.match(line):
+                self._hides = record[1] == "DEBUG"
             if not self._hides:
                 yield line
 

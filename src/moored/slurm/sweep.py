@@ -14,12 +14,12 @@ from pathlib import Path
 
 from moored.config import Config, load_config
 from moored.data import check_data, what_is_checked
-from moored.slurm import jobs as room
+from moored.slurm import jobs
 from moored.slurm.script import Job, render
 from moored.slurm.site import Site
 from moored.slurm.snapshot import keep_code, keep_expectations, keep_recipe
 from moored.tracking import Tracker
-from moored.tracking.journal import first_start
+from moored.tracking.journal import JOURNAL_NAME, first_start
 from moored.tracking.run_directory import (
     RunDirectory,
     locked,
@@ -33,7 +33,6 @@ from moored.utils.errors import UserError
 from moored.utils.json_files import write_json
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
-JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +110,10 @@ def arms_of(recipe: Path, texts: Sequence[str]) -> list[Arm]:
             }
         overrides = (*fixed, *(f"{key}={value}" for key, value in point.items()))
         config = load_config(recipe, overrides)
-        print_of = config.fingerprint()
-        if print_of not in arms:
+        fingerprint = config.fingerprint()
+        if fingerprint not in arms:
             name = _name(config, point, {arm.name for arm in arms.values()})
-            arms[print_of] = Arm(name=name, overrides=overrides, config=config)
+            arms[fingerprint] = Arm(name=name, overrides=overrides, config=config)
     if len(arms) > MAX_ARMS:
         raise UserError(f"{len(arms)} arms, more than {MAX_ARMS}: sweep less at once")
     return list(arms.values())
@@ -140,17 +139,17 @@ def array_of(
     arms: Sequence[Arm], site: Site, *, nodes: int, throttle: int, indices: Sequence[int]
 ) -> tuple[Job, Job]:
     """The array, and the job that reports once all of it has ended, one way or another."""
-    config = room.for_site(arms[0].config, site)
+    config = jobs.for_site(arms[0].config, site)
     sweep = path_of(config)
-    base = room.jobs_of(config, site, sweep, nodes=nodes, stages=("train", "report"))
-    binds = {path for a in arms for path in room.binds_of(a.config, site)}
+    base = jobs.jobs_of(config, site, sweep, nodes=nodes, stages=("train", "report"))
+    binds = {path for a in arms for path in jobs.binds_of(a.config, site)}
     array = replace(
         base["train"],
         title=f"{config.name}: a sweep of {len(arms)} arms",
-        arms=tuple(sweep / "arms" / arm.name for arm in arms),
+        arms=tuple(RunDirectory(sweep).arm(arm.name).path for arm in arms),
         indices=tuple(indices),
         throttle=throttle,
-        ship_later=room.ships_to_file(config),
+        ship_later=jobs.ships_to_file(config),
         binds=tuple(sorted(binds)),
     )
     commands = [("report", str(sweep))]
@@ -168,7 +167,7 @@ def submit_sweep(
     nodes: int = 1,
     throttle: int = 0,
     restart: bool = False,
-) -> tuple[Path, list[Arm], list[room.Submitted]]:
+) -> tuple[Path, list[Arm], list[jobs.Submitted]]:
     """Submit the arms that are not done yet, and a report over all.
 
     Returns:
@@ -177,23 +176,23 @@ def submit_sweep(
     Raises:
         UserError: the sweep is in the queue; an arm's directory holds another run; SLURM refuses.
     """
-    arms = [replace(arm, config=room.for_site(arm.config, site)) for arm in arms_of(recipe, texts)]
+    arms = [replace(arm, config=jobs.for_site(arm.config, site)) for arm in arms_of(recipe, texts)]
     sweep = path_of(arms[0].config)
-    folders = [sweep / "arms" / arm.name for arm in arms]
+    directory = RunDirectory(sweep)
+    folders = [directory.arm(arm.name).path for arm in arms]
     due = [
         index
         for index, folder in enumerate(folders)
         if restart or RunDirectory(folder).state().get("status") != "done"
     ]
-    directory = RunDirectory(sweep)
     if directory.config.exists():
         require_kind(directory, "sweep")
     array, report = array_of(arms, site, nodes=nodes, throttle=throttle, indices=due)
     scripts = {job.script: render(job, site, site_name) for job in (array, report)}
     for config in {what_is_checked(arm.config): arm.config for arm in arms}.values():
         check_data(config)
-    room.say_what_is_left_out()
-    room.require_free(sweep)
+    jobs.say_what_is_left_out()
+    jobs.require_free(sweep)
     for script in scripts.values():
         scheduler.check(script)
     with locked(sweep):
@@ -203,19 +202,19 @@ def submit_sweep(
         for index in due:
             with locked(folders[index]):
                 open_run(arms[index].config, folders[index], restart=restart)
-                room.forget_attempts(RunDirectory(folders[index]).slurm)
+                jobs.forget_attempts(RunDirectory(folders[index]).slurm)
                 keep_recipe(arms[index].config, folders[index])
-        room.forget_attempts(directory.slurm)
+        jobs.forget_attempts(directory.slurm)
         keep_code(sweep)
         keep_expectations([arm.config for arm in arms], sweep, site)
-        if first_start(sweep / JOURNAL) is None:
+        if first_start(sweep / JOURNAL_NAME) is None:
             names, configs = [arm.name for arm in arms], [arm.config for arm in arms]
             Tracker.declare(configs[0], sweep, names, configs)
         for path, script in scripts.items():
             write_atomically(path, script.encode())
-    jobs = [("report", report)] if not due else [("train", array), ("report", report)]
-    submitted = room.submit_chain(jobs, condition="afterany")
-    room.remember(sweep, submitted, site_name=site_name, nodes=nodes, ranks=site.slurm.ranks)
+    chain = [("report", report)] if not due else [("train", array), ("report", report)]
+    submitted = jobs.submit_chain(chain, condition="afterany")
+    jobs.remember(sweep, submitted, site_name=site_name, nodes=nodes, ranks=site.slurm.ranks)
     return sweep, [arms[index] for index in due], submitted
 
 

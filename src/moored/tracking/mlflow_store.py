@@ -97,20 +97,20 @@ class MlflowStore:
             )
 
     def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return self._client.create_experiment(name, artifact_location=self._artifacts)
             except self._error as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = self._client.get_experiment_by_name(name)
-        if found is None or found.lifecycle_stage == "deleted":
+                experiment = self._client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
             raise StopError(
                 f"experiment {name!r} is deleted in MLflow: restore it there, or set "
                 "track.experiment to another name"
             )
-        return found.experiment_id
+        return experiment.experiment_id
 
     def find_run(self, start: dict[str, Any], run_id: str | None) -> str | None:
         """By id, else by the uid that its tags hold."""
@@ -127,8 +127,8 @@ class MlflowStore:
     def _twins(self, start: dict[str, Any]) -> list[str]:
         """The runs with this uid, the oldest first: all who ask take the same."""
         experiment = self._experiment(start["experiment"])
-        found = self._client.search_runs([experiment], f"tags.`moored.uid` = '{start['uid']}'")
-        made = sorted((run.data.tags.get("moored.made", ""), run.info.run_id) for run in found)
+        twins = self._client.search_runs([experiment], f"tags.`moored.uid` = '{start['uid']}'")
+        made = sorted((run.data.tags.get("moored.made", ""), run.info.run_id) for run in twins)
         return [run_id for _, run_id in made]
 
     def create_run(self, start: dict[str, Any], began: float) -> str:

@@ -29,7 +29,7 @@ FAILING_SECONDS = 15.0  # of waiting for a store that does not work
 SAMPLER_SECONDS = 5.0  # of waiting for a sampler's last words
 
 
-class _Beside:
+class _Sidecar:
     """A process of our own on this machine; never more than a `fork` and an `exec` to the caller.
 
     Args:
@@ -113,7 +113,7 @@ class _Beside:
             self._process.wait()
 
 
-class ShipperProcess(_Beside):
+class ShipperProcess(_Sidecar):
     """One run's shipper.
 
     Args:
@@ -170,7 +170,7 @@ class ShipperProcess(_Beside):
         return 0.0
 
 
-class SamplerProcess(_Beside):
+class SamplerProcess(_Sidecar):
     """Samples a machine that has no shipper; no store is known to it.
 
     Args:

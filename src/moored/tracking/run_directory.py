@@ -91,6 +91,10 @@ class RunDirectory:
         """The runs of a comparison or a sweep; none of a run."""
         return [RunDirectory(path) for path in sorted(self.path.glob("arms/*")) if path.is_dir()]
 
+    def arm(self, name: str) -> RunDirectory:
+        """The run of one arm of a comparison or a sweep."""
+        return RunDirectory(self.path / "arms" / name)
+
     @property
     def kind(self) -> str:
         """`run`, `comparison` or `sweep`; older versions did not write it down."""

@@ -44,7 +44,7 @@ class Store(Protocol):
         ...
 
     def settle(self, start: dict[str, Any], run_id: str) -> str:
-        """Of several makings at once, the run that all makers agree on; ours goes if it is not."""
+        """The run that all agree on who made it at once; ours goes if it is another."""
         ...
 
     def drop_twins(self, start: dict[str, Any], run_id: str) -> None:

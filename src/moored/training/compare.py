@@ -23,7 +23,7 @@ from moored.training import train
 from moored.training.lifecycle import (
     asked_to_stop,
     ending,
-    met,
+    join_mesh,
     open_run_on_all_ranks,
     signals_seen,
     start_tracking,
@@ -46,7 +46,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
         MooredError: an arm's; the arms before it are kept.
     """
     os.umask(0o077)
-    mesh = met(config)
+    mesh = join_mesh(config)
     path = path_of(config)
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
@@ -68,12 +68,12 @@ def run(config: Config, *, restart: bool = False) -> Path:
                 )
             if mesh.is_main:
                 Console(stderr=True).rule(f"arm {name}")
-            place = path / "arms" / name
+            place = directory.arm(name)
             try:
-                train.run(arm, path=place, arm=name, parent=path, base_answered=base_answered)
+                train.run(arm, path=place.path, arm=name, parent=path, base_answered=base_answered)
             except TrainingRefusedError as error:
                 refused.append(f"arm {name}: {error}")
-            file = place / "report/report.json"
+            file = place.report / "report.json"
             if mesh.world.broadcast(file.exists()):  # who broke a budget in the end has one, too
                 base_answered = answered_in(Report.read(file).base)
                 measured.append(name)
@@ -86,7 +86,7 @@ def run(config: Config, *, restart: bool = False) -> Path:
 
 
 def _report(directory: RunDirectory, names: list[str], tracker: Tracker) -> None:
-    arms = {name: RunDirectory(directory.path / "arms" / name) for name in names}
+    arms = {name: directory.arm(name) for name in names}
     report = merge([Report.read(arm.report / "report.json") for arm in arms.values()])
     curves = {name: metrics(arm.path) for name, arm in arms.items()}
     write(report, directory.report, curves=curves)

@@ -70,8 +70,8 @@ def run(config: Config | None) -> None:
 
 def _machine(console: Console, config: Config | None) -> None:
     versions = versions_of(PACKAGES)
-    for package, found in versions.items():
-        if found == NOT_INSTALLED:
+    for package, version in versions.items():
+        if version == NOT_INSTALLED:
             raise UserError(f"{package} is not installed: pip install {package}")
     memory = psutil.virtual_memory()
     folder = config.output.dir if config is not None else Path.cwd()
@@ -109,19 +109,19 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     """What is printed of a recipe; warnings come back."""
     reader = DataReader()
     reader.check(config)
-    located = resolve_base(config.model, mesh)
-    source, tokenizer = located.source, located.tokenizer
+    base_files = resolve_base(config.model, mesh)
+    source, tokenizer = base_files.source, base_files.tokenizer
     load = partial(
         load_samples,
         tokenizer=tokenizer,
         data=config.data,
-        vocab_size=located.vocab_size,
+        vocab_size=base_files.vocab_size,
         reader=reader,
     )
     samples = load(config.data.train)
     held_out = load(config.data.eval, section="data.eval")
     ends = turn_ends(samples, tokenizer, config.data.max_length)
-    suite = build_suite(config, located, mesh, reader, held_out)
+    suite = build_suite(config, base_files, mesh, reader, held_out)
     del reader  # all is tokenised, and what it holds would stay beside the model
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
@@ -205,7 +205,7 @@ def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
 def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
     """What `traffic.py` needs to know of a model that is spread over ranks."""
     assert policy.sharding is not None
-    of_adapters = policy.trainable().items()
+    trained = policy.trainable().items()
     hf_config: Any = policy.causal_lm.get_base_model().config
     num_layers: int = hf_config.get_text_config().num_hidden_layers
     return Spread(
@@ -214,7 +214,7 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         num_layers=num_layers,
         activation_bytes=policy.compute_dtype.itemsize,
         shared_adapter_sizes=[
-            p.numel() for name, p in of_adapters if policy.sharding.split_of(name) is None
+            p.numel() for name, p in trained if policy.sharding.split_of(name) is None
         ],
         sequence_parallel=config.parallel.sequence_parallel,
         checkpointing=config.train.gradient_checkpointing,

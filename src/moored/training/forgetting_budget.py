@@ -95,7 +95,7 @@ class Controller:
         )
 
     def outcome(self) -> dict[str, Any]:
-        """What a report says of it: fields of `outcome.Training`."""
+        """What a report says of it: fields of `build_report.TrainedRun`."""
         return {
             "weight": self.acted,
             "budget_lost": self.measured,

@@ -37,8 +37,8 @@ STATUS = {
 MLFLOW_STATUS = {"done": "FINISHED", "preempted": "KILLED", "interrupted": "KILLED"}
 
 
-def met(config: Config) -> Mesh:
-    """The processes of a recipe's run, which have waited for each other as long as it says."""
+def join_mesh(config: Config) -> Mesh:
+    """Meet the other processes of a recipe's run, waiting for them as long as it says."""
     return start_mesh(
         config.parallel.tensor_parallel_degree,
         wait_seconds=config.parallel.rendezvous_seconds,

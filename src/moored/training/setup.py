@@ -44,7 +44,7 @@ class Run:
     mesh: Mesh
     directory: RunDirectory
     tracker: Tracker
-    located: BaseFiles
+    base_files: BaseFiles
     policy: PolicyModel
     engine: Engine
     stream: Prefetcher
@@ -62,26 +62,26 @@ class Run:
     saved_step: int = 0  # of the newest checkpoint
     signals: list[int] = field(default_factory=list)
     base_answered: Answered | None = None  # by the base, once known
-    alone: bool = True  # not an arm of a comparison, which prints one table for all
+    prints_summary: bool = True
 
 
 def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Tracker) -> Run:
     """Data first (cheap to find wrong), then the model, then the newest checkpoint."""
     reader = DataReader()
     reader.check(config)
-    located = resolve_base(config.model, mesh)
+    base_files = resolve_base(config.model, mesh)
     samples = load_samples(
-        config.data.train, located.tokenizer, config.data, located.vocab_size, reader=reader
+        config.data.train, base_files.tokenizer, config.data, base_files.vocab_size, reader=reader
     )
-    stream = TrainStream(config, located.tokenizer, samples)
-    suite = build_suite(config, located, mesh, reader)
+    stream = TrainStream(config, base_files.tokenizer, samples)
+    suite = build_suite(config, base_files, mesh, reader)
     num_steps = stream.total_steps()
     _require_length(config, num_steps)
     regularizer = config.regularizer
     replay = None
     if regularizer.kind == "replay":
         replay = TrainStream.of_replay(
-            config, located.tokenizer, located.vocab_size, num_steps, reader
+            config, base_files.tokenizer, base_files.vocab_size, num_steps, reader
         )
     del reader  # all is tokenised, and what it holds would stay beside the model
     controller = _controller(config, num_steps)
@@ -101,13 +101,13 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if replay is not None:
         tracker.event("replayed_sources", sources=replay.samples.describe())
 
-    ends = turn_ends(samples, located.tokenizer, config.data.max_length)
+    ends = turn_ends(samples, base_files.tokenizer, config.data.max_length)
     if mesh.is_main:
         directory.update_state(turn_ends=[asdict(end) for end in ends])
 
-    policy = load_policy(located.source.path, config, mesh)
+    policy = load_policy(base_files.source.path, config, mesh)
     for end in untrained(policy.head, ends, mesh.tp):
-        line = in_words(end, located.tokenizer, config.model.name_or_path)
+        line = in_words(end, base_files.tokenizer, config.model.name_or_path)
         log.log(logging.WARNING if mesh.is_main else logging.DEBUG, "%s", line)
     newest = checkpoint.newest(directory.checkpoints) if mesh.is_main else None
     name = mesh.world.broadcast(None if newest is None else str(newest))
@@ -115,13 +115,13 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         checkpoint.load_adapter(newest, policy)
     engine = Engine(policy, config, mesh)
-    engine.keep_references(config, located.source.revision, located.vocab_size)
-    one = Run(
+    engine.keep_references(config, base_files.source.revision, base_files.vocab_size)
+    run = Run(
         config=config,
         mesh=mesh,
         directory=directory,
         tracker=tracker,
-        located=located,
+        base_files=base_files,
         policy=policy,
         engine=engine,
         stream=Prefetcher(stream, num_steps, prepare=_read_ahead(engine, config)),
@@ -131,8 +131,8 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         num_steps=num_steps,
     )
     if newest is not None:
-        _resume(one, newest)
-    return one
+        _resume(run, newest)
+    return run
 
 
 def _require_length(config: Config, num_steps: int) -> None:

@@ -24,15 +24,14 @@ from moored.evaluation.evaluate import Evaluation, Suite, evaluate, measure
 from moored.evaluation.generate import Answered
 from moored.evaluation.report import rise_pct, show, write
 from moored.models.engine import leave
-from moored.tracking.journal import metrics
+from moored.tracking import journal
 from moored.tracking.run_directory import heartbeat, path_of
-from moored.training import checkpoint
-from moored.training import metrics as measures
+from moored.training import checkpoint, metrics
 from moored.training.lifecycle import (
     asked_to_stop,
     ending,
     failures_named,
-    met,
+    join_mesh,
     open_run_on_all_ranks,
     signals_seen,
     start_tracking,
@@ -83,7 +82,7 @@ def run(
         MooredError: see its subclasses; `exit_code` says which kind.
     """
     os.umask(0o077)
-    mesh = met(config)
+    mesh = join_mesh(config)
     path = (path or path_of(config)).absolute()
     with contextlib.ExitStack() as stack:
         if parent is None:
@@ -96,15 +95,16 @@ def run(
         tracker = start_tracking(config, path, attempt, mesh, parent)
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
-        one = assemble(config, mesh, directory, tracker)
-        one.alone, one.base_answered, one.signals = parent is None, base_answered, signals
-        stack.callback(one.engine.close)
-        stack.callback(one.stream.close)
-        _train(one)
-        _export(one)
-        _evaluate_and_report(one, arm or config.regularizer.kind)
-        _tell_references(one)
-        _require_budget(one)
+        run = assemble(config, mesh, directory, tracker)
+        run.prints_summary = parent is None  # a comparison prints one table for all its arms
+        run.base_answered, run.signals = base_answered, signals
+        stack.callback(run.engine.close)
+        stack.callback(run.stream.close)
+        _train(run)
+        _export(run)
+        _evaluate_and_report(run, arm or config.regularizer.kind)
+        _tell_references(run)
+        _require_budget(run)
     return path
 
 
@@ -116,7 +116,7 @@ def _train(run: Run) -> None:
     if run.step == 0 and config.evaluation.before:
         before = _measure(run, run.suite, base=True)
         run.base_answered = before.answered
-        run.tracker.metrics(run.step, measures.of_evaluation(before))
+        run.tracker.metrics(run.step, metrics.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
         _evaluate(run)
     share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
@@ -191,11 +191,11 @@ def _steer(run: Run) -> None:
     if run.step % controller.budget.every and run.step != run.num_steps:
         return
     # Not to be stopped in between: a run that goes on must not go on without this measurement.
-    found = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
-    rise = rise_pct(found.base_ppl, found.policy_ppl)
+    lost = measure(run.engine, run.suite.probe, run.mesh, references=run.probe_references)
+    rise = rise_pct(lost.base_ppl, lost.policy_ppl)
     assert rise is not None
-    controller.update(found.kl if controller.budget.by_drift else rise)
-    run.tracker.metrics(run.step, measures.of_budget(controller))
+    controller.update(lost.kl if controller.budget.by_drift else rise)
+    run.tracker.metrics(run.step, metrics.of_budget(controller))
     ended = run.step == run.num_steps  # then it is exported and reported before it is refused
     if controller.is_lost and not ended and controller.budget.when_broken == "stop":
         _save(run)
@@ -209,7 +209,7 @@ def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
         return
     kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
     spent = {"seconds": seconds, "peak_memory_bytes": peak}
-    values = measures.of_step(stats, kind, **spent, regularized=run.regularized)
+    values = metrics.of_step(stats, kind, **spent, regularized=run.regularized)
     run.tracker.metrics(run.step, values)
 
 
@@ -326,7 +326,7 @@ def _measure(run: Run, suite: Suite, *, base: bool = False, pinpoint: bool = Fal
         run.engine,
         suite,
         run.mesh,
-        tokenizer=run.located.tokenizer,
+        tokenizer=run.base_files.tokenizer,
         config=run.config.evaluation,
         base=base,
         pinpoint=pinpoint,
@@ -341,8 +341,8 @@ def _evaluates_now(run: Run) -> bool:
 
 def _was_evaluated(run: Run) -> bool:
     """Whether an earlier start has measured the adapter of this step. Collective."""
-    found = metrics(run.directory.path) if run.mesh.is_main else {}
-    known = [found[name] for name in found if name.startswith(("eval/", "retention/"))]
+    curves = journal.metrics(run.directory.path) if run.mesh.is_main else {}
+    known = [curves[name] for name in curves if name.startswith(("eval/", "retention/"))]
     is_known = any(step == run.step for points in known for step, _ in points)
     return run.mesh.world.broadcast(is_known)
 
@@ -350,7 +350,7 @@ def _was_evaluated(run: Run) -> bool:
 def _evaluate(run: Run) -> None:
     """On the way: without what has to be generated."""
     evaluation = _measure(run, run.suite.without_prompts())
-    run.tracker.metrics(run.step, measures.of_evaluation(evaluation))
+    run.tracker.metrics(run.step, metrics.of_evaluation(evaluation))
 
 
 def _evaluate_and_report(run: Run, name: str) -> None:
@@ -372,7 +372,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
             if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
                 run.base_answered = base.answered
-            run.tracker.metrics(run.step, measures.of_evaluation(after))
+            run.tracker.metrics(run.step, metrics.of_evaluation(after))
             error: BaseException | None = None
             if run.mesh.is_main:
                 try:
@@ -392,7 +392,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
 def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> None:
     report = to_report(
         run.config,
-        run.located.source,
+        run.base_files.source,
         name,
         after,
         training,
@@ -400,7 +400,7 @@ def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> Non
         num_prompts=len(run.suite.prompts),
         trained_by=run.config,
     )
-    write(report, run.directory.report, curves={name: metrics(run.directory.path)})
+    write(report, run.directory.report, curves={name: journal.metrics(run.directory.path)})
     run.tracker.artifact(run.directory.report, "report")
-    if run.alone:
+    if run.prints_summary:
         show(report, sys.stdout)

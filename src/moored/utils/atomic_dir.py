@@ -255,7 +255,7 @@ def hashing(what: str, paths: Iterable[Path], times: int = 1) -> Phase:
 
 
 def sha256(path: Path, phase: Phase | None = None) -> str:
-    """Of a file's content, in hex; the phase is told how many GB of it are read."""
+    """The SHA-256 of a file's content, in hex; the phase is told how many GB of it are read."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):

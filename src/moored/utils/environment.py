@@ -15,7 +15,6 @@ import platform
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moored import __version__
@@ -47,7 +46,7 @@ class RankInfo:
         address: host at which they meet; None for a process alone.
         ports: at that host: the one that the launcher keeps for them, or several of which rank 0
             takes the first that is free.
-        meeting: the name of this start, with which they prove each other that they belong to it;
+        rendezvous: the name of this start, with which they prove each other that they belong to it;
             empty where the port is the launcher's and they cannot: nobody has given them a secret,
             and they may share no folder to leave one in.
         one_machine: whether all of them are on the same one, as far as the launcher says.
@@ -59,7 +58,7 @@ class RankInfo:
     local_rank: int = 0
     address: str | None = None
     ports: tuple[int, ...] = ()
-    meeting: str = ""
+    rendezvous: str = ""
     one_machine: bool = False
     by_slurm: bool = False
 
@@ -79,6 +78,9 @@ class SlurmJob:
 
 def version_of(name: str) -> str:
     """The version of a package, or of `python`; `NOT_INSTALLED` where it is not there."""
+    # Imported here: the command line starts without it.
+    from importlib.metadata import PackageNotFoundError, version
+
     if name == "python":
         return platform.python_version()
     if name == "moored":
@@ -137,16 +139,16 @@ def rank_info() -> RankInfo:
             "processes with one torchrun, deepspeed or srun"
         )
     address = os.environ.get("MASTER_ADDR") or (_first_host() if by_slurm else None)
-    port, meeting = _integer("MASTER_PORT", 0), os.environ.get("MOORED_RENDEZVOUS", "")
+    port, rendezvous = _integer("MASTER_PORT", 0), os.environ.get("MOORED_RENDEZVOUS", "")
     ports = (port,) if port else ()
     one_machine = _one_host() if by_slurm else _local_size() == world_size
     if by_slurm:
-        ports, meeting = _slurm_ports(port)
-    elif port and meeting:
+        ports, rendezvous = _slurm_ports(port)
+    elif port and rendezvous:
         ports = _ports_from(port - FIRST_PORT)
     elif port and (one_machine or has_secret()):
         ports = _ports_from(port - FIRST_PORT + 1)  # the port itself is left to the launcher
-        meeting = _attempt(f"{address}:{port}")
+        rendezvous = _attempt(f"{address}:{port}")
     for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", ports)):
         if not value:
             raise UserError(
@@ -159,7 +161,7 @@ def rank_info() -> RankInfo:
         local_rank=local_rank,
         address=address,
         ports=ports,
-        meeting=meeting,
+        rendezvous=rendezvous,
         one_machine=one_machine,
         by_slurm=by_slurm,
     )

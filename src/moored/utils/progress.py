@@ -198,7 +198,7 @@ def watch(
 
 
 class Progress:
-    """Of a run's steps: loss, KL, tokens per second, time left.
+    """How far a run's steps are: loss, KL, tokens per second, time left.
 
     A bar on a terminal; about twenty plain lines where there is none (SLURM logs).
     """

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moored.config import Config, Regularizer, arm_names, load_config, wording
-from moored.config import recipe as recipes
+from moored.config import Config, Regularizer, arm_names, load_config, validation
 from moored.config.document import dump
+from moored.config.recipe import read_recipe
 from moored.config.recipe_reference import reference
 from moored.config.section import Key, Section
-from moored.config.wording import section_at
+from moored.config.validation import section_at
 from moored.utils.errors import UserError, UserErrors
 
 MINIMAL = """\
@@ -155,7 +155,7 @@ def test_every_misspelt_key_is_caught_with_the_right_name(tmp_path_factory, case
     assert section is not None
     if changed in section.model_fields or not changed:
         return
-    data = recipes.read(FULL_PATH(tmp_path_factory)).data
+    data = read_recipe(FULL_PATH(tmp_path_factory)).data
     at: Any = data
     for part in key:
         at = at[part]
@@ -238,9 +238,9 @@ def test_what_other_trainers_call_an_option_finds_ours(tmp_path, line, words):
 
 
 def test_every_name_of_other_trainers_leads_to_an_option():
-    paths = dict(wording._leaves(Config, ()))
-    assert {path for path in wording._PEERS.values() if path not in paths} == set()
-    assert not set(wording._PEERS) & set(wording._INSTEAD)
+    paths = dict(validation._leaves(Config, ()))
+    assert {path for path in validation._PEERS.values() if path not in paths} == set()
+    assert not set(validation._PEERS) & set(validation._INSTEAD)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_every_name_of_other_trainers_leads_to_an_option():
     ],
 )
 def test_the_option_of_the_same_section_is_named_alone(tmp_path, section, words):
-    data = recipes.read(write(tmp_path, MINIMAL)).data
+    data = read_recipe(write(tmp_path, MINIMAL)).data
     data.setdefault(section, {})["global_batch_size"] = 8
     data["train"].pop("global_batch_sequences", None)
     found = problems(write(tmp_path, dump(data)))
@@ -720,7 +720,7 @@ def test_an_option_that_is_gone(tmp_path, key, default, other, instead):
 
 def test_every_option_that_is_gone_is_tried():
     tried = {re.sub(r"\.\d+\.", ".*.", key) for key, *_ in GONE}
-    assert tried == {".".join(map(str, place)) for place in wording.REMOVED}
+    assert tried == {".".join(map(str, place)) for place in validation.REMOVED}
 
 
 def test_the_full_recipe_comes_back_from_its_copy(tmp_path, tmp_path_factory):
@@ -770,7 +770,7 @@ def test_reading_a_recipe_loads_no_torch(tmp_path):
         "heavy = {'torch', 'transformers', 'mlflow', 'deepspeed', 'numpy'} & set(sys.modules); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    source = Path(recipes.__file__).parents[1]
+    source = Path(validation.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(source), "PATH": ""},
@@ -814,7 +814,7 @@ ANYTHING = st.recursive(
 )
 @settings(max_examples=300, deadline=None)
 def test_no_value_anywhere_crashes_the_loader(tmp_path_factory, values, overrides):
-    data = recipes.read(FULL_PATH(tmp_path_factory)).data
+    data = read_recipe(FULL_PATH(tmp_path_factory)).data
     for (key, name), value in values:
         at: Any = data
         try:

@@ -17,11 +17,9 @@ from moored.cli import main
 from moored.config import load_config
 from moored.config.local_files import fingerprints, input_files, missing_and_changed
 from moored.slurm import jobs as room
-from moored.slurm.node_places import slurm_folder
 from moored.slurm.script import Job, render
-from moored.slurm.site import Site, load_site
+from moored.slurm.site import REFERENCE_HEAD, Site, load_site, slurm_folder
 from moored.slurm.site import _seconds as limit_seconds
-from moored.slurm.site_reference import HEAD
 from moored.slurm.sweep import arms_of, array_of, split_values, submit_sweep
 from moored.tracking.run_directory import path_of
 from moored.utils.errors import UserError, UserErrors
@@ -88,8 +86,8 @@ def test_every_golden_script_has_a_case() -> None:
 def test_the_page_of_site_profiles_is_true() -> None:
     from moored.config.recipe_reference import reference
 
-    assert reference(Site, HEAD) == (ROOT / "docs" / "site.md").read_text(), (
-        "run python -m moored.slurm.site_reference > docs/site.md"
+    assert reference(Site, REFERENCE_HEAD) == (ROOT / "docs" / "site.md").read_text(), (
+        "run python -m moored.slurm.site > docs/site.md"
     )
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from moored.utils import atomic_dir
 from moored.utils.atomic_dir import make_once, read_manifest, seal, verify
 from moored.utils.errors import UserError
+from moored.utils.json_files import jsonable, write_json
 
 
 def fill(folder: Path) -> dict[str, Any]:
@@ -190,3 +194,85 @@ def test_the_manifest_is_json_with_sizes_and_sums(tmp_path: Path) -> None:
             }
         },
     }
+
+
+# ---------------------------------------------------------------- one writer
+
+
+def replaced(folder: Path, text: str, fails: BaseException | None = None, **options: Any) -> None:
+    with atomic_dir.replacing(folder, **options) as new:
+        assert (new.stat().st_mode & 0o777, list(new.iterdir())) == (0o700, [])
+        (new / "a.txt").write_text(text)
+        if fails is not None:
+            raise fails
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "sub" / "x"
+    replaced(folder, "one")
+    left = folder.with_name(".x.tmp")  # by a writer that was killed
+    left.mkdir()
+    (left / "half").write_text("")
+    replaced(folder, "two")
+    assert [p.name for p in folder.parent.iterdir()] == ["x"]
+    assert [p.name for p in folder.iterdir()] == ["a.txt"]
+    assert (folder / "a.txt").read_text() == "two"
+
+
+def test_what_was_there_stays_where_the_new_folder_fails(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    replaced(folder, "one")
+    with pytest.raises(OSError, match="full"):
+        replaced(folder, "two", OSError("full"))
+    assert [p.name for p in tmp_path.iterdir()] == ["x"], "half a folder fills a full disk"
+    with pytest.raises(RuntimeError):
+        replaced(folder, "two", RuntimeError("read back otherwise"))
+    assert (folder / "a.txt").read_text() == "one"
+
+    def not_ours() -> None:
+        assert (folder / "a.txt").read_text() == "one"
+        raise UserError("of another process by now")
+
+    with pytest.raises(UserError, match="of another"):
+        replaced(folder, "two", before_rename=not_ours)
+    assert (folder / "a.txt").read_text() == "one"
+
+
+def test_files_are_private_within_and_as_before_after(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with contextlib.suppress(KeyError), atomic_dir.private_files():
+            (tmp_path / "a").write_text("")
+            raise KeyError
+        (tmp_path / "b").write_text("")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o600, 0o644]
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sub" / "a.json"
+    write_json(path, {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: forbidden(path))  # killed before the rename
+        with pytest.raises(AssertionError):
+            write_json(path, {"step": 2})
+    assert json.loads(path.read_text()) == {"step": 1}
+    write_json(path, {"step": 3})
+    assert path.read_text() == '{\n "step": 3\n}\n'
+
+
+def test_values_are_those_of_json() -> None:
+    @dataclass
+    class Part:
+        share: float
+        names: tuple[str, ...]
+
+    value = {"a": Part(math.nan, ("x",)), 3: [math.inf, -math.inf, 0.5, None, True]}
+    text = json.dumps(jsonable(value), allow_nan=False)
+    plain = {
+        "a": {"share": "NaN", "names": ["x"]},
+        "3": ["Infinity", "-Infinity", 0.5, None, True],
+    }
+    assert json.loads(text) == plain
+    assert [float(word) for word in plain["3"][:2]] == [math.inf, -math.inf]

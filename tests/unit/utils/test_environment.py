@@ -53,11 +53,11 @@ def test_torchrun_and_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_rank() == 1
 
 
-def test_a_meeting_with_a_name_has_several_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rendezvous_with_a_name_has_several_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, **TORCHRUN | {"MASTER_PORT": str(FIRST_PORT + NUM_PORTS - 1)})
     given(monkeypatch, MOORED_RENDEZVOUS="box-1-2")
     place = rank_info()
-    assert place.meeting == "box-1-2"
+    assert place.rendezvous == "box-1-2"
     assert place.ports[0] == FIRST_PORT + NUM_PORTS - 1
     assert len(set(place.ports)) > 1
     assert all(FIRST_PORT <= port < FIRST_PORT + NUM_PORTS for port in place.ports)
@@ -80,7 +80,7 @@ def test_an_srun_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not set(rank_info().ports) & set(place.ports)
     monkeypatch.setenv("SLURM_STEP_ID", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # where nobody of the start before is let in
-    assert rank_info().meeting != place.meeting
+    assert rank_info().rendezvous != place.rendezvous
     given(monkeypatch, MASTER_ADDR="elsewhere", MASTER_PORT="1234")
     assert (rank_info().address, rank_info().ports) == ("elsewhere", (1234,))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import sys
@@ -20,7 +19,7 @@ from moored.evaluation.report.results import Report
 from moored.evaluation.report.terminal import show
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
-from moored.tracking.run_directory import write_atomically
+from moored.utils.atomic_dir import private_files, write_atomically
 from moored.utils.environment import version_of
 from moored.utils.errors import UserError
 
@@ -56,19 +55,17 @@ def write(report: Report, folder: Path, *, curves: Curves | None = None) -> Path
     # Each list of plain numbers on one line; strings hold no line breaks.
     numbers = re.compile(r"\[\n([^\[\]{}\"]*)\]")
     content = numbers.sub(lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
-    before = os.umask(0o077)
     try:
-        # The figures first: they cost a training run, the pictures can be drawn again.
-        write_atomically(folder / "report.json", content.encode())
-        write_atomically(folder / "report.html", html(report, curves).encode())
-        write_atomically(folder / "frontier.png", frontier_png(report))
+        with private_files():
+            # The figures first: they cost a training run, the pictures can be drawn again.
+            write_atomically(folder / "report.json", content.encode())
+            write_atomically(folder / "report.html", html(report, curves).encode())
+            write_atomically(folder / "frontier.png", frontier_png(report))
     except OSError as error:
         raise UserError(
             f"{folder}: the report cannot be written: {error.strerror or error}: choose another "
             "folder, or make room"
         ) from error
-    finally:
-        os.umask(before)
     return folder
 
 
