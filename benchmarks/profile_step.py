@@ -23,7 +23,7 @@ import moored.training.train
 from moored.config import Config
 from moored.loss.head import Head
 from moored.models.engine import Engine
-from moored.models.linear4bit import FrozenLinear4bit
+from moored.models.nf4 import FrozenLinear4bit
 
 PARTS = {
     "reference pass": (Engine, "reference"),

@@ -23,7 +23,7 @@ import psutil
 
 from moored.config import load_config
 from moored.tracking import Tracker, sync
-from moored.tracking.cursor import Cursor, lock_holder
+from moored.tracking.journal import Cursor, lock_holder
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.shipper import Shipper
 

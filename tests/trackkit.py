@@ -20,7 +20,7 @@ import yaml
 
 from moored.config import Config, load_config
 from moored.tracking import Tracker
-from moored.tracking.cursor import Cursor, shipping
+from moored.tracking.journal import Cursor, shipping
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.provenance import address
 

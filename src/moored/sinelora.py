@@ -174,7 +174,7 @@ class SineLayer:
 
 
 def _dtype_of_products(x: Tensor, weight: Tensor) -> torch.dtype:
-    """As of any other linear layer: autocast's, else the adapter's own."""
+    """The precision of any other linear layer: autocast's, else the adapter's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 

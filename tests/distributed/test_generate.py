@@ -13,7 +13,7 @@ from peft import PeftModel
 from distributed.runner import run_distributed
 from moored.config import load_config
 from moored.evaluation.instructions import TASKS
-from moored.evaluation.instructions.ask import instruction_prompts
+from moored.evaluation.instructions.tasks import instruction_prompts
 from moored.tracking.journal import metrics
 from moored.training import train
 from moored.utils.errors import UserError

@@ -18,7 +18,7 @@ from moored.config import Config, load_config
 from moored.distributed.mesh import start_mesh
 from moored.evaluation import evaluate_command
 from moored.evaluation.lm_eval_model import HarnessModel, open_tasks
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.engine import Engine, leave
 from moored.models.policy import load_policy
 from moored.training import train

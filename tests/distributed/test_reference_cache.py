@@ -13,7 +13,7 @@ from distributed.runner import mostly_long, run_distributed
 from moored.config import Config, load_config
 from moored.distributed.mesh import alone
 from moored.evaluation.report import Report
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.reference_cache import references_folder
 from moored.prepare import references
 from moored.tracking.journal import metrics, read_journal

@@ -22,8 +22,8 @@ from forking import Forked, moored
 from moored.distributed import rendezvous
 from moored.distributed.joining import prove
 from moored.distributed.mesh import Axis, leave_mesh, start_mesh
+from moored.distributed.rendezvous import Waiting
 from moored.distributed.secret import Key
-from moored.distributed.waiting import Waiting
 from moored.utils.environment import FIRST_PORT, NUM_PORTS, RankInfo
 from moored.utils.errors import UserError
 

@@ -27,7 +27,7 @@ from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
 from moored.loss.divergence import Objective, Scales
 from moored.models.forward import final_hidden
-from moored.models.linear4bit import FrozenLinear4bit
+from moored.models.nf4 import FrozenLinear4bit
 from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
 from tiny import ALONE, tiny_recipe, write_recipe

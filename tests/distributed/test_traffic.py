@@ -14,7 +14,8 @@ from distributed.test_tensor_parallel import ARCHITECTURES, config_of
 from distributed.test_zero import local_batches, step_once
 from moored.config import Config
 from moored.distributed.mesh import start_mesh
-from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
+from moored.distributed.traffic import ENTROPY_NUMBERS, MicroBatch, Spread, micro_batch_traffic
+from moored.loss.divergence import NUM_TOPS
 from moored.models.engine import Engine
 from moored.models.policy import load_policy
 from moored.training.doctor import spread_of
@@ -111,6 +112,10 @@ def test_more_layers_send_more(tmp_path, monkeypatch):
     configs = {case: config_of(tmp_path, case) for case in cases}
     for seen, expected in run_distributed(sent_each, 2, configs)[0].values():
         assert seen == expected
+
+
+def test_weights_by_entropy_send_what_the_loss_gathers():
+    assert ENTROPY_NUMBERS == NUM_TOPS
 
 
 def test_one_rank_sends_nothing():

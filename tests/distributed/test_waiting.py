@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forking import Forked, free_port, moored
-from moored.distributed.waiting import ranks
+from moored.distributed.rendezvous import ranks
 from moored.utils.environment import rendezvous_seconds
 from tiny import tiny_recipe, write_recipe
 

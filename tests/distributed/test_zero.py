@@ -28,7 +28,7 @@ from moored.data.batch import Batch, Sample, batches_of
 from moored.distributed.mesh import Mesh, start_mesh
 from moored.loss.divergence import Objective, Scales
 from moored.models import loading
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import load_policy
 from moored.training.step import StepStats, train_step

@@ -16,7 +16,7 @@ import pytest
 from moored.config import Config, arm_names, load_config
 from moored.config.inputs import KNOWN_TEXTS
 from moored.data import check_data
-from moored.data.corpora import resolve_text
+from moored.data.reading import resolve_text
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

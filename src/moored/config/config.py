@@ -1,7 +1,7 @@
 """`load_config`: recipe file and overrides -> one frozen, checked `Config`.
 
-The keys themselves are in `inputs.py`, `method.py`, `regularizer.py` and `running.py`, the YAML
-reading in `recipe.py`; nothing here loads torch or opens the data and the model of a recipe.
+The keys themselves are in `inputs.py`, `running.py` and `regularizer.py`, the YAML reading in
+`recipe.py`; nothing here loads torch or opens the data and the model of a recipe.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pydantic_core import PydanticCustomError
 
 from moored.config.document import dump
 from moored.config.inputs import Corpus, DataConfig, ModelConfig, Source
-from moored.config.method import AdapterConfig, OptimConfig
 from moored.config.recipe import read_recipe, resolve_paths
 from moored.config.regularizer import Regularizer, arm_names
 from moored.config.running import (
+    AdapterConfig,
     EvaluationConfig,
+    OptimConfig,
     OutputConfig,
     ParallelConfig,
     ReferenceConfig,

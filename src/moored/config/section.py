@@ -1,7 +1,6 @@
 """What a section of a recipe is: strict, frozen, and able to say what in it makes no sense.
 
-Holds also the types that many keys share. Which sections there are is in `inputs.py`, `method.py`,
-`regularizer.py` and `running.py`.
+Also holds types that many keys share. Sections are `inputs.py`, `running.py` and `regularizer.py`.
 """
 
 from __future__ import annotations

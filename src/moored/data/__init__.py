@@ -1,7 +1,7 @@
 """Data: sources to a resumable stream of global batches, held-out batches, prompts, corpora.
 
-From files to batches: `find_files`, `formats` and `files` read, `records` validates, `reading` does
-so once for all who ask, `chat` masks, `encode` tokenises, `samples` holds, `stream` orders, `batch`
+From files to batches: `formats` and `files` read, `records` validates, `reading` does
+so once for all who ask, `chat` masks, `samples` tokenises and holds, `stream` orders, `batch`
 collates, `heldout` evaluates. What this front door names is imported when it is asked for, so that
 validation on a login node loads no torch.
 """
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moored.data.base_samples import BaseIdentity
-    from moored.data.corpora import by_domain, resolve_text
     from moored.data.heldout import (
         Prompt,
         eval_batches,
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
         prompts,
         retention_samples,
     )
-    from moored.data.reading import DataReader, check_data, what_is_checked
+    from moored.data.reading import DataReader, by_domain, check_data, resolve_text, what_is_checked
     from moored.data.samples import SampleSet, load_samples, pad_token_id
     from moored.data.stop_tokens import TurnEnd, turn_ends
     from moored.data.stream import Prefetcher, TrainStream
     from moored.data.token_arrays import HeldSource
 
-_ROOMS = {
+_FILE_OF = {
     "BaseIdentity": "base_samples",
-    "by_domain": "corpora",
-    "resolve_text": "corpora",
+    "by_domain": "reading",
+    "resolve_text": "reading",
     "Prompt": "heldout",
     "eval_batches": "heldout",
     "eval_samples": "heldout",
@@ -73,6 +72,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _FILE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moored.data.layouts import MEDIA
-from moored.data.nested import UNREAD, as_written, is_list, kind_of, may_hold_text
+from moored.data.layouts import MEDIA, UNREAD, as_written, is_list, kind_of, may_hold_text
 
 STRUCTURED = (".jsonl", ".json", ".parquet")
 PLAIN = (".txt", ".md")

@@ -16,10 +16,8 @@ import numpy as np
 from moored.data.base_samples import BaseIdentity, drawn_samples
 from moored.data.batch import Batch, batches_of
 from moored.data.chat import ChatEncoder
-from moored.data.corpora import resolve_text
-from moored.data.encode import Encoder
-from moored.data.reading import DataReader
-from moored.data.samples import SampleSet, load_samples
+from moored.data.reading import DataReader, resolve_text
+from moored.data.samples import Encoder, SampleSet, load_samples
 from moored.data.template import TemplateError
 from moored.data.token_arrays import Sample, Tokens
 from moored.data.token_cache import corpus_tokens

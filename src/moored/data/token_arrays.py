@@ -1,6 +1,6 @@
 """Samples as token ids in arrays, those of a whole source in flat ones, and what was left out.
 
-How they are made is `encode.py`'s matter, how batches are made of them `batch.py`'s. No torch here.
+`samples.py` makes them, `batch.py` makes batches of them. No torch here.
 """
 
 from __future__ import annotations

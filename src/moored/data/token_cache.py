@@ -1,6 +1,6 @@
 """Tokens on disk: what a source or a corpus was tokenised to, read instead of made again.
 
-How tokens are made is `encode.py`'s and `heldout.py`'s matter. A folder's name holds all that
+How tokens are made is `samples.py`'s and `heldout.py`'s matter. A folder's name holds all that
 its tokens depend on, this room's own code included, so that a stale one cannot be met; its content
 is verified before it is used. Arrays are mapped: the processes of a machine share them. Tokens are
 kept of valid rows only, and with what their records were like: such rows need not be read again.
@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moored.data.files import SourceReader, hub_dataset
-from moored.data.overlap import Digests
-from moored.data.records import Summary
+from moored.data.records import Digests, Summary
 from moored.data.token_arrays import Drops, Flat, HeldSource, Sample, Tokens
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder, version_of
@@ -35,8 +34,8 @@ from moored.utils.errors import UserError
 if TYPE_CHECKING:
     from moored.config import Corpus
     from moored.data.chat import ChatEncoder
-    from moored.data.encode import Encoder
     from moored.data.reading import RecordSource
+    from moored.data.samples import Encoder
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moored.data.layouts import FLAGS, UNKNOWN_FLAGS
-from moored.data.nested import (
+from moored.data.layouts import (
+    FLAGS,
+    UNKNOWN_FLAGS,
     NotJsonError,
     from_json,
     kind_of,

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from moored.distributed import rendezvous, secret
+from moored.distributed.rendezvous import Waiting, ranks
 from moored.distributed.secret import Key
-from moored.distributed.waiting import Waiting, ranks
 from moored.utils.environment import RankInfo
 from moored.utils.errors import UserError
 

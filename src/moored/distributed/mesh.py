@@ -1,28 +1,28 @@
 """Which processes work together, along which axis, and on which device.
 
 What the launcher said is read by `environment.py`, the group of all processes is made by
-`joining.py`. Nothing here knows a model or a recipe.
+`joining.py`. What ranks send each other is JSON, never a pickle, which would run what it is told to
+in every rank that reads it. Nothing here knows a model or a recipe.
 """
 
 # torch.distributed is typed in part only.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
-
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import resource
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from moored.distributed.joining import joined, prove
-from moored.distributed.plain import decoded, encoded
 from moored.utils.environment import rank_info, rendezvous_seconds
 from moored.utils.errors import UserError
 
@@ -96,7 +96,7 @@ class Axis:
         return float(tensor.item())
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (small, see `plain.py`), in rank order, on every rank.
+        """Every rank's `value` (small, what JSON can hold), in rank order, on every rank.
 
         Raises:
             TypeError: on every rank alike: some rank's value is none that JSON brings back.
@@ -118,7 +118,7 @@ class Axis:
         ]
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` (small, see `plain.py`), on every rank; the others' is not looked at.
+        """Rank 0's `value` (small, what JSON can hold), on every rank; others' are not looked at.
 
         Raises:
             TypeError: on every rank alike: it is none that JSON brings back.
@@ -349,3 +349,63 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---------------------------------------------------------------- values between ranks, as JSON
+
+
+def encoded(value: Any) -> bytes:
+    """JSON of a value, in the one way that all ranks write it; floats come back bit for bit.
+
+    NaN and the infinities are written as Python's JSON does, since figures may be any of them.
+
+    Args:
+        value: None, booleans, numbers, strings, and lists and dicts (with string keys) of them.
+
+    Raises:
+        TypeError: it is something else, or contains it: tuples would come back as lists, and keys
+            as strings, so who sends them says so.
+    """
+    require_plain(value)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+
+
+def decoded(data: bytes, sender: str) -> Any:
+    """The value again.
+
+    Raises:
+        UserError: it is no JSON, so that no rank of ours has sent it.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"what {sender} sent is no JSON: another program takes part in this run: start it "
+            "again, where nobody else can connect to its processes (SECURITY.md)"
+        ) from None
+
+
+def require_plain(value: Any, place: str = "") -> None:
+    """Refuse what JSON would not bring back as it is.
+
+    Raises:
+        TypeError: the first such part, with its place in the value.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return
+    if isinstance(value, list):
+        for index, each in enumerate(cast(list[Any], value)):
+            require_plain(each, f"{place}[{index}]")
+    elif isinstance(value, dict):
+        for key, each in cast(dict[Any, Any], value).items():
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"the key {key!r} of value{place} is a {type(key).__name__}: ranks send each "
+                    "other JSON, whose keys are strings"
+                )
+            require_plain(each, f"{place}[{key!r}]")
+    else:
+        raise TypeError(
+            f"value{place} is a {type(value).__name__}: ranks send each other JSON: None, "
+            "booleans, numbers, strings, lists, and dicts with string keys"
+        )

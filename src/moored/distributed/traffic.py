@@ -59,6 +59,9 @@ class MicroBatch:
     num_kl: int
 
 
+ENTROPY_NUMBERS = 20  # per row and rank: `divergence.NUM_TOPS`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
     """How a model is spread.
@@ -75,8 +78,8 @@ class Spread:
         chunk_tokens: rows of the head at a time.
         direction: of the divergence.
         is_warm: its temperature is not 1.
-        ce_tops: numbers more per row for weights of targets by entropy.
-        kl_tops: numbers more per row of the divergence for its weights by entropy.
+        ce_by_entropy: targets are weighted by the policy's entropy.
+        kl_by_entropy: rows of the divergence are weighted by the reference's.
     """
 
     degree: int
@@ -90,8 +93,8 @@ class Spread:
     chunk_tokens: int = 4096
     direction: str = "forward"
     is_warm: bool = False
-    ce_tops: int = 0
-    kl_tops: int = 0
+    ce_by_entropy: bool = False
+    kl_by_entropy: bool = False
 
 
 def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
@@ -134,9 +137,10 @@ def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """One all-gather of numbers per row and chunk, two for jsd, and the sum of the gradient."""
     sent: list[Sent] = []
     per_row = 7 if spread.is_warm else 6
+    ce_tops, kl_tops = (ENTROPY_NUMBERS * by for by in (spread.ce_by_entropy, spread.kl_by_entropy))
     groups = [
-        (batch.num_kl, per_row + spread.ce_tops + spread.kl_tops, spread.direction == "jsd"),
-        (batch.num_targets - batch.num_kl, 2 + spread.ce_tops, False),
+        (batch.num_kl, per_row + ce_tops + kl_tops, spread.direction == "jsd"),
+        (batch.num_targets - batch.num_kl, 2 + ce_tops, False),
     ]
     for rows, numbers, is_jsd in groups:
         if not rows:

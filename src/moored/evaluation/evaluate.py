@@ -32,14 +32,14 @@ from moored.data.batch import Batch, Sample
 from moored.distributed.mesh import Mesh
 from moored.evaluation.drift_examples import DriftCollector
 from moored.evaluation.generate import Answered, answer_all
-from moored.evaluation.instructions.ask import instruction_prompts
+from moored.evaluation.instructions.tasks import instruction_prompts
 from moored.evaluation.report import (
     Blocks,
     Tally,
     Where,
 )
 from moored.loss.drift import DriftSums
-from moored.models.base import BaseFiles, require_positions
+from moored.models.base_files import BaseFiles, require_positions
 from moored.models.engine import Engine
 from moored.utils.progress import Phase
 

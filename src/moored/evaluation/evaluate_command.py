@@ -21,7 +21,7 @@ from moored.evaluation.build_report import TrainedRun, to_report
 from moored.evaluation.evaluate import Evaluation, build_suite, evaluate
 from moored.evaluation.report import Figures, Report, labels_of, merge, show, write
 from moored.models.adapters import require_scale, scaled
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.engine import Engine, leave
 from moored.models.policy import load_policy
 from moored.tracking.journal import metrics
@@ -99,7 +99,7 @@ def run_command(
 
 
 def _degree(targets: Sequence[Target]) -> int:
-    """Of the tensor parallelism that they are measured with, which changes no figure."""
+    """The degree of tensor parallelism that they are measured with, which changes no figure."""
     parallel = [target.config.parallel for target in targets]
     wanted = {p.tensor_parallel_degree for p in parallel}
     degree = degree_for(max(wanted))

@@ -26,7 +26,7 @@ from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import SUMS, sample_sums
 from moored.evaluation.generate import continuations
-from moored.models.base import BaseFiles
+from moored.models.base_files import BaseFiles
 from moored.models.engine import Engine
 from moored.utils.environment import version_of
 from moored.utils.errors import UserError
@@ -83,7 +83,7 @@ def open_tasks(names: Sequence[str], include: Path | None, mesh: Mesh) -> Any:
 
 
 def _manager(names: Sequence[str], include: Path | None) -> TaskManager:
-    """Of the folder alone where it has all of the tasks: the harness's thousands take time."""
+    """The tasks of the folder alone where it has all of them: the harness's thousands take time."""
     if include is not None:
         own = TaskManager(include_path=str(include), include_defaults=False)
         if set(names) <= set(own.all_subtasks):
@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows that score every token once."""
+        """Log-likelihoods of whole texts, in windows that score every token once."""
         pairs: list[tuple[Any, list[int], list[int]]] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -290,7 +290,7 @@ class HarnessModel(TemplateLM):
 
 
 def _key(context: Sequence[int], continuation: Sequence[int]) -> bytes:
-    """Of one request; the tokens themselves would fill the memory."""
+    """The hash of one request; the tokens themselves would fill the memory."""
     text = np.array([len(context), *context, *continuation], dtype=np.int64).tobytes()
     return hashlib.blake2b(text, digest_size=16).digest()
 

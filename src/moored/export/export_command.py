@@ -1,7 +1,7 @@
 """`moored export`: a finished run as a folder for others, whole and verified, or not there at all.
 
 What is opened, merged, compared and measured of the weights stands beside; nothing of the run is
-changed.
+changed. Modes of what is written are those of the umask, since others are to read it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -17,16 +20,11 @@ from typing import Any
 
 from moored.config import Config
 from moored.distributed.mesh import Mesh, leave_mesh, start_mesh
-from moored.export import deltas, generation_config, merge
-from moored.export.adapter_folder import (
-    EXPORT_VERSIONS,
-    publishing,
-    require_disk,
-    require_free_name,
-    write_facts,
-)
+from moored.export import generation_config, merge
+from moored.export.adapter_changes import adapter_deltas, deltas_summary
 from moored.export.card import gather, markdown
 from moored.export.card.facts import Card, Deltas, Merged, Provenance, Stops
+from moored.export.card.gather import utc
 from moored.export.resolve_target import (
     ADAPTER,
     ExportInput,
@@ -48,9 +46,88 @@ from moored.export.verification import (
     trained_outputs,
 )
 from moored.models.adapters import require_scale, write_scaled
-from moored.models.base import BaseFiles, resolve_base, resolve_dtype
+from moored.models.base_files import BaseFiles, resolve_base, resolve_dtype
+from moored.utils import atomic_dir
+from moored.utils.atomic_dir import write_json
 from moored.utils.environment import rank_info, versions_of
 from moored.utils.errors import UserError
+
+FACTS = "export.json"
+EXPORT_VERSIONS = ("moored", "torch", "transformers", "peft", "bitsandbytes")
+SPARE_BYTES = 64 * 2**20  # tokenizer, probe, small files
+
+
+def require_free_name(to: Path, run: Path) -> None:
+    """Refuse a place that holds something, or lies in the run directory.
+
+    Raises:
+        UserError: see above.
+    """
+    if to.is_symlink() or (to.exists() and not to.is_dir()):
+        raise UserError(f"{to} exists and is not a folder: choose another --to")
+    if to.is_dir() and any(to.iterdir()):
+        raise UserError(f"{to} is not empty: choose another --to, or remove it")
+    if to.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"{to} lies in the run directory, which is Moored's: choose another --to")
+
+
+def require_disk(folder: Path, num_bytes: int) -> None:
+    """Refuse what will not fit, before it is made.
+
+    Args:
+        folder: an existing one on the disk in question.
+        num_bytes: of the weights; what else is written is small.
+
+    Raises:
+        UserError: less is free.
+    """
+    need, free = num_bytes + SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, but the export takes "
+            f"{need / 1e9:.2f} GB: free some, or choose another --to"
+        )
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `export.json`: facts, time, versions, and size and SHA-256 of each file in `folder`."""
+    whole = {
+        "format": 1,
+        **facts,
+        "versions": versions_of(EXPORT_VERSIONS),
+        "created": utc(time.time()),
+        "files": atomic_dir.contents(folder, "hashing what is exported"),
+    }
+    write_json(folder / FACTS, whole)
+
+
+@contextlib.contextmanager
+def publishing(to: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder that gets the name `to` when the body ends well, and one for work; else neither.
+
+    Yields:
+        The folder to fill, and one beside it that goes in any case.
+
+    Raises:
+        UserError: something else took the name in the meantime.
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir.temporary_beside(to) as temporary:
+        new, work = temporary / "new", temporary / "work"
+        new.mkdir()
+        work.mkdir()
+        yield new, work
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in (new, *new.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        atomic_dir.flush(new)
+        try:
+            os.rename(new, to)  # an empty folder may be there, and nothing else
+        except OSError as error:
+            raise UserError(f"{to} was filled by another process: choose another --to") from error
+        atomic_dir.fsync_directory(to.parent)
+
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +334,7 @@ def _adapter(export: Export) -> Made:
         )
         facts["import_first"] = module
     read_base = _weight_bytes(source) <= gather.HASHED_BYTES
-    return Made(facts=facts, weights=deltas.of_adapter(export.adapter, source, read_base=read_base))
+    return Made(facts=facts, weights=adapter_deltas(export.adapter, source, read_base=read_base))
 
 
 def _depth_and_width(source: Path) -> tuple[int, int]:
@@ -323,7 +400,7 @@ def _merged(export: Export, plan: merge.Plan) -> Made:
         **merged.model_dump(exclude={"into"}),
         "verified": _verified(export, agreement, against),
     }
-    return Made(facts=facts, weights=deltas.summary("merged", moved), merged=merged)
+    return Made(facts=facts, weights=deltas_summary("merged", moved), merged=merged)
 
 
 # ---------------------------------------------------------------- what is said and written

@@ -20,7 +20,7 @@ import transformers
 from moored.config import Config
 from moored.data import load_samples, turn_ends
 from moored.export.card.facts import End, Stops
-from moored.models.base import BaseFiles
+from moored.models.base_files import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.utils.errors import UserError
 

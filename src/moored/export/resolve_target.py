@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moored.config import Config, load_config
-from moored.models.base import BaseFiles
+from moored.models.base_files import BaseFiles
 from moored.tracking.run_directory import RunDirectory
 from moored.training import checkpoint
 from moored.utils import atomic_dir

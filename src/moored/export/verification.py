@@ -24,8 +24,8 @@ from moored import sinelora
 from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
-from moored.models.base import BaseFiles, resolve_dtype
-from moored.models.elsewhere import read_settings
+from moored.models.base_files import BaseFiles, resolve_dtype
+from moored.models.open_adapters import read_settings
 from moored.models.policy import load_policy
 from moored.models.reference import adapters_off, dropout_off
 from moored.utils.errors import UserError

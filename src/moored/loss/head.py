@@ -175,7 +175,7 @@ class Head(nn.Module):
         self.reference = reference
         self._widths: list[int] | None = None  # columns of every rank
 
-    def beside(self, weight: Tensor, bias: Tensor | None) -> Head:
+    def with_own(self, weight: Tensor, bias: Tensor | None) -> Head:
         """A policy's head of its own, [V, D] and [V], with this one as its reference."""
         parts = (None if t is None else nn.Parameter(t.detach(), False) for t in (weight, bias))
         own_weight, own_bias = parts

@@ -27,9 +27,9 @@ from transformers.quantizers.auto import get_hf_quantizer
 from moored.config import ModelConfig, ParallelConfig
 from moored.distributed.mesh import Mesh, is_lost_peer
 from moored.models import quantized_cache
-from moored.models.base import resolve_dtype
+from moored.models.base_files import resolve_dtype
 from moored.models.forward import install_head, require_same_by_tokens
-from moored.models.linear4bit import make_zero_safe
+from moored.models.nf4 import make_zero_safe
 from moored.models.tensor_parallel import Sharding, ShardLayout, layout_of, require_per_token
 from moored.models.weights import AfterModule, Files, Loader
 from moored.utils.errors import UserError

@@ -1,23 +1,21 @@
-"""NF4 weights made piece by piece: codes, scales, and the state that a layer needs of them.
+"""NF4: weights made piece by piece (codes, scales, state), and the frozen layer that holds them.
 
 Blocks of 64 elements along the rows share a scale, so that a slice at whole blocks has the codes
 and scales of the whole (bitsandbytes' own arithmetic makes both). Scales of a whole under double
 quantisation are cut in fp32, which keeps them bit for bit.
 """
 
-# bitsandbytes is untyped in parts.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # elements that share one scale
 _NESTED_BLOCK = 256  # scales that share one, under double quantisation
@@ -117,3 +115,72 @@ def rows_of(shape: tuple[int, int], elements: int) -> Iterator[tuple[int, int]]:
     step = max(unit, elements // max(1, num_columns) // unit * unit)
     for start in range(0, num_rows, step):
         yield start, min(start + step, num_rows)
+
+
+# ---------------------------------------------------------------- the layer
+
+
+class _Matmul4Bit(torch.autograd.Function):
+    """`x @ W.T` that dequantises W again in the backward.
+
+    bitsandbytes' own Function saves a view of the packed weight. Under ZeRO-3 that view keeps
+    every gathered layer alive until the backward; this one keeps the *module*, whose weight ZeRO
+    gathers again just before the backward of that module.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: FrozenLinear4bit) -> torch.Tensor:
+        ctx.module = module
+        return x @ module.dequantized(x.dtype).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, None]:
+        (grad,) = grads
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return grad @ ctx.module.dequantized(grad.dtype), None
+
+
+class FrozenLinear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' `Linear4bit`, frozen, with a backward that is safe under ZeRO-3.
+
+    It stays a `Linear4bit`, so that PEFT wraps it as it wraps the original. Unlike the original
+    it never repacks its weight in `eval` mode (bitsandbytes does on some CPUs), so that the
+    reference is the same in every mode.
+    """
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out_features, in_features] in `dtype`, a fresh tensor."""
+        weight = cast(bnb.nn.Params4bit, self.weight)
+        return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to x [..., in_features] in the compute dtype; returns x's dtype."""
+        compute_dtype = self.compute_dtype or x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = _Matmul4Bit.apply(x.to(compute_dtype), self)
+            if self.bias is not None:
+                y = y + self.bias.to(compute_dtype)
+        return y.to(x.dtype)
+
+
+def make_zero_safe(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Turn every bitsandbytes `Linear4bit` of `model` into a `FrozenLinear4bit`, in place.
+
+    Args:
+        model: the base.
+        dtype: to compute in; None leaves what each layer has.
+
+    Returns:
+        How many layers were changed.
+    """
+    changed = 0
+    for module in model.modules():
+        if type(module) is bnb.nn.Linear4bit:
+            module.__class__ = FrozenLinear4bit
+            module.compute_dtype = dtype or module.compute_dtype
+            changed += 1
+    return changed

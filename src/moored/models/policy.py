@@ -27,12 +27,11 @@ from moored.loss.drift import DriftSums
 from moored.loss.head import Head, LossSums, attach_gradient
 from moored.models.adapters import add_adapters, product_norm
 from moored.models.attention import attend_by_sample
-from moored.models.base import resolve_dtype
-from moored.models.elsewhere import require_language_model, require_measurable
+from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
+from moored.models.open_adapters import open_adapter, require_language_model, require_measurable
 from moored.models.reference import dropout_off, of_base, require_identity
-from moored.models.saved import open_adapter
 from moored.models.tensor_parallel import Sharding
 from moored.models.zero import Partition
 from moored.utils.errors import UserError

@@ -65,12 +65,12 @@ class Files:
             raise OSError(f"{self._of[name].name} is missing, which should hold {name}") from error
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor, which is not read."""
+        """The shape of a tensor, which is not read."""
         with self.open(name) as stored:
             return list(stored.get_shape())
 
     def dtype(self, name: str) -> str:
-        """Of a tensor, by safetensors' name for it; it is not read."""
+        """The type of a tensor, by safetensors' name for it; it is not read."""
         with self.open(name) as stored:
             return stored.get_dtype()
 

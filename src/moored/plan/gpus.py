@@ -180,7 +180,7 @@ def gpu_of_device(device: str, memory_bytes: int) -> GpuFacts | None:
 
 
 def cluster_of(text: str, nodes: int = 1) -> Cluster:
-    """Of `8xh100-80gb`: how many GPUs of which kind each node has.
+    """Read `8xh100-80gb`: how many GPUs of which kind each node has.
 
     Raises:
         UserError: that is not what it says, or the GPU is not known.

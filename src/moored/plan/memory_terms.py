@@ -50,7 +50,7 @@ def total(terms: Sequence[Term]) -> float:
 
 
 def doubt(terms: Sequence[Term]) -> float:
-    """By which part the sum may be off, if all terms err to one side."""
+    """The part by which the sum may be off, if all terms err to one side."""
     return sum(term.bytes * term.within for term in terms) / max(1.0, total(terms))
 
 
@@ -134,7 +134,7 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
 
 
 def _bits(work: Workload) -> float:
-    """Of a parameter of the quantised base, with its share of the scales."""
+    """Bytes of a parameter of the quantised base, with its share of the scales."""
     # Of a slice the scales are those of the whole, cut in fp32.
     nested = work.double_quantization and work.tensor_parallel_degree == 1
     return 4 + (8 / 64 + 32 / (64 * 256) if nested else 32 / 64)

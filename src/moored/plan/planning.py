@@ -76,7 +76,7 @@ class RunPlan:
 
     @property
     def hours(self) -> float | None:
-        """Of training alone; None where the number of steps is not known."""
+        """The whole run's, of training alone; None where the number of steps is not known."""
         return None if self.work.steps is None else self.time.seconds() * self.work.steps / 3600
 
     @property

@@ -141,7 +141,7 @@ class StepTime:
     tokens: float
 
     def seconds(self, host: float | None = None) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         floor = self.host if host is None else host
         return self.micro_batches * max(self.gpu + self.sent, floor) + self.update
 
@@ -162,7 +162,7 @@ class StepTime:
 
 
 def gpu_seconds(count: Counted, cluster: Cluster) -> float:
-    """Of one micro-batch on one GPU."""
+    """The work of one micro-batch on one GPU."""
     gpu = cluster.gpu
     rate, bandwidth = gpu.bf16_tflops * 1e12, gpu.bandwidth_gbs * 1e9
     return (
@@ -175,7 +175,7 @@ def gpu_seconds(count: Counted, cluster: Cluster) -> float:
 
 
 def head_seconds(count: Counted, cluster: Cluster) -> float:
-    """Of the head in one micro-batch."""
+    """The work of the head in one micro-batch."""
     gpu = cluster.gpu
     return count.head / (HEAD * gpu.bf16_tflops * 1e12) + count.logits / (
         STREAM * gpu.bandwidth_gbs * 1e9
@@ -253,6 +253,9 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         num_recomputed=work.recomputed(architecture.num_layers),
         chunk_tokens=chunk_rows(architecture, work),
         direction=work.direction,
+        is_warm=work.is_warm,
+        ce_by_entropy=work.ce_by_entropy,
+        kl_by_entropy=work.kl_by_entropy,
     )
     num = rows * length
     batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)

@@ -49,6 +49,9 @@ class Workload:
         has_kl: a reference pass and the divergence.
         kl_every: in one of so many steps.
         direction: of the divergence.
+        is_warm: its temperature is not 1.
+        ce_by_entropy: targets are weighted by the policy's entropy.
+        kl_by_entropy: rows of the divergence are weighted by the reference's.
         cached_reference: the base's hidden states are kept.
         cached_by_sample: one record per sample, not one per epoch.
         zero_stage: of DeepSpeed.
@@ -78,6 +81,9 @@ class Workload:
     has_kl: bool
     kl_every: int
     direction: str
+    is_warm: bool
+    ce_by_entropy: bool
+    kl_by_entropy: bool
     cached_reference: bool
     cached_by_sample: bool
     zero_stage: int
@@ -142,6 +148,9 @@ class Workload:
             has_kl=config.regularizer.is_divergent,
             kl_every=config.regularizer.every,
             direction=config.regularizer.direction,
+            is_warm=config.regularizer.temperature != 1.0,
+            ce_by_entropy=config.regularizer.ce_weighting == "entropy",
+            kl_by_entropy=config.regularizer.kl_weighting == "entropy",
             cached_reference=config.reference.cache,
             cached_by_sample=config.reference.match == "sample",
             zero_stage=parallel.zero_stage,

@@ -1,7 +1,7 @@
 """`moored prepare`: everything that a recipe needs, here before a job starts, and proof of it.
 
-`prepare_command.py` fetches and keeps, `fetch_weights.py` verifies a model's files, `items.py`
-finds all of it as a run does, `offline.py` has a process without a network do so. What the base
+`prepare_command.py` fetches, verifies and keeps, `items.py` finds all of it as a run does,
+`offline.py` has a process without a network do so. What the base
 makes beforehand is in `base_generation.py` (texts) and `references.py` (hidden states).
 Nothing is trained.
 """

@@ -21,7 +21,7 @@ from moored.data.batch import left_padded
 from moored.data.chat import ChatEncoder
 from moored.distributed.mesh import alone
 from moored.evaluation.generate import each_token
-from moored.models.base import BaseFiles, resolve_dtype
+from moored.models.base_files import BaseFiles, resolve_dtype
 from moored.models.loading import load_base
 from moored.models.reference import dropout_off
 from moored.utils import atomic_dir

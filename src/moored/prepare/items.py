@@ -23,7 +23,7 @@ from moored.data.base_samples import drawn_folder
 from moored.data.token_cache import content_of_texts
 from moored.distributed.mesh import alone
 from moored.evaluation.evaluate import build_suite
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.loading import require_architecture, require_layout
 from moored.utils import atomic_dir
 

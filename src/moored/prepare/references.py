@@ -9,7 +9,7 @@ import torch
 from moored.config import Config
 from moored.data import TrainStream, load_samples
 from moored.distributed.mesh import alone
-from moored.models.base import BaseFiles
+from moored.models.base_files import BaseFiles
 from moored.models.forward import probe_batch
 from moored.models.policy import load_policy
 from moored.models.reference import of_base

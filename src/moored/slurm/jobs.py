@@ -18,11 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from moored.config import Config
-from moored.config.local_files import input_files
 from moored.data import check_data
 from moored.slurm.script import CACHES, Job, render
 from moored.slurm.site import Site
-from moored.slurm.snapshot import keep_code, keep_expectations, keep_recipe
+from moored.slurm.snapshot import input_files, keep_code, keep_expectations, keep_recipe
 from moored.tracking.run_directory import (
     RunDirectory,
     locked,
@@ -31,9 +30,8 @@ from moored.tracking.run_directory import (
     require_kind,
 )
 from moored.utils import scheduler
-from moored.utils.atomic_dir import write_atomically
+from moored.utils.atomic_dir import write_atomically, write_json
 from moored.utils.errors import UserError
-from moored.utils.json_files import write_json
 
 log = logging.getLogger(__name__)
 

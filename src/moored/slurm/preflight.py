@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from moored.config import load_config
-from moored.config.local_files import missing_and_changed
 from moored.distributed.mesh import Mesh, leave_mesh, start_mesh
 from moored.models.hub import stage
+from moored.slurm.snapshot import missing_and_changed
 from moored.tracking.run_directory import RunDirectory
 from moored.utils.environment import versions_of
 from moored.utils.errors import MooredError

@@ -371,6 +371,6 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
 
 
 if __name__ == "__main__":
-    from moored.config.recipe_reference import reference
+    from moored.config.recipe_docs import reference
 
     print(reference(Site, REFERENCE_HEAD), end="")

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moored.slurm.jobs import remembered, submitted_ranks
-from moored.tracking.cursor import CURSOR_NAME
-from moored.tracking.journal import JOURNAL_NAME, Fence, Follower
+from moored.tracking.journal import CURSOR_NAME, JOURNAL_NAME, Fence, Follower
 from moored.tracking.run_directory import RunDirectory, is_owned
 from moored.tracking.store import first_line
 from moored.utils import scheduler
@@ -63,7 +62,7 @@ class Standing:
 
     @property
     def seconds_left(self) -> float | None:
-        """To the last step, at the pace of the last ones; None where nothing is known."""
+        """Seconds to the last step, at the pace of the last ones; None where nothing is known."""
         total, pace = self.state.get("num_steps"), self.values.get("perf/step_seconds")
         if not total or not pace or self.status != "running":
             return None

@@ -28,9 +28,8 @@ from moored.tracking.run_directory import (
     require_kind,
 )
 from moored.utils import scheduler
-from moored.utils.atomic_dir import write_atomically
+from moored.utils.atomic_dir import write_atomically, write_json
 from moored.utils.errors import UserError
-from moored.utils.json_files import write_json
 
 MAX_ARMS = 1000  # SLURM's own bound on arrays is 1001 unless a site raised it
 

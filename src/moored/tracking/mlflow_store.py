@@ -113,7 +113,7 @@ class MlflowStore:
         return experiment.experiment_id
 
     def find_run(self, start: dict[str, Any], run_id: str | None) -> str | None:
-        """By id, else by the uid that its tags hold."""
+        """The run by id, else by the uid that its tags hold."""
         if run_id is not None:
             try:
                 self._require_active(self._client.get_run(run_id))
@@ -187,7 +187,7 @@ class MlflowStore:
         return {metric.step for metric in self._client.get_metric_history(run_id, _name(name))}
 
     def log_dataset(self, run_id: str, fields: dict[str, Any]) -> None:
-        """As a dataset input; MLflow takes the same name and digest once."""
+        """Record a dataset input; MLflow takes the same name and digest once."""
         entities = self._entities
         counts = {name: fields.get(name) for name in ("num_samples", "num_tokens")}
         dataset = entities.Dataset(
@@ -213,7 +213,7 @@ class MlflowStore:
             self._client.log_text(run_id, text, name)
 
     def link_parent(self, run_id: str, parent_run_id: str) -> None:
-        """By the tag from which MLflow's UI draws the tree."""
+        """Link it by the tag from which MLflow's UI draws the tree."""
         self._client.set_tag(run_id, "mlflow.parentRunId", parent_run_id)
 
     def register(self, run_id: str, name: str, folder: str) -> None:

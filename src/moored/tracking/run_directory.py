@@ -19,10 +19,9 @@ from typing import Any
 
 from moored.config import Config, load_config
 from moored.utils import scheduler
-from moored.utils.atomic_dir import write_atomically
+from moored.utils.atomic_dir import write_atomically, write_json
 from moored.utils.environment import slurm_job
 from moored.utils.errors import TakenOverError, UserError
-from moored.utils.json_files import write_json
 
 log = logging.getLogger(__name__)
 # What a run directory holds, and the command that makes it.

@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moored.tracking.cursor import Cursor, parent_of, shipping
 from moored.tracking.journal import (
     JOURNAL_NAME,
+    Cursor,
     Fence,
     Follower,
     JournalLine,
     first_start,
     is_start,
+    parent_of,
+    shipping,
 )
 from moored.tracking.store import Point, RejectedError, StopError, Store, first_line, inside
 

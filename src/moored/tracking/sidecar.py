@@ -18,15 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from moored.tracking.cursor import shipping
-from moored.tracking.journal import JOURNAL_NAME, Journal, first_start
-from moored.tracking.machines import LAST_SECONDS, MachineFile, SampleCollector, of_host
+from moored.tracking.journal import JOURNAL_NAME, Journal, first_start, shipping
 from moored.tracking.mlflow_store import MlflowStore
-from moored.tracking.process import COMPLETE, INCOMPLETE, STOPPED, URI_VARIABLE
 from moored.tracking.provenance import address, scrub
 from moored.tracking.shipper import Shipper
+from moored.tracking.start_sidecar import COMPLETE, INCOMPLETE, STOPPED, URI_VARIABLE
 from moored.tracking.store import StopError
-from moored.tracking.system_metrics import INTERVAL_SECONDS, Sampler
+from moored.tracking.system_metrics import (
+    INTERVAL_SECONDS,
+    LAST_SECONDS,
+    MachineFile,
+    SampleCollector,
+    Sampler,
+    of_host,
+)
 
 DRAIN_SECONDS = 60.0  # of trying on, once the trainer is gone
 POLL_SECONDS = 0.5

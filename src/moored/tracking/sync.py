@@ -18,12 +18,21 @@ from typing import Any
 import psutil
 
 from moored.tracking import provenance
-from moored.tracking.cursor import Cursor, lock_holder, parent_of, shipping
-from moored.tracking.journal import JOURNAL_NAME, Fence, first_start, is_start, read_journal
-from moored.tracking.machines import collect_rest
+from moored.tracking.journal import (
+    JOURNAL_NAME,
+    Cursor,
+    Fence,
+    first_start,
+    is_start,
+    lock_holder,
+    parent_of,
+    read_journal,
+    shipping,
+)
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.shipper import Shipper
 from moored.tracking.store import first_line
+from moored.tracking.system_metrics import collect_rest
 from moored.utils.atomic_dir import private_files
 from moored.utils.errors import UserError
 
@@ -52,7 +61,7 @@ class SyncSummary:
     complete: bool
 
     def __str__(self) -> str:
-        """For the terminal."""
+        """The outcome for the terminal."""
         sent = f"{self.num_points} points and {self.num_artifacts} artifacts sent"
         lines = [f"{self.uri}: run {self.run_id} ({self.status or 'going on'}), {sent}"]
         lines += [f"left out: {problem}" for problem in self.problems]

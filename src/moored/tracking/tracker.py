@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from moored.config import Config
 from moored.tracking import provenance
 from moored.tracking.journal import JOURNAL_NAME, Journal, first_start
-from moored.tracking.machines import host_in_names
-from moored.tracking.process import SamplerProcess, ShipperProcess
+from moored.tracking.start_sidecar import SamplerProcess, ShipperProcess
+from moored.tracking.system_metrics import host_in_names
 from moored.utils.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -24,11 +24,10 @@ from moored.data.batch import Sample
 from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.evaluation.evaluate import build_suite
-from moored.loss.divergence import NUM_TOPS
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.loading import require_layout
 from moored.models.policy import PolicyModel, load_policy, num_checkpointed
-from moored.models.untrained import in_words, untrained
+from moored.models.untrained_tokens import in_words, untrained
 from moored.plan import load_problem, machine_line
 from moored.utils.environment import NOT_INSTALLED, PACKAGES, version_of, versions_of
 from moored.utils.errors import UserError
@@ -222,8 +221,8 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
         direction=config.regularizer.direction,
         is_warm=config.regularizer.temperature != 1.0,
-        ce_tops=NUM_TOPS * (config.regularizer.ce_weighting == "entropy"),
-        kl_tops=NUM_TOPS * (config.regularizer.kl_weighting == "entropy"),
+        ce_by_entropy=config.regularizer.ce_weighting == "entropy",
+        kl_by_entropy=config.regularizer.kl_weighting == "entropy",
     )
 
 

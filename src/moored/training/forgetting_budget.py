@@ -103,7 +103,7 @@ class Controller:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The state as JSON values."""
         finite = self.measured is not None and math.isfinite(self.measured)
         measured = self.measured if finite else None
         return {

@@ -131,7 +131,7 @@ def asked_to_stop(mesh: Mesh, signals: list[int]) -> bool:
 
 @contextlib.contextmanager
 def failures_named(mesh: Mesh) -> Iterator[None]:
-    """In words: a device that is full, and what gloo and NCCL say of a connection that broke."""
+    """Say in words that a device is full, or what gloo and NCCL say of a broken connection."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -19,10 +19,10 @@ from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
 from moored.evaluation.generate import Answered
-from moored.models.base import BaseFiles, resolve_base
+from moored.models.base_files import BaseFiles, resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.untrained import in_words, untrained
+from moored.models.untrained_tokens import in_words, untrained
 from moored.tracking import Tracker
 from moored.tracking.run_directory import RunDirectory
 from moored.training import checkpoint

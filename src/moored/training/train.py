@@ -26,7 +26,7 @@ from moored.evaluation.report import rise_pct, show, write
 from moored.models.engine import leave
 from moored.tracking import journal
 from moored.tracking.run_directory import heartbeat, path_of
-from moored.training import checkpoint, metrics
+from moored.training import checkpoint, metric_names
 from moored.training.lifecycle import (
     asked_to_stop,
     ending,
@@ -116,7 +116,7 @@ def _train(run: Run) -> None:
     if run.step == 0 and config.evaluation.before:
         before = _measure(run, run.suite, base=True)
         run.base_answered = before.answered
-        run.tracker.metrics(run.step, metrics.of_evaluation(before))
+        run.tracker.metrics(run.step, metric_names.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
         _evaluate(run)
     share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
@@ -195,7 +195,7 @@ def _steer(run: Run) -> None:
     rise = rise_pct(lost.base_ppl, lost.policy_ppl)
     assert rise is not None
     controller.update(lost.kl if controller.budget.by_drift else rise)
-    run.tracker.metrics(run.step, metrics.of_budget(controller))
+    run.tracker.metrics(run.step, metric_names.of_budget(controller))
     ended = run.step == run.num_steps  # then it is exported and reported before it is refused
     if controller.is_lost and not ended and controller.budget.when_broken == "stop":
         _save(run)
@@ -209,7 +209,7 @@ def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
         return
     kind, peak = run.config.regularizer.kind, peak_memory_bytes(run.mesh.device)
     spent = {"seconds": seconds, "peak_memory_bytes": peak}
-    values = metrics.of_step(stats, kind, **spent, regularized=run.regularized)
+    values = metric_names.of_step(stats, kind, **spent, regularized=run.regularized)
     run.tracker.metrics(run.step, values)
 
 
@@ -348,9 +348,9 @@ def _was_evaluated(run: Run) -> bool:
 
 
 def _evaluate(run: Run) -> None:
-    """On the way: without what has to be generated."""
+    """An evaluation on the way: without what has to be generated."""
     evaluation = _measure(run, run.suite.without_prompts())
-    run.tracker.metrics(run.step, metrics.of_evaluation(evaluation))
+    run.tracker.metrics(run.step, metric_names.of_evaluation(evaluation))
 
 
 def _evaluate_and_report(run: Run, name: str) -> None:
@@ -372,7 +372,7 @@ def _evaluate_and_report(run: Run, name: str) -> None:
             if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
                 run.base_answered = base.answered
-            run.tracker.metrics(run.step, metrics.of_evaluation(after))
+            run.tracker.metrics(run.step, metric_names.of_evaluation(after))
             error: BaseException | None = None
             if run.mesh.is_main:
                 try:

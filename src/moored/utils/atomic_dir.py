@@ -1,7 +1,7 @@
 """Folders and files that are whole or absent: written aside, renamed, and folders verified on use.
 
-A folder may be made once under a lock, and is sealed by a manifest. What lies in it is its maker's
-business; no format is known here.
+A folder may be made once under a lock, and a manifest tells what belongs into it. What lies in it
+is its maker's business; of formats JSON alone is known, as values that any reader takes.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def _make(folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def beside(folder: Path) -> Iterator[Path]:
+def temporary_beside(folder: Path) -> Iterator[Path]:
     """An empty folder for work beside `folder`, on its disk, which goes when the body ends."""
     with tempfile.TemporaryDirectory(
         prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
@@ -92,7 +94,7 @@ def publishing(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     Yields:
         The folder to fill, and facts for the manifest, to be filled, too.
     """
-    with beside(folder) as temporary:
+    with temporary_beside(folder) as temporary:
         new, facts = temporary / "new", dict[str, Any]()
         new.mkdir(mode=0o700)
         yield new, facts
@@ -272,3 +274,24 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def jsonable(value: Any) -> Any:
+    """A value of JSON's own kinds: a dataclass is its fields, a tuple is a list.
+
+    NaN and infinities, which JSON has no numbers for, become the strings that `float` reads.
+    """
+    if is_dataclass(value):
+        return {item.name: jsonable(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by a value as indented JSON, so that a reader sees the old or the new."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

@@ -50,7 +50,7 @@ def _of_slurm(name: str) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """For SLURM's commands: what they are told stands in their arguments and in the script."""
+    """What SLURM's commands inherit: what they are told is in their arguments and in the script."""
     return {
         name: value
         for name, value in os.environ.items()

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from moored.config import Config, Regularizer, arm_names, load_config, validation
 from moored.config.document import dump
 from moored.config.recipe import read_recipe
-from moored.config.recipe_reference import reference
+from moored.config.recipe_docs import reference
 from moored.config.section import Key, Section
 from moored.config.validation import section_at
 from moored.utils.errors import UserError, UserErrors
@@ -851,7 +851,7 @@ def test_no_text_crashes_the_reader(tmp_path_factory, text):
 def test_the_reference_of_recipes_is_what_the_schema_says():
     page = Path(__file__).parents[3] / "docs" / "recipe.md"
     assert page.read_text(encoding="utf-8") == reference(), (
-        "run python -m moored.config.recipe_reference > docs/recipe.md"
+        "run python -m moored.config.recipe_docs > docs/recipe.md"
     )
 
 

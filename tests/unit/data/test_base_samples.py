@@ -14,7 +14,7 @@ import transformers
 from moored.config import Config, load_config
 from moored.data.base_samples import FILE, QUESTIONS, BaseIdentity, drawn_folder
 from moored.evaluation.evaluate import build_suite
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.prepare import prepare_command
 from moored.prepare.base_generation import draw
 from moored.utils.errors import UserError

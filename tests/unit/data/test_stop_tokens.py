@@ -20,7 +20,7 @@ from moored.distributed.mesh import Axis
 from moored.export import run_command
 from moored.loss.divergence import VocabShard
 from moored.loss.head import Head
-from moored.models.untrained import untrained
+from moored.models.untrained_tokens import untrained
 from moored.tracking.run_directory import RunDirectory
 from moored.training import doctor
 from tiny import CHATML, tiny_recipe, tiny_tokenizer, write_recipe

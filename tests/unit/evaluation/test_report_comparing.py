@@ -9,8 +9,13 @@ import pytest
 from rich.console import Console
 
 from moored.evaluation.report import Report, headline, table
-from moored.evaluation.report.choosing import choose, recommendations
-from moored.evaluation.report.comparing import increase_interval, settings, yardstick
+from moored.evaluation.report.comparing import (
+    choose,
+    increase_interval,
+    recommendations,
+    settings,
+    yardstick,
+)
 from moored.evaluation.report.page import caveats
 from moored.evaluation.report.tables import change, row, versus
 from moored.evaluation.report.terminal import plain

@@ -10,9 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from moored.evaluation.report import Report
-from moored.evaluation.report.choosing import recommendations
-from moored.evaluation.report.curves import panel
-from moored.evaluation.report.drawing import GOOD, Drawing, styles
+from moored.evaluation.report.comparing import recommendations
+from moored.evaluation.report.drawing import GOOD, Drawing, panel, styles
 from moored.evaluation.report.frontier import (
     FONT,
     HEAD,

@@ -19,8 +19,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from moored.evaluation.report import Report, increase_pct
-from moored.evaluation.report.curves import panel
-from moored.evaluation.report.drawing import COLOURS, Box, Drawing, styles, text_width
+from moored.evaluation.report.drawing import COLOURS, Box, Drawing, panel, styles, text_width
 from moored.evaluation.report.frontier import (
     FONT,
     HEAD,

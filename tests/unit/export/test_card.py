@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from forking import finished, moored
 from moored.config import ModelConfig, load_config
 from moored.evaluation.report import Report, write
-from moored.export import deltas, merge, run_command
+from moored.export import merge, run_command
+from moored.export.adapter_changes import adapter_deltas, deltas_summary
 from moored.export.card import facts, gather, markdown
 from moored.export.card.facts import Base, Data, Figures, File, SourceFacts, TrainingFacts
-from moored.export.card.markdown import BESIDE, JSON_NAME, MARK, readme_of
+from moored.export.card.markdown import CARD_NAME, JSON_NAME, MARK, readme_of
 from moored.export.resolve_target import open_input
 from moored.models.hub import ResolvedModel
 from moored.tracking.run_directory import RunDirectory
@@ -463,7 +464,7 @@ def test_norms_of_an_adapter_are_those_of_its_dense_product(tmp_path, kind):
             b = tensors[key.replace("lora_A", "lora_B")]
             products[name] = scale[name.rpartition(".")[2]] * (b.double() @ a.double())
             of_base[name] = weights[f"{name}.weight"]
-    found = deltas.of_adapter(tmp_path / "adapter", model_folder, read_base=True)
+    found = adapter_deltas(tmp_path / "adapter", model_folder, read_base=True)
     # Rows of W are summed in fp32; everything else in fp64.
     near = {"rel": 1e-6}
     assert found.total is not None
@@ -482,7 +483,7 @@ def test_norms_of_an_adapter_are_those_of_its_dense_product(tmp_path, kind):
     assert found.largest == max(shares, key=shares.__getitem__)
     assert found.largest_delta is not None
     assert found.largest_delta.relative == pytest.approx(max(shares.values()), **near)
-    alone = deltas.of_adapter(tmp_path / "adapter", model_folder, read_base=False)
+    alone = adapter_deltas(tmp_path / "adapter", model_folder, read_base=False)
     assert alone.total is not None
     assert alone.total.norm == found.total.norm
     assert alone.total.relative is None
@@ -493,7 +494,7 @@ def test_norms_of_an_adapter_are_those_of_its_dense_product(tmp_path, kind):
 def test_a_product_is_not_taken_for_what_is_more_than_a_product(tmp_path):
     model = tiny_model(tmp_path / "model")
     tensors = an_adapter(model, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
-    assert deltas.of_adapter(tmp_path / "dora", model, read_base=True).missing == (
+    assert adapter_deltas(tmp_path / "dora", model, read_base=True).missing == (
         "DoRA changes magnitudes, too, which only merging shows"
     )
     config = json.loads((tmp_path / "dora" / "adapter_config.json").read_text())
@@ -502,11 +503,11 @@ def test_a_product_is_not_taken_for_what_is_more_than_a_product(tmp_path):
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
-    missing = deltas.of_adapter(folder, model, read_base=True).missing
+    missing = adapter_deltas(folder, model, read_base=True).missing
     assert str(missing).startswith("the adapter has more than products of two matrices (")
     plain = {key: tensor for key, tensor in tensors.items() if ".lora_magnitude" not in key}
     save_file(plain, folder / "adapter_model.safetensors")
-    assert deltas.of_adapter(folder, model, read_base=True).total is not None
+    assert adapter_deltas(folder, model, read_base=True).total is not None
     for changed, why in (
         ({"r": 8}, "the rank of .* is not that of its configuration"),
         ({"peft_type": "LOHA"}, "the adapter is not LoRA"),
@@ -514,7 +515,7 @@ def test_a_product_is_not_taken_for_what_is_more_than_a_product(tmp_path):
         ({"target_parameters": ["x"]}, "the adapter is LoRA with target_parameters"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config | changed))
-        missing = deltas.of_adapter(folder, model, read_base=True).missing
+        missing = adapter_deltas(folder, model, read_base=True).missing
         assert re.match(why, str(missing))
 
 
@@ -529,7 +530,7 @@ def test_deltas_of_a_merged_model_are_those_of_the_files(tmp_path, kind):
     out = tmp_path / "out"
     out.mkdir()
     plan = merge.plan(source, config, tmp_path / "adapter", "w16", CPU)
-    found = deltas.summary("merged", merge.write(plan, out, CPU))
+    found = deltas_summary("merged", merge.write(plan, out, CPU))
     before, after = load_file(source / merge.SINGLE), load_file(out / merge.SINGLE)
     names = [n for n in before if re.search(r"(q_proj|down_proj)\.weight", n)]
     moved = [after[n].double() - before[n].double() for n in names]
@@ -659,7 +660,7 @@ def test_a_readme_that_somebody_wrote_stays(tmp_path):
     to.mkdir()
     markdown.write(a_card(), to, readme)
     assert (to / "README.md").read_text() == readme.read_text()
-    assert (to / BESIDE).read_text() == markdown.page(a_card())
+    assert (to / CARD_NAME).read_text() == markdown.page(a_card())
     assert strict_json((to / JSON_NAME).read_text()) == a_card().to_json()
 
 
@@ -705,7 +706,7 @@ def test_an_export_has_the_card_of_its_run_and_scale(run, tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", source["sha256"])
     assert data["base"]["name"] == "model"
     assert data["base"]["files"]["model.safetensors"]["by"] == "export"
-    full = deltas.of_adapter(run / "adapter", tmp_path, read_base=False).total
+    full = adapter_deltas(run / "adapter", tmp_path, read_base=False).total
     assert full is not None
     assert data["deltas"]["total"]["norm"] == pytest.approx(full.norm / 2, rel=1e-9)
     assert data["verified"]["num_tokens"] > 100
@@ -738,7 +739,7 @@ def test_an_adapter_from_elsewhere_gets_a_card_of_what_is_known(run, tmp_path):
     assert theirs.adaptation_ppl_after == 1.018
     run_command(adapter, tmp_path / "to", recipe=recipe)
     assert (tmp_path / "to" / "README.md").read_text() == "# By its author\n"
-    page = (tmp_path / "to" / BESIDE).read_text()
+    page = (tmp_path / "to" / CARD_NAME).read_text()
     assert "A DoRA adapter for `model`." in page
     assert "Not known to Moored: the adapter was made elsewhere." in page
     assert "`moored evaluate ADAPTER --recipe RECIPE.yaml` measures it" in page

@@ -16,7 +16,7 @@ from moored.config import Config, Regularizer, load_config
 from moored.data import TrainStream, load_samples
 from moored.data.batch import Batch, collate
 from moored.loss.divergence import Objective, Scales
-from moored.models.base import resolve_base
+from moored.models.base_files import resolve_base
 from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
 from moored.training.step import needs_kl, objective_of, weight_at

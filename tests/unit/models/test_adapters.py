@@ -22,7 +22,7 @@ from moored import sinelora
 from moored.config import AdapterConfig, Config, ModelConfig, load_config
 from moored.export import merge
 from moored.models.adapters import add_adapters, frozen_buffers, scaled, write_scaled
-from moored.models.linear4bit import FrozenLinear4bit
+from moored.models.nf4 import FrozenLinear4bit
 from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off
 from moored.training import checkpoint

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moored.config import ModelConfig
-from moored.models.hub import ResolvedModel, gguf, resolve, resolve_model, wheels
+from moored.models.hub import ResolvedModel, gguf, resolve, resolve_model
+from moored.models.hub.resolve import extract_gguf, wheel_distribution
 from moored.utils.errors import UserError
 from tiny import tiny_model
 from tiny_gguf import tiny_gguf, wheel_of
@@ -238,7 +239,7 @@ def test_storage_keeps_what_the_file_has(tmp_path: Path) -> None:
 )
 def test_a_mirror_is_a_plain_name(mirror: str) -> None:
     with pytest.raises(UserError, match="pypi:NAME"):
-        wheels.distribution_of(mirror)
+        wheel_distribution(mirror)
 
 
 def test_pip_failures_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,13 +255,13 @@ def test_a_wheel_must_hold_one_gguf_or_the_named_one(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(UserError, match=r"holds 2 files .*x\.gguf, y\.gguf.*set model\.gguf_file"):
-        wheels.extract_gguf(wheel, out, None)
-    assert wheels.extract_gguf(wheel, out, "y.gguf").read_bytes() == b"GGUF2"
+        extract_gguf(wheel, out, None)
+    assert extract_gguf(wheel, out, "y.gguf").read_bytes() == b"GGUF2"
     with pytest.raises(UserError, match=r"holds 0 files z\.gguf"):
-        wheels.extract_gguf(wheel, out, "z.gguf")
+        extract_gguf(wheel, out, "z.gguf")
     wheel.write_bytes(b"not a zip")
     with pytest.raises(UserError, match="broken"):
-        wheels.extract_gguf(wheel, out, None)
+        extract_gguf(wheel, out, None)
 
 
 # ---------------------------------------------------------------- the hub

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from moored.models.linear4bit import FrozenLinear4bit, make_zero_safe
-from moored.models.lora_linear import AddingLinear, FusedLinear, FusedLinear4bit, fuse
+from moored.models.adapters import AddingLinear, FusedLinear, FusedLinear4bit, fuse
+from moored.models.nf4 import FrozenLinear4bit, make_zero_safe
 
 IN, OUT = 96, 160
 

@@ -16,8 +16,8 @@ from moored.data.batch import Batch, Sample, collate
 from moored.loss.divergence import Objective, Scales
 from moored.loss.head import LossSums
 from moored.models import forward
-from moored.models.linear4bit import FrozenLinear4bit, make_zero_safe
 from moored.models.loading import load_base
+from moored.models.nf4 import FrozenLinear4bit, make_zero_safe
 from moored.models.policy import PolicyModel, load_policy
 from moored.models.reference import adapters_off, dropout_off
 from moored.models.weights import Loader

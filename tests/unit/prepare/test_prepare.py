@@ -29,7 +29,7 @@ from moored.data.samples import SampleSet, load_samples
 from moored.data.stream import TrainStream
 from moored.data.token_arrays import HeldSource
 from moored.models.reference_cache import references_folder
-from moored.prepare import fetch_weights, prepare_command
+from moored.prepare import prepare_command
 from moored.utils import atomic_dir
 from moored.utils.errors import UserError, UserErrors
 from tiny import tiny_recipe, write_recipe
@@ -566,10 +566,10 @@ def in_hub_cache(folder: Path) -> Path:
 
 
 def test_a_whole_model_is_verified(tmp_path):
-    found = fetch_weights.verify(shards(tmp_path / "plain"))
-    assert found == fetch_weights.Verified(num_files=2, num_hashed=0)
-    found = fetch_weights.verify(in_hub_cache(tmp_path / "hub"))
-    assert found == fetch_weights.Verified(num_files=2, num_hashed=2)
+    found = prepare_command.verify_weights(shards(tmp_path / "plain"))
+    assert found == prepare_command.Verified(num_files=2, num_hashed=0)
+    found = prepare_command.verify_weights(in_hub_cache(tmp_path / "hub"))
+    assert found == prepare_command.Verified(num_files=2, num_hashed=2)
 
 
 def test_broken_weights_are_named(tmp_path):
@@ -577,7 +577,7 @@ def test_broken_weights_are_named(tmp_path):
     os.truncate(folder / "model-0.safetensors", 300)
     save_file({"w2": np.zeros(4, dtype=np.float32)}, folder / "model-1.safetensors")
     with pytest.raises(UserErrors) as caught:
-        fetch_weights.verify(folder)
+        prepare_command.verify_weights(folder)
     first, second = caught.value.problems
     assert "model-0.safetensors: is broken" in first
     assert "model-1.safetensors: lacks 1 tensors" in second
@@ -596,7 +596,7 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found(tmp_path, name):
     with pytest.raises(
         UserError, match=f"{name}: has other content than the hub's: remove .*blobs"
     ):
-        fetch_weights.verify(folder)
+        prepare_command.verify_weights(folder)
 
 
 # ---------------------------------------------------------------- the command

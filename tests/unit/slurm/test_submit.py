@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from moored.cli import main
 from moored.config import load_config
-from moored.config.local_files import fingerprints, input_files, missing_and_changed
 from moored.slurm import jobs as room
 from moored.slurm.script import Job, render
 from moored.slurm.site import REFERENCE_HEAD, Site, load_site, slurm_folder
 from moored.slurm.site import _seconds as limit_seconds
+from moored.slurm.snapshot import fingerprints, input_files, missing_and_changed
 from moored.slurm.sweep import arms_of, array_of, split_values, submit_sweep
 from moored.tracking.run_directory import path_of
 from moored.utils.errors import UserError, UserErrors
@@ -84,7 +84,7 @@ def test_every_golden_script_has_a_case() -> None:
 
 
 def test_the_page_of_site_profiles_is_true() -> None:
-    from moored.config.recipe_reference import reference
+    from moored.config.recipe_docs import reference
 
     assert reference(Site, REFERENCE_HEAD) == (ROOT / "docs" / "site.md").read_text(), (
         "run python -m moored.slurm.site > docs/site.md"
@@ -311,8 +311,8 @@ def test_inputs_that_change_are_noticed(recipe: Path) -> None:
 
 
 def test_both_ends_of_a_big_file_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moored.config.local_files.WHOLE_BYTES", 100)
-    monkeypatch.setattr("moored.config.local_files.END_BYTES", 20)
+    monkeypatch.setattr("moored.slurm.snapshot.WHOLE_BYTES", 100)
+    monkeypatch.setattr("moored.slurm.snapshot.END_BYTES", 20)
     path = tmp_path / "weights"
     path.write_bytes(bytes(200))
     expected = fingerprints([path])

@@ -15,7 +15,7 @@ import pytest
 
 from moored.slurm.status import describe
 from moored.tracking import Tracker, sync_run
-from moored.tracking.cursor import CURSOR_NAME, Cursor
+from moored.tracking.journal import CURSOR_NAME, Cursor
 from moored.utils.errors import UserError
 from trackkit import Place, eventually, train
 

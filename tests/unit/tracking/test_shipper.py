@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from moored.tracking import shipper as module
-from moored.tracking.cursor import Cursor, shipping
-from moored.tracking.journal import JOURNAL_NAME, Journal
+from moored.tracking.journal import JOURNAL_NAME, Cursor, Journal, shipping
 from moored.tracking.shipper import Shipper
 from moored.tracking.store import Point, RejectedError, StopError, inside
 

@@ -27,8 +27,7 @@ import pytest
 
 from moored.config import load_config
 from moored.tracking import Tracker, provenance, sync_run
-from moored.tracking.cursor import Cursor, shipping
-from moored.tracking.journal import metrics
+from moored.tracking.journal import Cursor, metrics, shipping
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.provenance import params, tracking_uri
 from moored.tracking.shipper import Shipper

@@ -28,12 +28,18 @@ from moored.config import load_config
 from moored.distributed.mesh import start_mesh
 from moored.tracking import Tracker, cursor, ships_later, sync_run
 from moored.tracking import shipper as shipper_module
-from moored.tracking.cursor import Cursor
-from moored.tracking.journal import JOURNAL_NAME, Journal, first_start, metrics, read_journal
-from moored.tracking.machines import MachineFile, SampleCollector, host_in_names
+from moored.tracking.journal import (
+    JOURNAL_NAME,
+    Cursor,
+    Journal,
+    first_start,
+    metrics,
+    read_journal,
+)
 from moored.tracking.mlflow_store import MlflowStore
 from moored.tracking.shipper import Shipper
 from moored.tracking.sync import _Now, _unfinished
+from moored.tracking.system_metrics import MachineFile, SampleCollector, host_in_names
 from moored.training.lifecycle import open_run_on_all_ranks, start_tracking
 from moored.utils.errors import UserError
 from trackkit import Place, Server, eventually, free_port, train

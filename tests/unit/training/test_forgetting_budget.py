@@ -9,7 +9,7 @@ import pytest
 
 from moored.config import Budget
 from moored.training.forgetting_budget import Controller
-from moored.training.metrics import of_budget
+from moored.training.metric_names import of_budget
 
 
 def held_by(

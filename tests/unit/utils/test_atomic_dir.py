@@ -15,9 +15,8 @@ import filelock
 import pytest
 
 from moored.utils import atomic_dir
-from moored.utils.atomic_dir import make_once, read_manifest, seal, verify
+from moored.utils.atomic_dir import jsonable, make_once, read_manifest, seal, verify, write_json
 from moored.utils.errors import UserError
-from moored.utils.json_files import jsonable, write_json
 
 
 def fill(folder: Path) -> dict[str, Any]:

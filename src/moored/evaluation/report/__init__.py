@@ -5,7 +5,6 @@ Nothing is measured or trained here; figures come in as BaseResult and ArmResult
 
 from moored.evaluation.report.bootstrap import increase_intervals
 from moored.evaluation.report.headline import Headline, headline
-from moored.evaluation.report.merging import merge
 from moored.evaluation.report.report_files import labels_of, run_command, settings_of, write
 from moored.evaluation.report.results import (
     ArmResult,
@@ -20,6 +19,7 @@ from moored.evaluation.report.results import (
     TokenExample,
     Where,
     increase_pct,
+    merge,
     rise_pct,
 )
 from moored.evaluation.report.terminal import show, table

@@ -1,4 +1,4 @@
-"""Runs taken together: the seeds of one setting, and how settings differ, with their intervals.
+"""Runs taken together: the seeds of one setting, how settings differ, and which one to take.
 
 What is said of it is `headline.py`'s; how resampling works is `bootstrap.py`'s.
 """
@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+
+import numpy as np
 
 from moored.evaluation.report import bootstrap
 from moored.evaluation.report.bootstrap import Interval, Statistic, increase_pct
@@ -183,3 +185,115 @@ def yardstick(groups: Sequence[Setting]) -> Setting:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------- which setting to take
+
+# Forgetting below this is nothing to weigh against.
+NEXT_TO_NOTHING_PCT = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """The setting to take of several."""
+
+    setting: Setting
+    adapter: str  # its arm to take: of several seeds the one with the median worst corpus
+    num_settings: int  # that it was chosen of
+    learned: float  # its share of the most that any of them learned, 0 to 1
+    forgot: float  # percent on its worst corpus
+    most_forgot: float  # percent on the worst corpus of the one that forgot most
+    agreement: float | None  # share of resamples in which it is chosen as well; None: no blocks
+    of_scales: bool  # whether the settings are scales of one adapter
+
+    @property
+    def is_knee(self) -> bool:
+        """Whether there was forgetting to weigh learning against."""
+        return self.most_forgot > NEXT_TO_NOTHING_PCT
+
+
+def choose(
+    groups: Sequence[Setting], before: float | None, *, of_scales: bool = False
+) -> Recommendation | None:
+    """The knee: where the share of the learning exceeds that of the forgetting by most.
+
+    Shares are of the most that any setting learned (in nats per token) and forgot (in percent on
+    the worst corpus). Where nothing was forgotten it is the setting that learned most.
+
+    Returns:
+        None where there is nothing to choose from: fewer than two settings with both figures, or
+        none that learned.
+    """
+    if before is None or not math.isfinite(before) or before <= 0:
+        return None
+    points = [
+        (group, math.log(before / group.learned), worst[1])
+        for group in groups
+        if (worst := group.worst) and math.isfinite(worst[1]) and group.learned is not None
+    ]
+    if len(points) < 2:
+        return None
+    learned = np.array([point[1] for point in points])
+    forgot = np.array([point[2] for point in points])
+    if learned.max() <= 0:
+        return None
+    best = int(_knee(learned[:, None], forgot[:, None])[0])
+    return Recommendation(
+        setting=points[best][0],
+        adapter=points[best][0].median(),
+        num_settings=len(points),
+        learned=float(learned[best] / learned.max()),
+        forgot=float(forgot[best]),
+        most_forgot=float(forgot.max()),
+        agreement=_agreement([point[0] for point in points], best),
+        of_scales=of_scales,
+    )
+
+
+def _knee(learned: np.ndarray, forgot: np.ndarray) -> np.ndarray:
+    """Index of the chosen one of the settings (rows), for each column."""
+    most_learned, most_forgot = learned.max(0), forgot.max(0)
+    with np.errstate(all="ignore"):
+        lead = learned / most_learned - np.maximum(0.0, forgot) / most_forgot
+    little = most_forgot <= NEXT_TO_NOTHING_PCT
+    return np.where(little, learned, lead).argmax(0)
+
+
+def _agreement(groups: Sequence[Setting], best: int) -> float | None:
+    """How often resampled texts and seeds give the same choice."""
+    learned: list[np.ndarray] = []
+    forgot: list[np.ndarray] = []
+    for group in groups:
+        gain = bootstrap.resampled(group.blocks(None), bootstrap.gain)
+        # Every text is drawn on its own, the same for all settings.
+        rises = [
+            bootstrap.resampled(group.blocks(corpus), seed=i + 1)
+            for i, corpus in enumerate(sorted(group.increases))
+        ]
+        known = [rise for rise in rises if rise is not None]
+        if gain is None or not known or len(known) < len(rises):
+            return None
+        learned.append(gain)
+        forgot.append(np.max(known, axis=0))
+    chosen = _knee(np.stack(learned), np.stack(forgot))
+    return float((chosen[1:] == best).mean())
+
+
+def recommendations(report: Report) -> tuple[Recommendation | None, list[Recommendation]]:
+    """The setting to take of all, and what is to be said: of every adapter's scales, and of all."""
+    every, before = settings(on_shared_corpora(report)), report.base.adaptation_ppl
+    kept = [group for group in every if not any(arm.budget_held is False for arm in group.runs)]
+    groups = kept or every  # who broke a budget is not recommended, unless all did
+    families: dict[tuple[object, ...], list[Setting]] = {}
+    for group in groups:
+        one = group.first
+        key = (one.setting, one.kind, one.weight, one.direction, one.temperature, one.adapter)
+        families.setdefault((*key, *group.seeds), []).append(group)
+    choice = choose(groups, before)
+    said = [
+        choose(family, before, of_scales=True)
+        for family in families.values()
+        if any(group.first.scale is not None for group in family)
+    ]
+    said += [choice] if len(families) > 1 else []
+    return choice, [one for one in said if one]

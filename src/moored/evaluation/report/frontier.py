@@ -1,6 +1,6 @@
 """The frontier plot, learning against forgetting, for the page and as frontier.png.
 
-Which setting is recommended is `choosing.py`'s; how lines become pictures is `drawing.py`'s.
+Which setting is recommended is `comparing.py`'s; how lines become pictures is `drawing.py`'s.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from matplotlib.ticker import MaxNLocator
 
 from moored.evaluation.report import words
 from moored.evaluation.report.bootstrap import log_perplexity
-from moored.evaluation.report.choosing import Recommendation, recommendations
-from moored.evaluation.report.comparing import Setting, on_shared_corpora, settings, shared_corpora
+from moored.evaluation.report.comparing import (
+    Recommendation,
+    Setting,
+    on_shared_corpora,
+    recommendations,
+    settings,
+    shared_corpora,
+)
 from moored.evaluation.report.drawing import (
     BASE_STYLE,
     CARD,

@@ -13,12 +13,12 @@ from functools import cached_property
 
 from moored.evaluation.report import words
 from moored.evaluation.report.bootstrap import FEWEST_SEEDS, Interval
-from moored.evaluation.report.choosing import recommendations
 from moored.evaluation.report.comparing import (
     Setting,
     forgot_more_at_worst,
     learned_more,
     on_shared_corpora,
+    recommendations,
     settings,
 )
 from moored.evaluation.report.results import ArmResult, Report

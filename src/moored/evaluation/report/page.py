@@ -1,7 +1,7 @@
 """report.html: one self-contained page, from headline to caveats.
 
-Rows come from `tables.py`, drawings from `frontier.py` and `curves.py`; this file hands them to the
-templates, which give them their looks, put them in words and escape all text.
+Rows come from `tables.py`, drawings from `frontier.py` and `drawing.py`; the templates that are
+handed them give them their looks, put them in words and escape all text.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ import json
 
 from moored import __version__
 from moored.evaluation.report import bootstrap, tables, words
-from moored.evaluation.report.choosing import recommendations
-from moored.evaluation.report.comparing import Setting, increase_interval, settings, shared_corpora
-from moored.evaluation.report.curves import Curves, panels
-from moored.evaluation.report.drawing import BASE_STYLE, COLOURS, styles
+from moored.evaluation.report.comparing import (
+    Setting,
+    increase_interval,
+    recommendations,
+    settings,
+    shared_corpora,
+)
+from moored.evaluation.report.drawing import BASE_STYLE, COLOURS, Curves, panels, styles
 from moored.evaluation.report.frontier import arm_numbers, frontier, undrawn
 from moored.evaluation.report.headline import SAME_INCREASE_POINTS, SAME_PPL_PCT, headline
 from moored.evaluation.report.results import Report

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moored.evaluation.report.merging import merge
-from moored.evaluation.report.results import Report
+from moored.evaluation.report.results import Report, merge
 from moored.evaluation.report.terminal import show
 from moored.tracking import Tracker
 from moored.tracking.journal import metrics
@@ -25,7 +24,7 @@ from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
     from moored.config import Config
-    from moored.evaluation.report.curves import Curves
+    from moored.evaluation.report.drawing import Curves
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from moored.evaluation.report import bootstrap, words
 from moored.evaluation.report.bootstrap import Interval, more_right, share_difference
-from moored.evaluation.report.choosing import Recommendation
 from moored.evaluation.report.comparing import (
+    Recommendation,
     Setting,
     forgot_more,
     increase_interval,

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moored.evaluation.report import Report, headline
-from moored.utils.json_files import jsonable
+from moored.utils.atomic_dir import jsonable
 
 FORMAT = 1
 Number = int | float  # stays what it is: 32 is not written as 32.0

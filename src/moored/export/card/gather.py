@@ -34,8 +34,7 @@ from moored.export.card.facts import (
 )
 from moored.export.card.markdown import FRONT_MATTER
 from moored.models.hub import ResolvedModel
-from moored.tracking.cursor import CURSOR_NAME
-from moored.tracking.journal import JOURNAL_NAME, is_start, read_journal
+from moored.tracking.journal import CURSOR_NAME, JOURNAL_NAME, is_start, read_journal
 from moored.tracking.provenance import address
 from moored.tracking.run_directory import RunDirectory
 from moored.utils import atomic_dir

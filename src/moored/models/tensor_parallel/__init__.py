@@ -1,7 +1,7 @@
 """One model spread over the ranks of a tensor-parallel group.
 
 `layout.py` says who holds what, `regions.py` moves activations, `sharding.py` puts both to work
-on a model, `sharded_adapters.py` on what PEFT adds to it.
+on a model and on what PEFT adds to it.
 """
 
 from moored.models.tensor_parallel.layout import (
@@ -12,8 +12,7 @@ from moored.models.tensor_parallel.layout import (
     layout_of,
     require_per_token,
 )
-from moored.models.tensor_parallel.sharded_adapters import whole_adapters
-from moored.models.tensor_parallel.sharding import Sharding
+from moored.models.tensor_parallel.sharding import Sharding, whole_adapters
 
 __all__ = [
     "NF4_BLOCK",

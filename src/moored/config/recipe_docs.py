@@ -1,6 +1,6 @@
 """The reference of recipes, docs/recipe.md, written from the schema.
 
-    python -m moored.config.recipe_reference > docs/recipe.md
+    python -m moored.config.recipe_docs > docs/recipe.md
 
 Options are described where they are defined; nothing about a single one is known here.
 """
@@ -20,7 +20,7 @@ from moored.config.section import Section
 
 _HEAD = """# Recipes: every option
 
-Written from the schema by `python -m moored.config.recipe_reference > docs/recipe.md`; a test holds
+Written from the schema by `python -m moored.config.recipe_docs > docs/recipe.md`; a test holds
 it true. A recipe is strict YAML: an unknown key, or an option without effect, is an error with a
 suggestion. [data.md](data.md) says what the rows of a data set look like and which of their
 tokens are learned.

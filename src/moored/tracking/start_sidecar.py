@@ -14,10 +14,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from moored.tracking.cursor import Cursor
-from moored.tracking.journal import JOURNAL_NAME
-from moored.tracking.machines import FOLDER
+from moored.tracking.journal import JOURNAL_NAME, Cursor
 from moored.tracking.provenance import address
+from moored.tracking.system_metrics import FOLDER
 
 logger = logging.getLogger(__name__)
 
