@@ -36,7 +36,7 @@ PRELOADED = [
     "moored.training.compare",
     "moored.training.doctor",
     "moored.evaluation.evaluate_command",
-    "moored.evaluation.report.picture",
+    "moored.evaluation.report.page",
     "moored.export",
     "transformers.models.llama.modeling_llama",
 ]

@@ -26,7 +26,7 @@ import pytest
 from distributed.runner import run_distributed
 from moored.config import load_config
 from moored.distributed.mesh import start_mesh
-from moored.tracking import Tracker, cursor, ships_later, sync_run
+from moored.tracking import Tracker, journal, ships_later, sync_run
 from moored.tracking import shipper as shipper_module
 from moored.tracking.journal import (
     JOURNAL_NAME,
@@ -354,7 +354,7 @@ def test_makers_without_a_common_lock_settle_on_one_parent(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several hosts on a file system whose locks are each host's own: all make it at once."""
-    monkeypatch.setattr(cursor, "_flock", lambda descriptor: True)
+    monkeypatch.setattr(journal, "_flock", lambda descriptor: True)
     monkeypatch.setattr(shipper_module, "SETTLE_SECONDS", 1.5)
     config = place.config(mlflow=False)
     sweep, names = place.folder / "runs" / "sweep", ["a", "b", "c"]
