@@ -22,7 +22,7 @@ CONSTRAINTS := docker/constraints.txt
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-quickstart: install-run ## fine-tune a small real model with and without TMKL (10 minutes on 2 cores)
+quickstart: install-run ## fine-tune a small real model with and without TMKL (7 minutes on 2 cores)
 	$(BIN)/moored compare recipes/quickstart/slurm-headers.yaml
 	@echo "picture  runs/quickstart/report/frontier.png"
 	@echo "page     runs/quickstart/report/report.html"
