@@ -1,6 +1,7 @@
 """Every recipe of the repository loads strictly, and the data beside it is what it should be.
 
-Nothing is downloaded: what comes from the hub is checked for its form only.
+Nothing is downloaded: what comes from the hub is checked for its form, and each recipe is run on a
+shrunken model of its architecture with random weights, and on data made here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from distributed.runner import mostly_long
+from forking import finished, moored
 from moored.config import Config, arm_names, load_config
 from moored.config.inputs import KNOWN_TEXTS
 from moored.data import check_data
 from moored.data.reading import resolve_text
+from moored.plan.architecture import find_config
+from tiny import tiny_tokenizer, write_chats, write_text
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -80,6 +85,91 @@ def test_the_table_of_what_is_planned_is_the_plan(monkeypatch: pytest.MonkeyPatc
         "qwen2.5-0.5b/gsm8k.yaml",
     }
     assert listed == large
+
+
+SHRUNKEN = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+def shrunken(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides that make a recipe small: a model of its architecture, data of its layout."""
+    monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
+    monkeypatch.setenv("MOORED_CACHE", str(folder / "cache"))
+    config = load_config(path)
+    sizes, _, _ = find_config(config.model)
+    model = folder / "model"
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(model)
+    sizes = sizes | SHRUNKEN | {"vocab_size": len(tokenizer)}
+    (model / "config.json").write_text(json.dumps(sizes))
+    is_chat = config.data.train[0].format == "messages"
+    sources = [write_chats(folder / "train.jsonl"), write_chats(folder / "eval.jsonl", 6, start=90)]
+    for file in sources if is_chat else ():
+        rows = [json.loads(line) for line in file.open()]
+        turns = ({"user": row["prompt"], "assistant": row["completion"]} for row in rows)
+        chats = [[{"role": who, "content": text} for who, text in turn.items()] for turn in turns]
+        file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    kept = "messages" if is_chat else "prompt_completion"
+    return [
+        f"output.dir={folder}/runs",
+        f"model.name_or_path={model}",
+        "model.weights=random",
+        f"data.train=[{{path: {sources[0]}, format: {kept}}}]",
+        f"data.eval=[{{path: {sources[1]}, format: {kept}}}]",
+        f"retention={{fox: {{path: {write_text(folder / 'fox.txt')}, window_tokens: 64}}}}",
+        "data.max_length=128",
+        "parallel.zero_stage=0",
+        "train.steps=2",
+        *(["train.epochs=null"] if config.train.epochs is not None else []),
+        "train.global_batch_sequences=4",
+        "optim.warmup_steps=1",
+        "track.mlflow=false",
+    ]
+
+
+LARGE = [path for path in RECIPES if path.parent != QUICKSTART]
+ONE = ROOT / "recipes" / "llama-3.3-70b" / "chat.yaml"
+PAPERS = [path for path in RECIPES if path.name == "gsm8k.yaml"]
+
+
+@pytest.mark.parametrize("path", mostly_long(LARGE, ONE), ids=name_of)
+def test_a_recipe_trains_a_shrunken_model(path: Path, tmp_path: Path, monkeypatch) -> None:
+    overrides = shrunken(path, tmp_path, monkeypatch)
+    finished(moored("train", str(path), *overrides, cwd=tmp_path))
+    run = tmp_path / "runs" / load_config(path).name
+    assert json.loads((run / "state.json").read_text())["status"] == "done"
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=name_of)
+@pytest.mark.parametrize("method", ["dora", "sinelora", "randlora"])
+def test_the_papers_other_adapters_are_an_override_away(path: Path, method: str) -> None:
+    """As the recipe's head says it."""
+    lines = re.sub(r" \\\n# +", " ", path.read_text()).splitlines()
+    commands = [line for line in lines if f"adapter.method={method}" in line]
+    assert len(commands) == 1
+    overrides = [word for word in commands[0].split() if word.startswith("adapter.")]
+    assert load_config(path, overrides).adapter.method == method
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["dora", "sinelora", "randlora adapter.alpha=320"])
+def test_the_papers_other_adapters_train(method: str, tmp_path: Path, monkeypatch) -> None:
+    overrides = shrunken(PAPERS[0], tmp_path, monkeypatch)
+    overrides += f"adapter.method={method}".split()
+    finished(moored("train", str(PAPERS[0]), *overrides, cwd=tmp_path))
+
+
+@pytest.mark.parametrize("path", LARGE, ids=name_of)
+def test_a_recipe_says_how_it_is_submitted(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert re.search(rf"#     moored submit +{re.escape(str(path.relative_to(ROOT)))} --site", text)
 
 
 def assert_hub_names(config: Config) -> None:

@@ -77,7 +77,15 @@ def cli(debug: bool) -> None:
 for _command in (
     *(runs.train, runs.compare, runs.evaluate, runs.report, runs.export, runs.sync),
     *(runs.doctor, runs.prepare, runs.where),
-    *(cluster.plan, cluster.submit, cluster.sweep, cluster.status, cluster.logs, cluster.cancel),
+    *(
+        cluster.plan,
+        cluster.probe,
+        cluster.submit,
+        cluster.sweep,
+        cluster.status,
+        cluster.logs,
+        cluster.cancel,
+    ),
     cluster.preflight,
 ):
     cli.add_command(_command)

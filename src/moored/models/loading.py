@@ -31,7 +31,7 @@ from moored.models.base_files import resolve_dtype
 from moored.models.forward import install_head, require_same_by_tokens
 from moored.models.nf4 import make_zero_safe
 from moored.models.tensor_parallel import Sharding, ShardLayout, layout_of, require_per_token
-from moored.models.weights import AfterModule, Files, Loader
+from moored.models.weights import AfterModule, Files, Loader, RandomFiles
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -137,11 +137,19 @@ def _stream(
 
     The model is None where only transformers can load the checkpoint.
     """
+    is_random = config.weights == "random"
     files = Files(path)
-    if not files.names and mesh.tp.size == 1:
+    if not files.names and mesh.tp.size == 1 and not is_random:
         return None, None, []
     causal_lm = _without_weights(path, hf_config, config, dtype)
+    if is_random:
+        files = RandomFiles(causal_lm, mesh.device)
     convertible = any(isinstance(module, Conv1D) for module in causal_lm.modules())
+    if is_random and convertible:
+        raise UserError(
+            f"model.weights=random: the layers of {type(causal_lm).__name__} are converted when "
+            "they are read, and there is nothing to read: give a model with weights"
+        )
     unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
     if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
         return None, None, []

@@ -11,7 +11,9 @@ keeps and one tensor. Nothing is known here of architectures: names and shapes a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,79 @@ class Files:
         """A tensor of its own, all of it."""
         with self.open(name) as stored:
             return _slice(stored, None, 0).clone()
+
+
+class RandomFiles(Files):
+    """Tensors that no file holds, of the shapes and in the precision of a model's parameters.
+
+    A value is a function of the tensor's name and of its place there, so that any slice, on any
+    rank, is cut from the same whole. Norms are 1, biases and what else has one dimension 0.
+
+    Attributes:
+        names: of the parameters, without those that are tied to another.
+    """
+
+    def __init__(self, model: Any, device: torch.device):
+        tied = model.all_tied_weights_keys
+        self._shapes = {
+            name: tuple(p.shape) for name, p in model.named_parameters() if name not in tied
+        }
+        self._device = device
+        self.names = frozenset(self._shapes)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Any]:
+        """As of a file."""
+        yield _RandomTensor(name, self._shapes[name], self._device)
+
+
+STD = 0.02  # of random matrices: what most models are initialised with
+_ROWS_AT_A_TIME = 2**22  # elements
+
+
+class _RandomTensor:
+    """What safetensors' slice objects do, of a tensor that is made when it is cut."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], device: torch.device):
+        self._shape, self._device = shape, device
+        self._is_norm = "norm" in name and name.endswith("weight")
+        self._seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if len(self._shape) < 2:
+            whole = torch.full(self._shape, float(self._is_norm), device=self._device)
+            return whole[index]
+        where = index if isinstance(index, tuple) else (index,)
+        axes = [range(size) for size in self._shape]
+        for axis, part in enumerate(where):
+            if part is not Ellipsis:
+                axes[axis] = axes[axis][part]
+        columns = torch.arange(math.prod(self._shape[1:]), device=self._device)
+        columns = columns.view(self._shape[1:])
+        for axis, part in enumerate(axes[1:]):
+            columns = columns.narrow(axis, part.start, len(part))
+        out = torch.empty((len(axes[0]), *columns.shape), device=self._device)
+        step = max(1, _ROWS_AT_A_TIME // max(1, columns.numel()))
+        per_row = math.prod(self._shape[1:])
+        for first in range(0, len(axes[0]), step):
+            rows = torch.arange(first, min(first + step, len(axes[0])), device=self._device)
+            places = (rows + axes[0].start) * per_row
+            out[rows] = self._values(places.view(-1, *[1] * columns.dim()) + columns)
+        return out
+
+    def _values(self, places: Tensor) -> Tensor:
+        """Uniform values of standard deviation STD: a mix of bits (murmur3's) of each place."""
+        bits = places.to(torch.int32) ^ (self._seed - 2**31)
+        for factor in (0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32):
+            bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * factor
+        bits = bits ^ ((bits >> 16) & 0xFFFF)
+        return bits.float() * (STD * 3**0.5 / 2**31)
 
 
 class ShapeError(RuntimeError):

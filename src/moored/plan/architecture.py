@@ -121,6 +121,18 @@ def find_architecture(model: ModelConfig) -> Architecture:
         UserError: there is no config.json and the name is not known, or it is of a kind whose
             sizes are not known.
     """
+    config, origin, _ = find_config(model)
+    return read_architecture(config, origin)
+
+
+def find_config(model: ModelConfig) -> tuple[dict[str, Any], str, Path | None]:
+    """The config.json of a model: what it says, where it was found in words, and its folder.
+
+    Of a known name without files there is no folder, and what is said is what sizes depend on.
+
+    Raises:
+        UserError: there is none, and the name is not known.
+    """
     name = model.name_or_path
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -129,7 +141,7 @@ def find_architecture(model: ModelConfig) -> Architecture:
                 f"model.name_or_path={name}: no config.json in this folder, and a plan needs it: "
                 "give a Hugging Face model folder, or a hub name"
             )
-        return read_architecture(_json(folder / "config.json"), str(folder))
+        return _json(folder / "config.json"), str(folder), folder
     if folder.is_file():
         raise UserError(
             f"model.name_or_path={name}: a plan reads a config.json, which a GGUF file has not: "
@@ -137,10 +149,11 @@ def find_architecture(model: ModelConfig) -> Architecture:
         )
     cached = _in_cache(name, model.revision)
     if cached is not None:
-        return read_architecture(_json(cached), f"the hub's cache ({cached.parent.name[:12]})")
+        origin = f"the hub's cache ({cached.parent.name[:12]})"
+        return _json(cached), origin, cached.parent
     known = known_config(name)
     if known is not None:
-        return read_architecture(known[1], f"the table of known models ({known[0]})")
+        return known[1], f"the table of known models ({known[0]})", None
     raise UserError(
         f"model.name_or_path={name}: its config.json is not in the hub's cache on this machine, "
         f"and it is none of the known models: run `hf download {name} config.json` where there is "

@@ -9,6 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from moored.plan.calibration import Calibration
 from moored.utils.errors import UserError
 
 
@@ -120,12 +121,14 @@ class Cluster:
         nodes: how many.
         network_gbs: between nodes, of a whole node and in each direction, 10^9 bytes per second;
             an assumption, 200 Gbit/s, since no document says what a site has.
+        calibration: what a probe measured there; None: nothing.
     """
 
     gpu: GpuFacts
     gpus_per_node: int
     nodes: int = 1
     network_gbs: float = 25.0
+    calibration: Calibration | None = None
 
     @property
     def world(self) -> int:

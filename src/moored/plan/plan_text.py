@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from moored.plan.memory_terms import GIB, Term, doubt, total
@@ -29,6 +30,8 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         f"gpu         {gpu.title}: {gpu.memory_gb:g} GB, {gpu.bf16_tflops:g} TFLOP/s in bf16, "
         f"{gpu.bandwidth_gbs:,.0f} GB/s ({gpu.source})"
     )
+    if cluster.calibration is not None:
+        yield f"calibrated  {cluster.calibration}"
     yield f"layout      {_layout(work, cluster.world)}"
     yield ""
     yield from _table("memory of a GPU, GiB", plan.memory, GIB, gpu.memory_bytes)
@@ -149,6 +152,7 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
             "gpus_per_node": cluster.gpus_per_node,
             "nodes": cluster.nodes,
             "memory_bytes": round(cluster.gpu.memory_bytes),
+            "calibration": None if cluster.calibration is None else asdict(cluster.calibration),
         },
         "memory": terms(plan.memory),
         "host_memory": terms(plan.host),

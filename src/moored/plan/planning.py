@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moored.config import Config
 from moored.plan.architecture import Architecture, find_architecture
+from moored.plan.calibration import kept
 from moored.plan.gpus import GPUS, Cluster, cluster_of, gpu_named, gpu_of_device
 from moored.plan.memory_terms import (
     EXPERTS_IN_4_BITS,
@@ -113,7 +114,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
         architecture=architecture,
         work=work,
         cluster=cluster,
-        memory=gpu_memory(architecture, work, cluster.world),
+        memory=gpu_terms(architecture, work, cluster),
         host=host_memory(architecture, work, cluster.gpus_per_node),
         disk=on_disk(architecture, work, targets),
         time=time,
@@ -125,9 +126,18 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
     )
 
 
+def gpu_terms(architecture: Architecture, work: Workload, cluster: Cluster) -> list[Term]:
+    """All that one GPU must have, by the formulas; as a probe corrects them, if there is one."""
+    terms = gpu_memory(architecture, work, cluster.world)
+    if cluster.calibration is None:
+        return terms
+    factor = cluster.calibration.memory_factor
+    return [replace(term, bytes=term.bytes * factor) for term in terms]
+
+
 def needs(architecture: Architecture, work: Workload, cluster: Cluster) -> float:
     """Bytes of one GPU."""
-    return total(gpu_memory(architecture, work, cluster.world))
+    return total(gpu_terms(architecture, work, cluster))
 
 
 def fits(architecture: Architecture, work: Workload, cluster: Cluster) -> bool:
@@ -260,7 +270,7 @@ def _require_mesh(architecture: Architecture, work: Workload, cluster: Cluster) 
 
 def _require_fit(name: str, architecture: Architecture, work: Workload, cluster: Cluster) -> None:
     """Raise UserError with the nearest that fits."""
-    terms = gpu_memory(architecture, work, cluster.world)
+    terms = gpu_terms(architecture, work, cluster)
     there = cluster.gpu.memory_bytes
     if total(terms) <= there:
         return
@@ -415,7 +425,7 @@ def _warnings(
     architecture: Architecture, work: Workload, cluster: Cluster, time: StepTime
 ) -> Iterator[str]:
     yield from architecture.notes
-    terms = gpu_memory(architecture, work, cluster.world)
+    terms = gpu_terms(architecture, work, cluster)
     d = cluster.world // work.tensor_parallel_degree
     most = total(terms) * (1 + doubt(terms))
     if most > cluster.gpu.memory_bytes:
@@ -471,14 +481,17 @@ def _warnings(
 # ---------------------------------------------------------------- of a site, of a machine
 
 
-def site_cluster(gpu_type: str | None, gpus_per_node: int, nodes: int, where: str) -> Cluster:
-    """The GPUs that a site's profile names.
+def site_cluster(
+    gpu_type: str | None, gpus_per_node: int, nodes: int, where: str, profile: Path | None = None
+) -> Cluster:
+    """The GPUs that a site's profile names, and what was probed there.
 
     Args:
         gpu_type: `slurm.gpu_type`.
         gpus_per_node: `slurm.gpus_per_node`.
         nodes: of a job.
         where: the profile, in words.
+        profile: its file, beside which probes are kept.
 
     Raises:
         UserError: it does not say, or not clearly.
@@ -491,12 +504,14 @@ def site_cluster(gpu_type: str | None, gpus_per_node: int, nodes: int, where: st
             f"GPUs have: set it, or say --gpus {gpus_per_node}xNAME ({', '.join(GPUS)})"
         )
     try:
-        return Cluster(gpu=gpu_named(gpu_type), gpus_per_node=gpus_per_node, nodes=nodes)
+        gpu = gpu_named(gpu_type)
     except UserError as error:
         raise UserError(
             f"--site {where}: slurm.gpu_type={gpu_type}: {error}: say it by --gpus "
             f"{gpus_per_node}xNAME"
         ) from error
+    probed = None if profile is None else kept(profile, gpu.name)
+    return Cluster(gpu=gpu, gpus_per_node=gpus_per_node, nodes=nodes, calibration=probed)
 
 
 def site_warning(

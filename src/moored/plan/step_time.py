@@ -191,9 +191,13 @@ def step_time(
         architecture: the model.
         work: the recipe.
         cluster: the GPUs.
-        host_factor: how much slower than on the fastest machine measured the host is; None: not
-            known, and taken as `HOST_FACTOR`.
+        host_factor: how much slower than on the fastest machine measured the host is; None: as it
+            was probed on the cluster, else not known, and taken as `HOST_FACTOR`.
     """
+    probed = cluster.calibration
+    if host_factor is None and probed is not None:
+        host_factor = probed.host_factor
+    factor = 1.0 if probed is None else probed.gpu_factor
     degree = work.tensor_parallel_degree
     d = max(1, cluster.world // degree)
     share = _share_of_references(work)
@@ -211,8 +215,8 @@ def step_time(
     update += seconds_sent(reduced_bytes(architecture, work, d), d * degree, cluster)
     return StepTime(
         micro_batches=-(-rows_per_rank // work.micro_batch_size),
-        gpu=gpu,
-        sent=_sent_seconds(architecture, work, cluster, share),
+        gpu=gpu * factor,
+        sent=_sent_seconds(architecture, work, cluster, share) * factor,
         host=base * (HOST_FACTOR if host_factor is None else host_factor),
         host_range=(base * low, base * high),
         update=update,

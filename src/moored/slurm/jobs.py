@@ -35,7 +35,7 @@ from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STAGES = ("prepare", "train", "evaluate", "report", "export")
+STAGES = ("prepare", "probe", "train", "evaluate", "report", "export")
 _CACHES = (*CACHES, "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
 
 
@@ -57,9 +57,24 @@ class Submitted:
 
 
 def jobs_of(
-    config: Config, site: Site, run: Path, *, nodes: int, stages: Sequence[str]
+    config: Config,
+    site: Site,
+    run: Path,
+    *,
+    nodes: int,
+    stages: Sequence[str],
+    profile: Path | None = None,
 ) -> dict[str, Job]:
-    """The jobs of a run by stage, in their order."""
+    """The jobs of a run by stage, in their order.
+
+    Args:
+        config: the recipe.
+        site: where they run.
+        run: the run directory.
+        nodes: of a job that uses GPUs.
+        stages: of `STAGES`.
+        profile: the site's file, beside which a probe keeps what a plan learns.
+    """
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or not stages:
         said = f"--stages {unknown[0]}" if unknown else "--stages names none"
@@ -80,8 +95,10 @@ def jobs_of(
         binds=binds_of(config, site),
     )
     here, recipe = str(run), str(RunDirectory(run).slurm / "recipe.yaml")
+    kept = () if profile is None else ("--site", str(profile.absolute()))
     commands = {
         "prepare": ("prepare", recipe),
+        "probe": ("probe", recipe, "--out", str(run / "probe.json"), *kept),
         "evaluate": ("evaluate", here),
         "report": ("report", here),
         "export": ("export", here, "--to", str(export_folder(run))),
@@ -96,7 +113,7 @@ def jobs_of(
             else replace(
                 base,
                 title=f"{config.name}: {stage}",
-                kind="gpu" if stage == "evaluate" else "cpu",
+                kind="gpu" if stage in ("probe", "evaluate") else "cpu",
                 commands=(commands[stage],),
                 file=stage,
             )
@@ -137,6 +154,7 @@ def submit_run(
     nodes: int = 1,
     stages: Sequence[str] = ("train",),
     restart: bool = False,
+    profile: Path | None = None,
 ) -> list[Submitted]:
     """Check, keep and submit a run, and what shall follow it.
 
@@ -147,7 +165,7 @@ def submit_run(
         UserError: the run is done, or queued; or SLURM refuses a job. Nothing is left in the queue.
     """
     config, run = for_site(config, site), path_of(config)
-    jobs = jobs_of(config, site, run, nodes=nodes, stages=stages)
+    jobs = jobs_of(config, site, run, nodes=nodes, stages=stages, profile=profile)
     scripts = {stage: render(job, site, site_name) for stage, job in jobs.items()}
     if restart and "train" not in jobs:
         raise UserError(

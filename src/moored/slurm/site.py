@@ -348,6 +348,23 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
         UserError: there is no such profile.
         UserErrors: everything that is wrong in it, each in one line with its place and its fix.
     """
+    path = profile_path(name_or_path)
+    empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
+    recipe = read_recipe(path, overrides, empty)
+    if recipe.lines.keys() & {("model",), ("data",), ("train",)}:
+        raise UserError(
+            f"--site {path}: this is a recipe, and a site profile is needed: name one of "
+            f"{', '.join(_known())}, or a copy of one in {slurm_folder() / 'sites'}"
+        )
+    return path.stem, validate(Site, recipe, _NO_PLACEHOLDERS, extra=lambda _site: ())
+
+
+def profile_path(name_or_path: str) -> Path:
+    """The file of a profile, by its name in `slurm/sites` or by its path.
+
+    Raises:
+        UserError: there is no such profile.
+    """
     path = Path(name_or_path).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         folder, known = slurm_folder() / "sites", _known()
@@ -360,14 +377,7 @@ def load_site(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[str, Si
                 f"{folder}); copy the one that is most like your cluster and give its path"
             )
         path = folder / f"{name_or_path}.yaml"
-    empty = f"the profile is empty: copy one from {slurm_folder() / 'sites'}"
-    recipe = read_recipe(path, overrides, empty)
-    if recipe.lines.keys() & {("model",), ("data",), ("train",)}:
-        raise UserError(
-            f"--site {path}: this is a recipe, and a site profile is needed: name one of "
-            f"{', '.join(_known())}, or a copy of one in {slurm_folder() / 'sites'}"
-        )
-    return path.stem, validate(Site, recipe, _NO_PLACEHOLDERS, extra=lambda _site: ())
+    return path
 
 
 if __name__ == "__main__":

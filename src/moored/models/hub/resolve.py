@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moored.config import ModelConfig
+from moored.plan.architecture import find_config
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder
 from moored.utils.errors import UserError
@@ -110,6 +111,9 @@ def last_line(text: str) -> str:
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
+# What describes a model and is not its weights: tokenizer, chat template, lengths of generation.
+DESCRIBING = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+              "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")  # fmt: skip
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.msgpack", "*.h5")
 UNUSED = ("*.onnx", "*.gguf", "*.tflite", "*.mlmodel", "onnx/*", "original/*", "coreml/*")
 
@@ -139,6 +143,8 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
     Raises:
         UserError: it cannot be had; the line names what to do.
     """
+    if model.weights == "random":
+        return _without_weights(model)
     local = Path(model.name_or_path).expanduser()
     if local.is_file() or local.is_dir():
         for option in ("revision", "mirror"):
@@ -154,6 +160,28 @@ def resolve_model(model: ModelConfig) -> ResolvedModel:
             f"{Path.cwd()}), and not a hub name such as Qwen/Qwen2.5-0.5B"
         )
     return _remote(model)
+
+
+def _without_weights(model: ModelConfig) -> ResolvedModel:
+    """A folder in the cache with a model's config.json and, if it is at hand, its tokenizer."""
+    config, origin, folder = find_config(model)
+    small: dict[str, bytes] = {"config.json": json.dumps(config, indent=1).encode()}
+    if folder is not None:
+        paths = (path for pattern in DESCRIBING for path in folder.glob(pattern))
+        small |= {path.name: path.read_bytes() for path in paths if path.is_file()}
+    digest = hashlib.sha256(b"".join(name.encode() + small[name] for name in sorted(small)))
+    key = digest.hexdigest()[:20]
+
+    def make(new: Path) -> dict[str, Any]:
+        for name, content in small.items():
+            (new / name).write_bytes(content)
+        return {}
+
+    path = cache_folder() / "models" / f"random-{key}"
+    atomic_dir.make_once(path, make)
+    return ResolvedModel(
+        path=path, revision=f"random:{key}", origin=f"config.json of {origin}, with random weights"
+    )
 
 
 # ---------------------------------------------------------------- local
