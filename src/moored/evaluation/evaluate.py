@@ -41,6 +41,7 @@ from moored.evaluation.report import (
 from moored.loss.drift import DriftSums
 from moored.models.base_files import BaseFiles, require_positions
 from moored.models.engine import Engine
+from moored.models.reference import Reference
 from moored.utils.progress import Phase
 
 
@@ -267,7 +268,7 @@ def measure(
     text: EvalText,
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
-    references: list[torch.Tensor] | None = None,
+    references: list[Reference] | None = None,
     collector: DriftCollector | None = None,
     what: str = "measuring the budget's probe",
 ) -> TextFigures:
@@ -309,7 +310,7 @@ def sample_sums(
     batches: Iterable[Batch],
     mesh: Mesh,
     poll: Callable[[], None] = _go_on,
-    references: list[torch.Tensor] | None = None,
+    references: list[Reference] | None = None,
     collector: DriftCollector | None = None,
 ) -> dict[str, list[float]]:
     """`SUMS` over the targets of each sample, of all ranks' batches (see `measure`). Collective."""

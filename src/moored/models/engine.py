@@ -25,9 +25,9 @@ from moored.loss.head import LossSums
 from moored.models.adapters import read_outside
 from moored.models.forward import probe_batch
 from moored.models.policy import PolicyModel
-from moored.models.reference import adapters_off, dropout_off, of_base
+from moored.models.reference import Reference, of_base
 from moored.models.reference_cache import ReferenceCache, open_cache
-from moored.models.zero import deepspeed, zero_config
+from moored.models.zero import Traces, deepspeed, zero_config
 from moored.utils.errors import TrainingRefusedError, UserError
 
 log = logging.getLogger(__name__)
@@ -76,25 +76,26 @@ class Engine:
             dist_init_required=False,
             mpu=unit,
         )[0]
+        self._traces = Traces(self._engine.optimizer)
         if self.stage == 3:
             for module, parameter in read_outside(policy):
                 deepspeed.zero.register_external_parameter(module, parameter)
 
     # -- forward and backward ---------------------------------------------------------------
 
-    def reference(self, batch: Batch) -> torch.Tensor:
-        """The base's final hidden states at the batch's targets, [N, D]: adapters off, no grad.
+    def reference(self, batch: Batch) -> Reference:
+        """The base's final hidden states at the batch's targets: adapters off, no grad.
+
+        They are read where they are kept; else the next `forward` or `drift` with them runs the
+        base, in the same call as the policy.
 
         Args:
             batch: better with its tensors on the CPU, where a cache looks at them.
         """
-        if self.references is None:
-            return self._of_base(batch)
-        hidden = self.references.find(batch)
-        if hidden is None:
-            hidden = self._of_base(batch)
-            self.references.keep(batch, hidden)
-        return hidden.to(self.mesh.device, non_blocking=True)
+        found = None if self.references is None else self.references.find(batch)
+        if found is not None:
+            found = found.to(self.mesh.device, non_blocking=True)
+        return Reference(batch=batch, hidden=found)
 
     def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
         """Read the base's hidden states where they are kept, and keep them, if the recipe says so.
@@ -105,29 +106,38 @@ class Engine:
             vocab_size: of the base.
         """
         if config.reference.cache:
-            probe = self._of_base(probe_batch(vocab_size, self.mesh.device))
+            self._traces.follow("base")
+            probe = of_base(self._engine.module, probe_batch(vocab_size, self.mesh.device))
             self.references = open_cache(config, revision, self.mesh, probe)
 
-    def _of_base(self, batch: Batch) -> torch.Tensor:
-        return of_base(self._engine.module, batch.to(self.mesh.device))
+    @contextlib.contextmanager
+    def _calling(self, use: str, reference: Reference | torch.Tensor | None) -> Iterator[None]:
+        """Around a call of the policy, which runs the base too where the reference is not known."""
+        asked = reference if isinstance(reference, Reference) and reference.hidden is None else None
+        self._traces.follow((use, asked is not None))
+        yield
+        if asked is not None and self.references is not None:
+            assert asked.hidden is not None
+            self.references.keep(asked.batch, asked.hidden)
 
     def forward(
         self,
         batch: Batch,
-        reference_hidden: torch.Tensor | None,
+        reference_hidden: Reference | torch.Tensor | None,
         objective: Objective,
         scales: Scales,
         l2_scale: float = 0.0,
     ) -> tuple[torch.Tensor, LossSums]:
         """The micro-batch's share of the global loss (0-dim, with grad) and its detached sums."""
-        return self._engine(
-            batch,
-            use=PolicyModel.loss,
-            reference_hidden=reference_hidden,
-            objective=objective,
-            scales=scales,
-            l2_scale=l2_scale,
-        )
+        with self._calling("loss", reference_hidden):
+            return self._engine(
+                batch,
+                use=PolicyModel.loss,
+                reference_hidden=reference_hidden,
+                objective=objective,
+                scales=scales,
+                l2_scale=l2_scale,
+            )
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients that come out *summed* over the data-parallel axis.
@@ -184,18 +194,22 @@ class Engine:
     # -- evaluation -------------------------------------------------------------------------
 
     def drift(
-        self, batch: Batch, reference_hidden: torch.Tensor | None = None, num_spots: int = 0
+        self,
+        batch: Batch,
+        reference_hidden: Reference | torch.Tensor | None = None,
+        num_spots: int = 0,
     ) -> DriftSums:
         """Policy against base on a batch, row by row: no grad, no dropout.
 
         Args:
             batch: with N targets.
-            reference_hidden: the base's final hidden states there, [N, D], if they are known.
+            reference_hidden: the base's final hidden states there, [N, D], if they were asked for.
             num_spots: look at as many targets that drift most, few of each row.
         """
         if reference_hidden is None:
             reference_hidden = self.reference(batch)
-        with torch.no_grad(), dropout_off(self.policy):
+        off = self.policy.switches.dropout_off()
+        with torch.no_grad(), off, self._calling("drift", reference_hidden):
             return self._engine.module(
                 batch,
                 use=PolicyModel.drift,
@@ -206,9 +220,22 @@ class Engine:
     def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
         """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""
         arguments["synced_gpus"] = self.stage == 3 and self.mesh.dp.size > 1
-        off = adapters_off(self.policy) if base else contextlib.nullcontext()
-        with torch.no_grad(), dropout_off(self.policy), off:
+        switches = self.policy.switches
+        off = switches.adapters_off() if base else switches.dropout_off()
+        with torch.no_grad(), off, self._forward_by_forward("base" if base else "policy"):
             return self._engine.module(use=PolicyModel.generate, **arguments)
+
+    @contextlib.contextmanager
+    def _forward_by_forward(self, of: str) -> Iterator[None]:
+        """Every forward of a generation has the same modules, however many forwards there are."""
+        self._traces.follow(("generate", of))
+        handle = self.policy.causal_lm.get_base_model().register_forward_pre_hook(
+            lambda *_: self._traces.begin(("token", of)), prepend=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     # -- state to save and to load ------------------------------------------------------------
 

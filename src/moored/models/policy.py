@@ -31,7 +31,13 @@ from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
 from moored.models.open_adapters import open_adapter, require_language_model, require_measurable
-from moored.models.reference import dropout_off, of_base, require_identity
+from moored.models.reference import (
+    Reference,
+    Switches,
+    dropout_off,
+    of_base,
+    require_identity,
+)
 from moored.models.tensor_parallel import Sharding
 from moored.models.zero import Partition
 from moored.utils.errors import UserError
@@ -49,6 +55,7 @@ class PolicyModel(nn.Module):
         partition: of the base's layers under ZeRO-3; None where every rank has them whole.
         head: from hidden states to losses, the module in lm_head's place; or, where a saved adapter
             brings an lm_head of its own, one for the policy with the base's beside it.
+        switches: of its adapters and its dropout.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class PolicyModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.sharding, self.partition = sharding, partition
         self.own_head = head
+        self.switches = Switches(self)
 
     @property
     def head(self) -> Head:
@@ -87,10 +95,25 @@ class PolicyModel(nn.Module):
         with self._autocast():
             return final_hidden(self.causal_lm.get_base_model(), batch)
 
+    def _of_reference(
+        self, batch: Batch, reference: Reference | torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The base's final hidden states, [N, D], found here if they are not known.
+
+        Here, not in a call of its own: ZeRO-3 fetches ahead within one call of this module, and
+        only if the same modules follow each other in every such call.
+        """
+        if not isinstance(reference, Reference):
+            return reference
+        if reference.hidden is None:
+            with self.switches.adapters_off():
+                reference.hidden = self.hidden(batch)
+        return reference.hidden
+
     def loss(
         self,
         batch: Batch,
-        reference_hidden: torch.Tensor | None = None,
+        reference_hidden: Reference | torch.Tensor | None = None,
         *,
         objective: Objective,
         scales: Scales,
@@ -100,16 +123,18 @@ class PolicyModel(nn.Module):
 
         Args:
             batch: with N targets.
-            reference_hidden: the base's final hidden states there, [N, D]; None: no KL.
+            reference_hidden: the base's final hidden states there, [N, D], or where they are to be
+                found; None: no KL.
             objective: what is descended.
             scales: factors of the sums of cross-entropies and of KLs: 1 / (targets of the global
                 batch), and the KL's weight / (its positions there).
             l2_scale: factor of the squared norm of the adapter's product.
         """
+        of_reference = self._of_reference(batch, reference_hidden)
         hidden = self.hidden(batch)
         grad_hidden, sums = self.head(
             hidden,
-            reference_hidden,
+            of_reference,
             batch.targets,
             use=Head.loss,
             objective=objective,
@@ -123,18 +148,20 @@ class PolicyModel(nn.Module):
         return total, sums
 
     def drift(
-        self, batch: Batch, reference_hidden: torch.Tensor, *, num_spots: int = 0
+        self, batch: Batch, reference_hidden: Reference | torch.Tensor, *, num_spots: int = 0
     ) -> DriftSums:
         """Policy against base at the batch's N targets.
 
         Args:
             batch: with N targets.
-            reference_hidden: the base's final hidden states there, [N, D].
+            reference_hidden: the base's final hidden states there, [N, D], or where they are to be
+                found.
             num_spots: look at as many targets that drift most, few of each row.
         """
+        of_reference = self._of_reference(batch, reference_hidden)
         return self.head(
             self.hidden(batch),
-            reference_hidden,
+            of_reference,
             batch.targets,
             use=Head.drift,
             num_spots=num_spots,

@@ -11,9 +11,11 @@ partitions as they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -75,6 +77,39 @@ def zero_config(config: Config) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+
+
+class Traces:
+    """What ZeRO-3 fetches ahead by: the order of modules, one for each kind of call of the root.
+
+    DeepSpeed knows one order only. A call of another kind (of the base, of the policy without its
+    base, of an evaluation) would have it forget that, and it would take two more calls to learn it
+    again: so each kind has its own.
+
+    Args:
+        optimizer: of DeepSpeed's engine; below stage 3 there is nothing to do.
+    """
+
+    def __init__(self, optimizer: Any):
+        self._offload: Any = getattr(optimizer, "parameter_offload", None)
+        self._by_kind: dict[Hashable, Any] = {}
+        if self._offload is not None:
+            self._blank = self._offload.param_coordinator
+
+    def follow(self, kind: Hashable) -> None:
+        """Say which modules are called next; before the call of the root module."""
+        if self._offload is None:
+            return
+        if kind not in self._by_kind:
+            self._by_kind[kind] = copy.copy(self._blank)  # what is on its way is known to them all
+            self._by_kind[kind]._clear_trace_structures()
+        self._offload.param_coordinator = self._by_kind[kind]
+
+    def begin(self, kind: Hashable) -> None:
+        """Say that such an order begins here, within a call of the root module."""
+        if self._offload is not None:
+            self.follow(kind)
+            self._offload.get_param_coordinator().reset_step()
 
 
 class Partition:

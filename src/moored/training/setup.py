@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
-
 from moored.config import Config
 from moored.config.regularizer import LEAST_WEIGHT
 from moored.data import DataReader, Prefetcher, TrainStream, load_samples, turn_ends
@@ -22,6 +20,7 @@ from moored.evaluation.generate import Answered
 from moored.models.base_files import BaseFiles, resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import PolicyModel, load_policy
+from moored.models.reference import Reference
 from moored.models.untrained_tokens import in_words, untrained
 from moored.tracking import Tracker
 from moored.tracking.run_directory import RunDirectory
@@ -51,7 +50,7 @@ class Run:
     replay: TrainStream | None
     suite: Suite
     controller: Controller | None
-    probe_references: list[torch.Tensor] = field(default_factory=list)  # of the budget's probe
+    probe_references: list[Reference] = field(default_factory=list)  # of the budget's probe
     num_steps: int
     step: int = 0
     train_seconds: float = 0.0

@@ -18,7 +18,7 @@ from moored.data.batch import Batch
 from moored.export import merge, run_command
 from moored.models.adapters import scaled, write_scaled
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off, of_base
+from moored.models.reference import adapters_off, dropout_off, of_base
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, write_recipe
 
@@ -157,6 +157,9 @@ def test_it_is_measured_and_merged_as_stock_peft_has_it(tmp_path, kind, tied):
     policy, batch = load_policy(model, config, ALONE, adapter=adapter), all_targets()
     with torch.no_grad():
         reference = of_base(policy, batch)
+        if not getattr(policy.causal_lm, "replaced", ()):  # which stay on by PEFT's own means
+            with dropout_off(policy), policy.causal_lm.disable_adapter():
+                assert torch.equal(policy(batch), reference)
         found = policy(batch, reference, use=PolicyModel.drift, num_spots=3)
         asked = {"input_ids": IDS[:, :8], "max_new_tokens": 6, "do_sample": False}
         answers = {"on": policy(use=PolicyModel.generate, **asked)}

@@ -135,6 +135,30 @@ def test_loss_and_gradients_equal_hugging_faces_own_cross_entropy(tmp_path):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_the_reference_pass_sets_flags_and_looks_for_nothing(tmp_path, monkeypatch):
+    """At 80 layers PEFT's `disable_adapter` takes the host longer than the forward."""
+    policy = policy_of(config_of(tmp_path, "adapter.dropout=0.5"))
+    train_a_little(policy, steps=2)
+    batch = some_batch()
+    with torch.no_grad(), dropout_off(policy), policy.causal_lm.disable_adapter():
+        expected = policy(batch)
+    walks = []
+    walk = torch.nn.Module.named_modules
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.nn.Module, "named_modules", lambda *a, **k: (walks.append(a), walk(*a, **k))[1]
+        )
+        with adapters_off(policy):
+            assert walks == []
+            assert torch.equal(policy(batch), expected)
+        with dropout_off(policy):
+            assert walks == []
+    with adapters_off(policy), adapters_off(policy):
+        pass
+    with torch.no_grad(), dropout_off(policy):
+        assert not torch.equal(policy(batch), expected), "they are on again"
+
+
 def test_reference_pass_leaves_random_state_and_training_flags_alone(tmp_path):
     config = config_of(tmp_path, "adapter.dropout=0.5")
     policy = policy_of(config)
