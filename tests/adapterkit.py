@@ -26,10 +26,10 @@ def adapter_on(model_folder: Path, folder: Path, **settings) -> dict[str, torch.
     return load_file(folder / "adapter_model.safetensors")
 
 
-def in_nf4(weight, *, transposed=False):
+def in_nf4(weight, *, transposed=False, double=True):
     weight = weight.float().t() if transposed else weight.float()
     packed, state = bnb_functional.quantize_4bit(
-        weight.contiguous(), compress_statistics=True, quant_type="nf4"
+        weight.contiguous(), compress_statistics=double, quant_type="nf4"
     )
     values = bnb_functional.dequantize_4bit(packed, state)
     return values.t() if transposed else values

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,6 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    dot_natural_key,
-    rename_source_key,
-)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import get_hf_quantizer
@@ -42,148 +33,11 @@ from moored.config import ModelConfig
 from moored.export.adapter_changes import Changes, Moved, changes_of, squared_distance, squares
 from moored.models import nf4
 from moored.models.base_files import resolve_dtype
+from moored.models.conversions import OtherNamesError, Part, parts_of
+from moored.models.experts import experts_of, hold_in_4_bits, matrices_of
 from moored.models.weights import INDEX, SINGLE, Files
 from moored.utils.errors import UserError
 from moored.utils.progress import Phase
-
-
-class OtherNamesError(Exception):
-    """The files of a base name its tensors otherwise than the model does."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """Tensors of the files that stand for tensors of the model.
-
-    Attributes:
-        stored: their names in the files, in the order in which they are converted.
-        names: their names in the model.
-        there: from the files to the model; None where a tensor is the same in both.
-        back: from the model to the files.
-    """
-
-    stored: tuple[str, ...]
-    names: tuple[str, ...]
-    there: Step | None = None
-    back: Step | None = None
-
-    def to_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors of the files'."""
-        if self.there is None:
-            return {self.names[0]: tensors[self.stored[0]]}
-        return self.there.run(tensors)
-
-    def to_files(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The files' tensors of the model's."""
-        if self.back is None:
-            return {self.stored[0]: tensors[self.names[0]]}
-        return self.back.run(tensors)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One conversion of transformers, in one direction.
-
-    Attributes:
-        converter: its own, unused; each run takes a copy, since it collects what it converts.
-        key: the name that the converter goes by.
-        patterns: by the names of what goes in, in this order: which of its patterns each fits.
-        renamed: names of what comes out, by the converter's names for them.
-        model: without weights, for conversions that ask for its sizes.
-    """
-
-    converter: WeightConverter
-    key: str
-    patterns: Mapping[str, str]
-    renamed: Mapping[str, str]
-    model: Any
-
-    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What comes out, by name."""
-        converter = deepcopy(self.converter)
-        for name, pattern in self.patterns.items():
-            converter.add_tensor(self.key, name, pattern, tensors[name])  # pyright: ignore
-        out = converter.convert(self.key, model=self.model, config=self.model.config)
-        whole = {name: t[0] if isinstance(t, list) else t for name, t in out.items()}
-        return {self.renamed.get(name, name): tensor for name, tensor in whole.items()}
-
-
-def parts_of(model: Any, shapes: Mapping[str, list[int]]) -> list[Part]:
-    """How a base's files make up its model, as transformers would load them.
-
-    Tensors that the model has no place for are left out.
-
-    Args:
-        model: without weights.
-        shapes: of the tensors in the files, by name.
-
-    Raises:
-        OtherNamesError: transformers' conversions do not lead back to the files' names and shapes.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    prefix, known = model.base_model_prefix, model.state_dict()
-    parts: list[Part] = []
-    converted: dict[str, dict[str, str]] = {}  # the model's name: files' names and patterns
-    for name in sorted(shapes, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:  # as transformers has it
-            target, pattern = rename_source_key(name, [], [], prefix, known)
-        if target not in known:
-            continue
-        if pattern is None:
-            parts.append(Part(stored=(name,), names=(target,)))
-        else:
-            converted.setdefault(target, {})[name] = pattern
-    for target, patterns in converted.items():
-        converter = of_pattern[next(iter(patterns.values()))]
-        try:
-            parts.append(_converted(model, target, converter, patterns, renamings, shapes))
-        except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
-            raise OtherNamesError(target) from error
-    return parts
-
-
-def _converted(
-    model: Any,
-    target: str,
-    converter: WeightConverter,
-    patterns: Mapping[str, str],
-    renamings: list[WeightRenaming],
-    shapes: Mapping[str, list[int]],
-) -> Part:
-    """A part whose tensors are converted, tried on tensors without values."""
-    there = Step(converter=converter, key=target, patterns=patterns, renamed={}, model=model)
-    known = model.state_dict()
-    whole = there.run({name: torch.empty(shapes[name], device="meta") for name in patterns})
-    for name, tensor in whole.items():
-        if tensor.shape != known[name].shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)} once it is converted")
-    reverse: Any = converter.reverse_transform()
-    keys = {name: reverse.rename_source_key(name) for name in sorted(whole, key=dot_natural_key)}
-    back = Step(
-        converter=reverse,
-        key=next(iter(keys.values()))[0],
-        patterns={name: pattern for name, (_, pattern) in keys.items()},
-        renamed=_renamed(patterns, renamings, model.base_model_prefix),
-        model=model,
-    )
-    again = back.run(whole)
-    if {name: list(t.shape) for name, t in again.items()} != {n: shapes[n] for n in patterns}:
-        raise ValueError(f"{target} does not lead back to its files")
-    return Part(stored=tuple(patterns), names=tuple(whole), there=there, back=back)
-
-
-def _renamed(stored: Iterable[str], renamings: list[WeightRenaming], prefix: str) -> dict[str, str]:
-    """The files' names by those that a conversion has for them, with the model's prefix or not."""
-    names = {apply_renamings(name, renamings): name for name in stored}
-    for key, name in list(names.items()):
-        names.setdefault(f"{prefix}.{key}", name)
-        names.setdefault(key.removeprefix(f"{prefix}."), name)
-    return names
-
 
 log = logging.getLogger(__name__)
 
@@ -204,8 +58,8 @@ class Plan:
         parts: how the files make up the model.
         tensors: on `meta`, by name in the files: shapes, and the dtypes they are written in.
         untied: names of tied tensors that are tied no more, by what they were tied to.
-        packed: paths of the layers that are 4-bit in the run; empty for `w16`.
-        transposed: those among all weights that bitsandbytes turns over before it packs them.
+        packed: names of the tensors that are 4-bit in the run; empty for `w16`.
+        transposed: those among all weights that are turned over before they are packed.
         layers: of the model.
         width: the larger of hidden and intermediate size.
     """
@@ -273,6 +127,9 @@ def plan(source: Path, config: ModelConfig, adapter: Path, base: str, device: to
     default = getattr(model.config, "dtype", None) or resolve_dtype(config, device)
     tensors = _as_written(model, files, parts, default)
     transposed = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, Conv1D)}
+    for path, module in experts_of(model).items():
+        turned: Any = module
+        transposed |= {f"{path}.{k}" for k in matrices_of(module) if turned.is_transposed}
     changes = changes_of(model, adapter, lambda name: files.whole(stored_as[tied.get(name, name)]))
     if odd := sorted(changes.of.keys() - names - tied.keys()):
         raise UserError(f"{adapter}: adapts {odd[0]}, which is not in the files of the base")
@@ -440,8 +297,7 @@ def _merged(
 
 
 def _is_packed(plan: Plan, name: str) -> bool:
-    path, _, kind = name.rpartition(".")
-    return kind == "weight" and path in plan.packed
+    return name in plan.packed
 
 
 def _stored_as(plan: Plan, name: str) -> str:
@@ -475,7 +331,12 @@ def _values(plan: Plan, files: Files, part: Part, device: torch.device) -> dict[
 
 
 def _dequantised(plan: Plan, name: str, stored: Tensor, device: torch.device) -> Tensor:
-    """The values of a layer in 4 bits [as stored], by the arithmetic of the loader."""
+    """The values of a layer in 4 bits [as stored], by the arithmetic of the loader.
+
+    Experts, [E, as stored], are packed one by one.
+    """
+    if stored.dim() == 3:
+        return torch.stack([_dequantised(plan, name, matrix, device) for matrix in stored])
     dtype, is_transposed = resolve_dtype(plan.config, device), name in plan.transposed
     weight = stored.t() if is_transposed else stored
     rows, columns = weight.shape
@@ -496,7 +357,7 @@ def _on_meta(source: Path, config: ModelConfig) -> Any:
 
 
 def _packed(source: Path, config: ModelConfig, device: torch.device) -> Iterator[str]:
-    """Paths of the layers that transformers' own quantiser would hold in 4 bits."""
+    """Names of the tensors that the loader would hold in 4 bits."""
     model = _on_meta(source, config)
     dtype = resolve_dtype(config, device)
     wanted = None
@@ -504,9 +365,11 @@ def _packed(source: Path, config: ModelConfig, device: torch.device) -> Iterator
         wanted = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     quantizer: Any = get_hf_quantizer(model.config, wanted, {"": device}, True, {})[0]
     quantizer.preprocess_model(model=model, device_map={"": device}, dtype=dtype)
+    hold_in_4_bits(model)
     for path, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            yield path
+            yield f"{path}.weight"
+        yield from (f"{path}.{kind}" for kind in matrices_of(module))
 
 
 def device_for(plan: Plan, device: torch.device) -> torch.device:

@@ -28,6 +28,14 @@ from moored.config import ModelConfig, ParallelConfig
 from moored.distributed.mesh import Mesh, is_lost_peer
 from moored.models import quantized_cache
 from moored.models.base_files import resolve_dtype
+from moored.models.conversions import OtherNamesError, Part, parts_of
+from moored.models.experts import (
+    Experts4bit,
+    experts_of,
+    hold_in_4_bits,
+    matrices_of,
+    require_quantisable,
+)
 from moored.models.forward import install_head, require_same_by_tokens
 from moored.models.nf4 import make_zero_safe
 from moored.models.tensor_parallel import Sharding, ShardLayout, layout_of, require_per_token
@@ -87,8 +95,11 @@ def load_base(
     causal_lm.requires_grad_(False)
     causal_lm.config.use_cache = False
     num_layers = make_zero_safe(causal_lm, dtype)
+    for module in causal_lm.modules():
+        if isinstance(module, Experts4bit):
+            module.compute_dtype = dtype
     if config.quantization == "nf4":
-        _require_quantized(causal_lm, num_layers)
+        _require_quantized(causal_lm, num_layers, config)
     if sharding is not None:
         sharding.connect(causal_lm)
     install_head(causal_lm, mesh.device, sharding)
@@ -144,13 +155,17 @@ def _stream(
     causal_lm = _without_weights(path, hf_config, config, dtype)
     if is_random:
         files = RandomFiles(causal_lm, mesh.device)
+    if config.quantization == "nf4":
+        _require_held(hf_config, config, causal_lm)
     convertible = any(isinstance(module, Conv1D) for module in causal_lm.modules())
     if is_random and convertible:
         raise UserError(
             f"model.weights=random: the layers of {type(causal_lm).__name__} are converted when "
             "they are read, and there is nothing to read: give a model with weights"
         )
-    unknown = {name for name, _ in causal_lm.named_parameters()} - files.names
+    parts = None if is_random else _parts(causal_lm, files)
+    names = {name for name, _ in causal_lm.named_parameters()}
+    unknown = names - (files.names if parts is None else parts.keys())
     if mesh.tp.size == 1 and (convertible or unknown - causal_lm.all_tied_weights_keys.keys()):
         return None, None, []
     sharding = None
@@ -161,6 +176,7 @@ def _stream(
     quantizer = _quantizer(hf_config, quantization, mesh.device)
     if quantizer is not None:
         quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
+        hold_in_4_bits(causal_lm)
     if sharding is not None:
         sharding.narrow(causal_lm)
     loader = Loader(
@@ -171,6 +187,7 @@ def _stream(
         layout=sharding.layout if sharding else None,
         axis=mesh.tp,
         keep_fp32=frozenset(causal_lm._keep_in_fp32_modules_strict or ()),
+        parts=parts,
     )
     if config.cache_quantized and config.quantization == "nf4":
         absent = quantized_cache.load(causal_lm, loader, path, mesh, after)
@@ -181,6 +198,24 @@ def _stream(
         quantizer.postprocess_model(causal_lm)
     causal_lm.eval()
     return causal_lm, sharding, sorted(absent)
+
+
+def _parts(causal_lm: Any, files: Files) -> dict[str, Part] | None:
+    """How the files make up a model with experts, by the model's names; None where they are it.
+
+    Most checkpoints have experts one by one, and the model those of a layer in one tensor.
+    """
+    names = {name for name, _ in causal_lm.named_parameters()}
+    if (
+        not experts_of(causal_lm)
+        or not names - files.names - causal_lm.all_tied_weights_keys.keys()
+    ):
+        return None
+    try:
+        parts = parts_of(causal_lm, files.shapes())
+    except OtherNamesError:
+        return None
+    return {name: part for part in parts for name in part.names}
 
 
 def _require_own_names(
@@ -219,13 +254,18 @@ def require_architecture(path: Path, config: ModelConfig) -> Any:
     """The model without its weights.
 
     Raises:
-        UserError: transformers does not know it, or its own code cannot be had or may not be run.
+        UserError: transformers does not know it, its own code cannot be had or may not be run, or
+            it cannot be held as the recipe says.
     """
     with _failures_named(config, torch.device("cpu")):
         hf_config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=config.trust_remote_code
         )
-        return _without_weights(path, hf_config, config, torch.float32)
+        _quantization(hf_config, config, torch.float32)
+        causal_lm = _without_weights(path, hf_config, config, torch.float32)
+        if config.quantization == "nf4":
+            _require_held(hf_config, config, causal_lm)
+        return causal_lm
 
 
 def _layout(
@@ -309,9 +349,15 @@ def _quantization(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> di
     own = own if isinstance(own, dict) else own.to_dict()
     if not (own.get("load_in_4bit") and own.get("bnb_4bit_quant_type") == "nf4"):
         bits = "8-bit " if own.get("load_in_8bit") else ""
+        remedy = "give the unquantised model"
+        if decoder := _DECODERS.get(str(own.get("quant_method"))):
+            remedy += (
+                f", or make it: AutoModelForCausalLM.from_pretrained(..., dtype='bfloat16', "
+                f"quantization_config={decoder}(dequantize=True)).save_pretrained(FOLDER)"
+            )
         raise UserError(
             f"{label}: its weights are quantised already ({bits}{own.get('quant_method')}), and "
-            "not to NF4: give the unquantised model"
+            f"not to NF4: {remedy}"
         )
     if config.quantization != "nf4":
         raise UserError(f"{label}: its weights are in NF4 already: set model.quantization to nf4")
@@ -324,6 +370,19 @@ def _quantization(hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> di
     return {}
 
 
+_DECODERS = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # as mixtures of experts come
+
+
+def _require_held(hf_config: Any, config: ModelConfig, causal_lm: Any) -> None:
+    """The experts of a 4-bit base must be ones that can be packed, and are not yet."""
+    require_quantisable(causal_lm)
+    if getattr(hf_config, "quantization_config", None) is not None and experts_of(causal_lm):
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: its experts are packed in 4 bits one by "
+            "one, which this transformers cannot read: give the unquantised model"
+        )
+
+
 def _without_dropout(hf_config: Any) -> None:
     """The base is frozen: its own dropout would only part the policy from the reference."""
     for part in {id(part): part for part in (hf_config, hf_config.get_text_config())}.values():
@@ -332,9 +391,16 @@ def _without_dropout(hf_config: Any) -> None:
                 setattr(part, name, 0.0)
 
 
-def _require_quantized(causal_lm: Any, num_layers: int) -> None:
+def _require_quantized(causal_lm: Any, num_layers: int, config: ModelConfig) -> None:
     """A 4-bit base must be one: some architectures have layers that bitsandbytes passes by."""
     name = type(causal_lm).__name__
+    experts = experts_of(causal_lm)
+    if left := [path for path, m in experts.items() if not isinstance(m, Experts4bit)]:
+        raise UserError(
+            f"model.name_or_path={config.name_or_path}: the experts of {name} ({left[0]}) would "
+            "stay in 16 bits, since its files need a conversion that is not known here: load it by "
+            "transformers and save it by save_pretrained(FOLDER, save_original_format=False)"
+        )
     if num_layers == 0:
         raise UserError(
             f"{name}: none of its layers can be held in 4 bits: set model.quantization to none"
@@ -344,10 +410,11 @@ def _require_quantized(causal_lm: Any, num_layers: int) -> None:
     large = {
         key: p.numel() * p.element_size()
         for key, p in causal_lm.named_parameters()
-        if p.dim() > 1 and p.is_floating_point() and id(p) not in known
+        if p.dim() > 1 and p.is_floating_point() and id(p) not in known and not key.endswith("bias")
     }
     states = (getattr(p, "quant_state", None) for p in causal_lm.parameters())
     packed = sum(state.shape.numel() // 2 for state in states if state is not None)
+    packed += sum(getattr(m, kind).nbytes for m in experts.values() for kind in matrices_of(m))
     if sum(large.values()) > 0.1 * packed:
         log.warning(
             "%s: %.2f GB in %d tensors are not held in 4 bits (first: %s), beside %.2f GB that are",

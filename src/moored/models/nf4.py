@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # elements that share one scale
-_NESTED_BLOCK = 256  # scales that share one, under double quantisation
+NESTED_BLOCK = 256  # scales that share one, under double quantisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def quantize(
 def nested(scales: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Scales in 8 bits: codes, offset and inner state, as bitsandbytes quantises them."""
     offset = scales.mean()
-    codes, inner = bnb_functional.quantize_blockwise(scales - offset, blocksize=_NESTED_BLOCK)
+    codes, inner = bnb_functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
     return codes, offset, inner
 
 

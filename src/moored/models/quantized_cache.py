@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moored.distributed.mesh import Mesh
+from moored.models.experts import Experts4bit, experts_of
 from moored.models.weights import INDEX, AfterModule, Files, Loader
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder, version_of
@@ -57,11 +58,12 @@ def load(
     Returns:
         As `Loader.load`.
     """
-    folder = cache_folder() / "quantized" / _key(loader, source)
+    key = _key(loader, source, has_experts=bool(experts_of(causal_lm)))
+    folder = cache_folder() / "quantized" / key
     fault = atomic_dir.verify(folder)
     if all(mesh.tp.gather(fault is None)):
         log.info("quantised weights from %s", folder)
-        cached = dataclasses.replace(loader, files=Files(folder), layout=None)
+        cached = dataclasses.replace(loader, files=Files(folder), layout=None, parts=None)
         return cached.load(causal_lm, after)
     if fault is not None and folder.exists():
         log.warning("%s is broken (%s): making it again", folder, fault)
@@ -77,7 +79,7 @@ def load(
         return loader.load(causal_lm, both)
 
 
-def _key(loader: Loader, source: Path) -> str:
+def _key(loader: Loader, source: Path, *, has_experts: bool) -> str:
     files = sorted(p for p in source.iterdir() if p.suffix in (".safetensors", ".json"))
     layout = loader.layout
     parts = [
@@ -88,6 +90,8 @@ def _key(loader: Loader, source: Path) -> str:
         None if layout is None else [loader.axis.rank, repr(sorted(layout.layers.items()))],
         [version_of(name) for name in ("torch", "transformers", "bitsandbytes")],
     ]
+    if has_experts:
+        parts.append("experts in 4 bits")
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     place = "" if layout is None else f"-{loader.axis.rank}-of-{layout.degree}"
     return f"{source.name[:40]}-{digest}{place}"
@@ -164,7 +168,11 @@ class _Writer:
 
 def _tensors(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     prefix = f"{path}." if path else ""
+    packed = dict(module.held()) if isinstance(module, Experts4bit) else dict[str, Tensor]()
+    yield from ((prefix + name, tensor) for name, tensor in packed.items())
     for kind, parameter in module.named_parameters(recurse=False):
+        if kind in packed:
+            continue
         if parameter.is_meta:  # tied, or missing
             continue
         yield prefix + kind, parameter.data

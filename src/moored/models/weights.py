@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from moored.distributed.mesh import Axis
 from moored.models import nf4
+from moored.models.conversions import Part, index_of
+from moored.models.experts import Experts4bit, Scales, matrices_of, pack
 from moored.models.tensor_parallel import ShardLayout, Split
 from moored.utils.progress import Phase
 
@@ -71,6 +73,20 @@ class Files:
         with self.open(name) as stored:
             return list(stored.get_shape())
 
+    def shapes(self) -> dict[str, list[int]]:
+        """The shapes of all tensors, by name; each file is opened once."""
+        of_file: dict[Path, list[str]] = {}
+        for name, file in self._of.items():
+            of_file.setdefault(file, []).append(name)
+        found: dict[str, list[int]] = {}
+        for path, names in of_file.items():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found |= {name: list(file.get_slice(name).get_shape()) for name in names}
+            except FileNotFoundError as error:
+                raise OSError(f"{path.name} is missing, which should hold {names[0]}") from error
+        return found
+
     def dtype(self, name: str) -> str:
         """The type of a tensor, by safetensors' name for it; it is not read."""
         with self.open(name) as stored:
@@ -104,6 +120,10 @@ class RandomFiles(Files):
     def open(self, name: str) -> Iterator[Any]:
         """As of a file."""
         yield _RandomTensor(name, self._shapes[name], self._device)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Those of the model."""
+        return {name: list(shape) for name, shape in self._shapes.items()}
 
 
 STD = 0.02  # of random matrices: what most models are initialised with
@@ -171,6 +191,8 @@ class Loader:
         layout: which rank holds what; None for the whole model on every rank.
         axis: the tensor-parallel axis.
         keep_fp32: parts of names that stay in fp32.
+        parts: by the model's names, how its tensors come of the files'; None where both are the
+            same.
     """
 
     files: Files
@@ -180,6 +202,7 @@ class Loader:
     layout: ShardLayout | None
     axis: Axis
     keep_fp32: frozenset[str] = frozenset()
+    parts: Mapping[str, Part] | None = None
 
     def load(self, model: nn.Module, after: AfterModule | None = None) -> set[str]:
         """Fill the model.
@@ -209,16 +232,18 @@ class Loader:
         absent: set[str] = set()
         for kind, parameter in list(module.named_parameters(recurse=False)):
             name = f"{path}.{kind}" if path else kind
-            if name not in self.files.names:
+            if not self._has(name):
                 absent.add(name)
             elif isinstance(module, bnb.nn.Linear4bit) and kind == "weight":
                 self._load_packed(module, path)
+            elif isinstance(module, Experts4bit) and kind in module.matrices:
+                self._load_experts(module, path, kind)
             else:
                 self._load_plain(module, kind, name, parameter)
         for kind, buffer in list(module.named_buffers(recurse=False)):
             name = f"{path}.{kind}" if path else kind
-            if name in self.files.names:
-                buffer = self.files.whole(name).to(buffer.dtype)
+            if self._has(name):
+                buffer = self._whole(name).to(buffer.dtype)
             module.register_buffer(
                 kind,
                 buffer.to(self.device),
@@ -226,20 +251,120 @@ class Loader:
             )
         return absent
 
+    # -- names of the files and of the model ------------------------------------------------
+
+    def _has(self, name: str) -> bool:
+        """Whether the files hold a tensor of the model."""
+        return name in (self.files.names if self.parts is None else self.parts)
+
+    def _stored(self, name: str) -> str | None:
+        """The one tensor of the files that is a tensor of the model; None where it is made."""
+        part = self.parts[name] if self.parts is not None else None
+        if part is None:
+            return name
+        return part.stored[0] if part.there is None else None
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        """A slice object of one tensor of the model, as `Files.open` has it."""
+        stored = self._stored(name)
+        if stored is None:
+            yield _Made(self._whole(name))
+            return
+        with self.files.open(stored) as found:
+            yield found
+
+    def _whole(self, name: str) -> Tensor:
+        """One tensor of the model, all of it."""
+        stored = self._stored(name)
+        if stored is not None:
+            return self.files.whole(stored)
+        assert self.parts is not None
+        return self._made(self.parts[name], name)
+
+    def _made(self, part: Part, name: str) -> Tensor:
+        return part.to_model({key: self.files.whole(key) for key in part.stored})[name]
+
     def _split(self, name: str) -> Split | None:
         return self.layout.of_parameter(name) if self.layout else None
 
     def _load_plain(self, module: nn.Module, kind: str, name: str, parameter: Tensor) -> None:
         split = self._split(name)
         dtype = torch.float32 if any(p in name for p in self.keep_fp32) else self.dtype
-        with self.files.open(name) as stored:
-            expected = list(parameter.shape)
-            if split is not None:
-                expected[split.dim] = split.whole
-            _require_shape(name, stored.get_shape(), expected)
-            tensor = _slice(stored, split, self.axis.rank)
-            tensor = tensor.to(device=self.device, dtype=dtype, copy=True).contiguous()
+        if kind in matrices_of(module) and self._one_by_one(name):
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=self.device)
+            for held, matrix in enumerate(self._of_experts(name, list(parameter.shape))):
+                tensor[held] = matrix
+        else:
+            with self._open(name) as stored:
+                expected = list(parameter.shape)
+                if split is not None:
+                    expected[split.dim] = split.whole
+                _require_shape(name, stored.get_shape(), expected)
+                tensor = _slice(stored, split, self.axis.rank)
+                tensor = tensor.to(device=self.device, dtype=dtype, copy=True).contiguous()
         setattr(module, kind, nn.Parameter(tensor, requires_grad=False))
+
+    # -- experts ----------------------------------------------------------------------------
+
+    def _load_experts(self, module: Experts4bit, path: str, kind: str) -> None:
+        """Quantise this rank's experts one by one, or take up codes of the cache."""
+        name = f"{path}.{kind}"
+        pieces = {what: f"{name}.{what}" for what in ("absmax", "nested_absmax", "offset")}
+        if pieces["absmax"] in self.files.names:
+            found = {
+                what: self.files.whole(key).to(self.device)
+                for what, key in pieces.items()
+                if key in self.files.names
+            }
+            packed, scales = self.files.whole(name).to(self.device), Scales(**found)
+        else:
+            rows, columns = module.shape_of(kind)
+            own: Any = module
+            turned = bool(own.is_transposed)
+            as_stored = [columns, rows] if turned else [rows, columns]
+            matrices = self._of_experts(name, [module.num_experts, *as_stored])
+            packed, scales = pack(
+                (matrix.t() if turned else matrix for matrix in matrices),
+                module.num_experts,
+                (rows, columns),
+                self.dtype,
+                self.device,
+                double=self.double,
+            )
+        module.install(kind, packed, scales, self.dtype)
+
+    def _of_experts(self, name: str, shape: list[int]) -> Iterator[Tensor]:
+        """The matrices of this rank's experts, as the model lays them out, one after the other.
+
+        Args:
+            name: of the model's tensor.
+            shape: of this rank's share of it.
+        """
+        split = self._split(name)
+        first = split.range_of(self.axis.rank)[0] if split else 0
+        if self._one_by_one(name):
+            assert self.parts is not None
+            part, whole = self.parts[name], split.whole if split else shape[0]
+            stored = {index_of(key) for key in part.stored}
+            if stored != set(range(whole)):
+                raise ShapeError(
+                    f"{name} has {len(stored)} experts in its files, but config.json says {whole}"
+                )
+            for expert in range(first, first + shape[0]):
+                one = part.of_expert(expert)
+                matrix = self._made(one, name)
+                _require_shape(f"{name} of expert {expert}", list(matrix.shape), [1, *shape[1:]])
+                yield matrix[0]
+            return
+        with self._open(name) as stored:
+            whole = [split.whole if split else shape[0], *shape[1:]]
+            _require_shape(name, stored.get_shape(), whole)
+            for expert in range(first, first + shape[0]):
+                yield stored[expert : expert + 1][0]
+
+    def _one_by_one(self, name: str) -> bool:
+        return self.parts is not None and self.parts[name].one_by_one
 
     # -- 4-bit layers -----------------------------------------------------------------------
 
@@ -259,7 +384,7 @@ class Loader:
     def _quantise(self, name: str, whole: tuple[int, int], split: Split | None) -> nf4.Codes:
         rows, columns = _ranges(whole, split, self.axis.rank)
         shape = (rows[1] - rows[0], columns[1] - columns[0])
-        with self.files.open(name) as stored:
+        with self._open(name) as stored:
             _require_shape(name, stored.get_shape(), list(whole))
             pieces = (
                 stored[rows[0] + a : rows[0] + b, columns[0] : columns[1]]
@@ -316,6 +441,19 @@ class Loader:
             own = by_row[:, columns[0] // nf4.BLOCK : columns[1] // nf4.BLOCK]
         codes = nf4.Codes(mine, _own(own).float(), shape)
         return codes, nf4.state_of(codes, self.dtype, double=False)
+
+
+class _Made:
+    """A tensor that was converted, as a slice object of safetensors."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, place: Any) -> Tensor:
+        return self._tensor[place]
 
 
 def _own(part: Tensor) -> Tensor:
