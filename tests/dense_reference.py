@@ -77,6 +77,42 @@ def dense_loss(
     return ce + kl_weight * kl, ce, kl
 
 
+def dense_with_prompt(
+    policy: Tensor,
+    reference: Tensor,
+    targets: Tensor,
+    *,
+    kl_mask: Tensor,
+    kl_weight: float,
+    prompt_weight: float,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    kl_weights: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce, kl, kl at rows without a target) in fp64; there it is over every column."""
+    how = {"kl_mask": kl_mask, "ignore_index": ignore_index, **options}
+    ce, kl = per_row(policy, reference, targets, **how)  # type: ignore[arg-type]
+    temperature = float(options.get("temperature", 1.0))  # type: ignore[arg-type]
+    vocab_size = options.get("vocab_size", policy.shape[1])
+    prompt, rows = (targets == ignore_index) & kl_mask, []
+    for i, is_prompt in enumerate(prompt.tolist()):
+        s, t = (x[i, :vocab_size].double() / temperature for x in (policy, reference.detach()))  # type: ignore[misc]
+        kind = str(options.get("direction", "forward"))
+        rows.append(temperature**2 * divergence(s, t, kind) if is_prompt else 0.0 * kl[i])
+    alone = torch.stack(rows)
+    by_row = torch.ones_like(kl) if kl_weights is None else kl_weights.double()
+    if reduction == "none":
+        return ce + kl_weight * by_row * kl + prompt_weight * by_row * alone, ce, kl, alone
+    sizes = [1, 1, 1]
+    if reduction == "mean":
+        valid = targets != ignore_index
+        sizes = [max(1, int(x.sum())) for x in (valid, valid & kl_mask, prompt)]
+    loss = ce.sum() / sizes[0] + kl_weight * (by_row * kl).sum() / sizes[1]
+    loss = loss + prompt_weight * (by_row * alone).sum() / sizes[2]
+    return loss, ce.sum() / sizes[0], kl.sum() / sizes[1], alone.sum() / sizes[2]
+
+
 def dense_logits(
     hidden: Tensor,
     weight: Tensor,

@@ -9,7 +9,8 @@ sends per token, `_C1` a column. For one token: s the policy's logits, e the ref
 policy's (both over the temperature inside a KL), y the target, p and q the policy's and the
 reference's probabilities, d = log q - log p, k = q - p. The sums never contain y (`mask_target_`):
 with a mask that is the definition, without one y joins as a shard of its own. So nothing is ever
-subtracted, and a target of probability 1 - 1e-12 costs no digit.
+subtracted, and a target of probability 1 - 1e-12 costs no digit. A row without a target has its KL
+over every column, with a mask as without one, and no cross-entropy: its id is negative, no shard's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ CEWeighting = Literal["uniform", "probability", "entropy"]
 KLWeighting = Literal["uniform", "entropy"]
 
 NUM_TOPS = 20  # first choices whose entropy weighs a token
+NO_TARGET = -1  # as any negative id: a row's KL is over every column, and nothing is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,17 @@ class Objective:
 
 
 class Scales(NamedTuple):
-    """Factors of the sums of cross-entropies and of KLs in the loss, numbers or on the device."""
+    """Factors of the sums in the loss, numbers or on the device.
+
+    Attributes:
+        ce: of the cross-entropies.
+        kl: of the KLs at rows with a target.
+        prompt: of the KLs at rows without one.
+    """
 
     ce: float | Tensor = 1.0
     kl: float | Tensor = 0.0
+    prompt: float | Tensor = 0.0
 
 
 # ---------------------------------------------------------------- shards of columns
@@ -273,7 +282,7 @@ def chunk_loss_(
     Args:
         s_Cv: this rank's policy logits without padding, fp32 or fp64.
         e_Cv: reference minus policy logits, overwritten; None for cross-entropy alone.
-        targets_C: global ids, all valid.
+        targets_C: global ids; negative where there is none, so that there is a KL alone.
         objective: what is descended.
         shard: whose columns these are.
         ce_weight: weight of the cross-entropy in the gradient; a number, or one per token.
@@ -284,6 +293,9 @@ def chunk_loss_(
     num_stats = len(stats_KC)
     stats_PKC = all_gather(torch.cat([stats_KC, *tops_KC]) if tops_KC else stats_KC, shard)
     whole = combine(stats_PKC[:, :num_stats], objective)
+    # Without a target s_y is -inf: right for the KL, but the cross-entropy would be infinite.
+    ce_C, miss_C = (torch.where(targets_C >= 0, x, 0.0) for x in (whole.ce_C, whole.miss_C))
+    whole = whole._replace(ce_C=ce_C, miss_C=miss_C)
     ce_factor_C = _ce_factors(objective.ce_weighting, whole.ce_C, stats_PKC[:, num_stats:])
     kl_factor_C = _kl_factors(objective.kl_weighting, stats_PKC[:, num_stats:])
     ce_weight, kl_weight = ce_factor_C * ce_weight, kl_factor_C * kl_weight

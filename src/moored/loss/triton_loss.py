@@ -43,7 +43,7 @@ def chunk_loss_(
     Args:
         s_Cv: products h W^T of the policy, fp32: bias, scale and cap are applied here.
         t_Cv: products of the reference, fp32; None for cross-entropy alone.
-        targets_C: global ids, all valid.
+        targets_C: global ids; negative where there is none, so that there is a KL alone.
         objective: what is descended.
         logits: whose products these are.
         weights_2C: weights of the cross-entropy and of the KL in the gradient per row, fp32,
@@ -81,6 +81,8 @@ def chunk_loss_(
     )
     stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)
     rows_RC = s_Cv.new_empty((kernels.NUM_ROWS.value, num_rows))
+    has_target_C = targets_C >= 0
+    weights_2C[0].mul_(has_target_C)
     kernels.join[at](
         stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC), WITH_KL=with_kl,
         MASKED=objective.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
@@ -99,6 +101,7 @@ def chunk_loss_(
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
     wide = exact_dtype(s_Cv)
+    ce_C = torch.where(has_target_C, ce_C, 0.0)
     return ce_C.to(wide), kl_C.to(wide) if with_kl else None, 1 / scale_C
 
 
