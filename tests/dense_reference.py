@@ -36,6 +36,8 @@ def per_row(
     ignore_index: int = -100,
     kl_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    target_weight: float = 0.0,
+    rest_factor: str = "one",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and KL of each row, 0 where they do not apply; logits [T, V]."""
     vocab_size = policy.shape[1] if vocab_size is None else vocab_size
@@ -48,9 +50,19 @@ def per_row(
             kls.append(zero.double())
             continue
         t = reference[i, :vocab_size].detach().double()
+        s, t, more, factor = s / temperature, t / temperature, 0.0, 1.0
         if mask_target:
-            s, t = torch.cat([s[:y], s[y + 1 :]]), torch.cat([t[:y], t[y + 1 :]])
-        kls.append(temperature**2 * divergence(s / temperature, t / temperature, direction))
+            others = [torch.cat([x[:y], x[y + 1 :]]) for x in (s, t)]
+            pairs = [
+                torch.stack([x[y], torch.logsumexp(rest, 0)])
+                for x, rest in zip((s, t), others, strict=True)
+            ]
+            if target_weight:
+                more = target_weight * divergence(*pairs, direction)
+            if rest_factor == "base":
+                factor = torch.softmax(pairs[1], 0)[1]
+            s, t = others
+        kls.append(temperature**2 * (factor * divergence(s, t, direction) + more))
     if not ces:
         return policy.new_zeros(0).double(), policy.new_zeros(0).double()
     return torch.stack(ces), torch.stack(kls)

@@ -217,6 +217,15 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
             "every source of data.train has format text",
         ),
         (["regularizer.positions=all", "regularizer.prompt_weight=0"], "greater than 0"),
+        (["regularizer.kind=kl", "regularizer.target_weight=0.5"], "these are parts of tmkl"),
+        (
+            ["regularizer.direction=jsd", "regularizer.target_weight=0.5"],
+            "only the forward divergence has such parts, not jsd: set direction to forward",
+        ),
+        (
+            ["regularizer.direction=reverse", "regularizer.rest_factor=base"],
+            "only the forward divergence has such parts, not reverse",
+        ),
     ):
         with pytest.raises(UserErrors, match=why):
             config_of(tmp_path, *given)

@@ -190,11 +190,14 @@ def test_shards_equal_the_whole_by_kernels(world_size: int) -> None:
 def compare_prompt(
     rank: int, world_size: int, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
 ) -> list[Tensor]:
-    """Rows without a target among the others, from hidden states and from logits."""
+    """Rows without a target among the others, and a KL of parts; of hidden states and logits."""
     values = []
-    for (v, cuts), direction, mask_target, dtype in itertools.product(
-        LAYOUTS[world_size], DIRECTIONS, (True, False), dtypes
-    ):
+    kinds: list[dict[str, Any]] = [
+        {"direction": direction, "mask_target": mask_target}
+        for direction, mask_target in itertools.product(DIRECTIONS, (True, False))
+    ]
+    kinds.append({"target_weight": 0.4, "rest_factor": "base"})
+    for (v, cuts), kind, dtype in itertools.product(LAYOUTS[world_size], kinds, dtypes):
         if v > 1000:
             continue
         mine = slice(cuts[rank], cuts[rank + 1])
@@ -202,8 +205,7 @@ def compare_prompt(
         h, h0, weight, y = make(v, cuts[-1], dtype, t=9)
         y[[5, 6]] = -100
         options: dict[str, Any] = {
-            "direction": direction,
-            "mask_target": mask_target,
+            **kind,
             "kl_weight": 0.3,
             "prompt_weight": 1.7,
             "kl_mask": torch.arange(len(y)) % 4 != 2,  # without a target and a KL is row 6
@@ -221,7 +223,7 @@ def compare_prompt(
         s, t = dense_logits(exact_h, weight[:v]), dense_logits(h0, weight[:v])
         want = dense_with_prompt(s, t, y, **options)
         (exact,) = torch.autograd.grad(want[0], exact_h, upstream.double())
-        case = (v, cuts, direction, mask_target, dtype)
+        case = (v, cuts, kind, dtype)
         assert rel(grad, exact) <= limit, case
         for found, expected in zip((out.loss, out.ce, out.kl, out.kl_prompt), want, strict=True):
             assert rel(found, expected) <= limit, case

@@ -103,6 +103,21 @@ class Regularizer(Section):
             "weight, by schedule or budget",
         ),
     ] = 1.0
+    target_weight: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="between tmkl (0) and kl: factor of the KL between target and rest, which "
+            "the mask leaves out",
+        ),
+    ] = 0.0
+    rest_factor: Annotated[
+        Literal["one", "base"],
+        about(
+            "of tmkl's own KL, within the rest; base: the base's probability of the rest, with "
+            "which a target_weight of 1 is kl exactly"
+        ),
+    ] = "one"
     direction: Annotated[
         Literal["forward", "reverse", "jsd"], about("forward: KL(reference || policy)")
     ] = "forward"
@@ -201,6 +216,9 @@ class Regularizer(Section):
                 yield Ignored(name, ("kind",), why)
         elif self.kind == "asft" and self.weight == 0:
             yield Ignored("positions", ("weight",), "weight is 0, so there is no divergence")
+        if self.kind != "tmkl":
+            for name in ("target_weight", "rest_factor"):
+                yield Ignored(name, ("kind",), f"{why}, and these are parts of tmkl")
         if not self.holds_prompt:
             switches = ("positions", "kind", "weight")
             yield Ignored("prompt_weight", switches, "nothing but targets is held")
@@ -220,11 +238,20 @@ class Regularizer(Section):
                 yield Ignored(name, ("budget",), "budget moves the weight")
 
     def problems(self) -> Iterator[Problem]:
-        """Weight 0 is spelt kind none; replay needs text."""
+        """Weight 0 is spelt kind none; parts are of the forward divergence; replay needs text."""
         if self.kind in WEIGHTED and self.weight == 0 and self.kind != "asft":  # which is DFT then
             yield Problem(
                 "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
             )
+        parts = {"target_weight": self.target_weight > 0, "rest_factor": self.rest_factor == "base"}
+        for name, is_set in parts.items():
+            if self.kind == "tmkl" and is_set and self.direction != "forward":
+                yield Problem(
+                    name,
+                    f"only the forward divergence has such parts, not {self.direction}: set "
+                    f"direction to forward, or remove {name}",
+                    ("direction",),
+                )
         if self.kind == "replay" and not self.replay:
             yield Problem(
                 "replay", "kind is replay, but there is no text: add a source under it", ("kind",)

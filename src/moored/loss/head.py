@@ -23,6 +23,7 @@ from moored.loss.divergence import (
     NO_TARGET,
     Direction,
     Objective,
+    RestFactor,
     Scales,
     VocabShard,
     all_gather,
@@ -62,6 +63,8 @@ def linear_tmkl_loss(
     logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
     prompt_weight: float | None = None,
+    target_weight: float = 0.0,
+    rest_factor: RestFactor = "one",
 ) -> TMKLOutput:
     """`tmkl_loss` from hidden states and a frozen head, without ever holding [T, V].
 
@@ -83,7 +86,10 @@ def linear_tmkl_loss(
         logit_scale: multiplies the logits.
         logit_softcap: c in c * tanh(logits / c), after the scale.
         chunk_tokens: rows at a time; the same on every rank. None: `default_chunk_tokens`.
-        prompt_weight: of a plain KL at rows of `kl_mask` without a target, as in `tmkl_loss`.
+        prompt_weight: of a plain KL at rows of `kl_mask` without a target, as in `tmkl_loss`, like
+            the next two.
+        target_weight: of the KL between the target and the rest.
+        rest_factor: of the KL within the rest: "one" or "base".
 
     Returns:
         TMKLOutput, the same on every rank; the gradient of `policy_hidden` is summed over ranks.
@@ -91,7 +97,13 @@ def linear_tmkl_loss(
     Raises:
         ValueError: shapes, dtypes, ranges or options do not fit; names the argument.
     """
-    objective = Objective(direction, mask_target, temperature)
+    objective = Objective(
+        direction,
+        mask_target,
+        temperature,
+        target_weight=target_weight,
+        rest_factor=rest_factor,
+    )
     if policy_hidden.dim() != 2:
         raise ValueError(f"policy_hidden has shape {tuple(policy_hidden.shape)}: [T, D] is needed")
     named = ("policy_hidden", policy_hidden), ("reference_hidden", reference_hidden)

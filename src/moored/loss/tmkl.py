@@ -17,7 +17,14 @@ import math
 import torch
 from torch import Tensor
 
-from moored.loss.divergence import NO_TARGET, Direction, Objective, VocabShard, chunk_loss_
+from moored.loss.divergence import (
+    NO_TARGET,
+    Direction,
+    Objective,
+    RestFactor,
+    VocabShard,
+    chunk_loss_,
+)
 from moored.loss.rows import (
     Reduction,
     RowPlan,
@@ -50,6 +57,8 @@ def tmkl_loss(
     shard: VocabShard | None = None,
     reduction: Reduction = "mean",
     prompt_weight: float | None = None,
+    target_weight: float = 0.0,
+    rest_factor: RestFactor = "one",
 ) -> TMKLOutput:
     """Cross-entropy plus `kl_weight` times the (target-masked) KL to a reference.
 
@@ -77,6 +86,9 @@ def tmkl_loss(
             is `ignore_index` (prompts, which nothing is learned of): finite, >= 0, and added as
             prompt_weight * kl_prompt_sum / num_prompt. Needs `kl_mask`, since padding is to have
             none. None: such rows are ignored.
+        target_weight: KL(q || p) is the KL between (target, rest) plus 1 - q_y times that within
+            the rest, which is the masked one; this weighs the first. Forward and masked only.
+        rest_factor: "base" keeps the factor 1 - q_y of the second, "one" leaves it out.
 
     Returns:
         TMKLOutput, the same on every rank of the shard's group.
@@ -84,7 +96,13 @@ def tmkl_loss(
     Raises:
         ValueError: shapes, dtypes, ranges or options do not fit; names the argument.
     """
-    objective = Objective(direction, mask_target, temperature)
+    objective = Objective(
+        direction,
+        mask_target,
+        temperature,
+        target_weight=target_weight,
+        rest_factor=rest_factor,
+    )
     if policy_logits.dim() != 2:
         raise ValueError(f"policy_logits has shape {tuple(policy_logits.shape)}: [T, V] is needed")
     width = policy_logits.shape[1]

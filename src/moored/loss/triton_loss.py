@@ -58,6 +58,7 @@ def chunk_loss_(
     shard, warm = logits.shard, objective.temperature != 1.0
     num_rows, num_columns = s_Cv.shape
     with_kl, is_jsd = t_Cv is not None, objective.direction == "jsd"
+    is_split = with_kl and objective.is_split
     t_Cv = s_Cv if t_Cv is None else t_Cv
     y_C = targets_C - shard.start
     chunk = s_Cv, t_Cv, s_Cv if logits.bias_v is None else logits.bias_v, y_C, s_Cv.stride(0)
@@ -84,8 +85,10 @@ def chunk_loss_(
     has_target_C = targets_C >= 0
     weights_2C[0].mul_(has_target_C)
     kernels.join[at](
-        stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC), WITH_KL=with_kl,
-        MASKED=objective.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
+        stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC),
+        objective.target_weight, WITH_KL=with_kl, MASKED=objective.mask_target, DIRECTION=direction,
+        SCALED=out_Cv.dtype == torch.float16, SPLIT=is_split,
+        BY_BASE=objective.rest_factor == "base",
         SLOTS=triton.next_power_of_2(len(stats_PKC)), num_warps=1,
     )  # fmt: skip
     if with_kl and is_jsd:
@@ -97,7 +100,7 @@ def chunk_loss_(
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
             *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=objective.mask_target,
-            DIRECTION=direction, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
+            DIRECTION=direction, SPLIT=is_split, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
     wide = exact_dtype(s_Cv)
