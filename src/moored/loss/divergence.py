@@ -163,7 +163,7 @@ class Scales(NamedTuple):
 # ---------------------------------------------------------------- shards of columns
 
 
-class Split(NamedTuple):
+class TargetAgainstRest(NamedTuple):
     """The target against the rest, [C], and of the KL within the rest its factor."""
 
     kl_C: Tensor  # forward, of the two of them
@@ -184,7 +184,7 @@ class Whole(NamedTuple):
     k_CP: Tensor = torch.empty(0)
     d_CP: Tensor = torch.empty(0)
     kl_reverse_CP: Tensor = torch.empty(0)  # within each
-    split: Split | None = None
+    split: TargetAgainstRest | None = None
 
 
 def all_gather(stats_KC: Tensor, shard: VocabShard) -> Tensor:
@@ -290,7 +290,9 @@ def combine(stats_PKC: Tensor, objective: Objective) -> Whole:
     return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP, kl_reverse_CP, split)
 
 
-def _split(s_y_C: Tensor, e_y_C: Tensor, rest: Contrast, objective: Objective) -> Split | None:
+def _split(
+    s_y_C: Tensor, e_y_C: Tensor, rest: Contrast, objective: Objective
+) -> TargetAgainstRest | None:
     """The target, by its logits over the temperature, against the rest of the vocabulary (eq. 21).
 
     Two columns as any: compared by `contrast_`, so that their KL and k_y lose no digit.
@@ -305,7 +307,7 @@ def _split(s_y_C: Tensor, e_y_C: Tensor, rest: Contrast, objective: Objective) -
         rest_C = torch.sigmoid(
             (mass_C - s_y_C) + (ratio_C - e_y_C)
         )  # 1 - q_y is 0 too soon (eq. 5)
-    return Split(both.kl_forward.squeeze(1), k_C2[:, 1], rest_C)
+    return TargetAgainstRest(both.kl_forward.squeeze(1), k_C2[:, 1], rest_C)
 
 
 class ChunkLoss(NamedTuple):
@@ -512,7 +514,7 @@ def row_blocks(x_Cv: Tensor) -> Iterator[slice]:
 def each_block(x_Cv: Tensor, work: Callable[[slice], object]) -> None:
     """Call `work` on every row block of x; on a CPU one thread works on one block.
 
-    The passes over a block take some 50 microseconds each. Split over threads one by one they wait
+    The passes over a block take some 50 microseconds each. TargetAgainstRest over threads one by one they wait
     for the slowest thread every time, which on a shared machine costs ten times the work.
     """
     blocks, num_threads = list(row_blocks(x_Cv)), torch.get_num_threads()

@@ -100,7 +100,8 @@ def chunk_loss_(
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
             *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=objective.mask_target,
-            DIRECTION=direction, SPLIT=is_split, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
+            DIRECTION=direction, SPLIT=is_split, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+            **shared,
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
     wide = exact_dtype(s_Cv)
