@@ -36,6 +36,8 @@ def per_row(
     ignore_index: int = -100,
     kl_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    target_weight: float = 0.0,
+    rest_factor: str = "one",
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and KL of each row, 0 where they do not apply; logits [T, V]."""
     vocab_size = policy.shape[1] if vocab_size is None else vocab_size
@@ -48,9 +50,19 @@ def per_row(
             kls.append(zero.double())
             continue
         t = reference[i, :vocab_size].detach().double()
+        s, t, more, factor = s / temperature, t / temperature, 0.0, 1.0
         if mask_target:
-            s, t = torch.cat([s[:y], s[y + 1 :]]), torch.cat([t[:y], t[y + 1 :]])
-        kls.append(temperature**2 * divergence(s / temperature, t / temperature, direction))
+            others = [torch.cat([x[:y], x[y + 1 :]]) for x in (s, t)]
+            pairs = [
+                torch.stack([x[y], torch.logsumexp(rest, 0)])
+                for x, rest in zip((s, t), others, strict=True)
+            ]
+            if target_weight:
+                more = target_weight * divergence(*pairs, direction)
+            if rest_factor == "base":
+                factor = torch.softmax(pairs[1], 0)[1]
+            s, t = others
+        kls.append(temperature**2 * (factor * divergence(s, t, direction) + more))
     if not ces:
         return policy.new_zeros(0).double(), policy.new_zeros(0).double()
     return torch.stack(ces), torch.stack(kls)
@@ -75,6 +87,42 @@ def dense_loss(
         if reduction == "mean":
             ce, kl = ce / max(1, int(valid.sum())), kl / max(1, int(with_kl.sum()))
     return ce + kl_weight * kl, ce, kl
+
+
+def dense_with_prompt(
+    policy: Tensor,
+    reference: Tensor,
+    targets: Tensor,
+    *,
+    kl_mask: Tensor,
+    kl_weight: float,
+    prompt_weight: float,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    kl_weights: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, ce, kl, kl at rows without a target) in fp64; there it is over every column."""
+    how = {"kl_mask": kl_mask, "ignore_index": ignore_index, **options}
+    ce, kl = per_row(policy, reference, targets, **how)  # type: ignore[arg-type]
+    temperature = float(options.get("temperature", 1.0))  # type: ignore[arg-type]
+    vocab_size = options.get("vocab_size", policy.shape[1])
+    prompt, rows = (targets == ignore_index) & kl_mask, []
+    for i, is_prompt in enumerate(prompt.tolist()):
+        s, t = (x[i, :vocab_size].double() / temperature for x in (policy, reference.detach()))  # type: ignore[misc]
+        kind = str(options.get("direction", "forward"))
+        rows.append(temperature**2 * divergence(s, t, kind) if is_prompt else 0.0 * kl[i])
+    alone = torch.stack(rows)
+    by_row = torch.ones_like(kl) if kl_weights is None else kl_weights.double()
+    if reduction == "none":
+        return ce + kl_weight * by_row * kl + prompt_weight * by_row * alone, ce, kl, alone
+    sizes = [1, 1, 1]
+    if reduction == "mean":
+        valid = targets != ignore_index
+        sizes = [max(1, int(x.sum())) for x in (valid, valid & kl_mask, prompt)]
+    loss = ce.sum() / sizes[0] + kl_weight * (by_row * kl).sum() / sizes[1]
+    loss = loss + prompt_weight * (by_row * alone).sum() / sizes[2]
+    return loss, ce.sum() / sizes[0], kl.sum() / sizes[1], alone.sum() / sizes[2]
 
 
 def dense_logits(

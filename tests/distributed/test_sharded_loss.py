@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dense_reference import dense_logits, dense_loss, many_digits, per_row
+from dense_reference import dense_logits, dense_loss, dense_with_prompt, many_digits, per_row
 from distributed.runner import mostly_long, run_distributed
 from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, attach_gradient, linear_tmkl_loss
@@ -187,6 +187,93 @@ def test_shards_equal_the_whole_by_kernels(world_size: int) -> None:
             assert torch.equal(a, b)
 
 
+def compare_prompt(
+    rank: int, world_size: int, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+) -> list[Tensor]:
+    """Rows without a target among the others, and a KL of parts; of hidden states and logits."""
+    values = []
+    kinds: list[dict[str, Any]] = [
+        {"direction": direction, "mask_target": mask_target}
+        for direction, mask_target in itertools.product(DIRECTIONS, (True, False))
+    ]
+    kinds.append({"target_weight": 0.4, "rest_factor": "base"})
+    for (v, cuts), kind, dtype in itertools.product(LAYOUTS[world_size], kinds, dtypes):
+        if v > 1000:
+            continue
+        mine = slice(cuts[rank], cuts[rank + 1])
+        shard = VocabShard(mine.start, mine.stop, v, dist.group.WORLD)
+        h, h0, weight, y = make(v, cuts[-1], dtype, t=9)
+        y[[5, 6]] = -100
+        options: dict[str, Any] = {
+            **kind,
+            "kl_weight": 0.3,
+            "prompt_weight": 1.7,
+            "kl_mask": torch.arange(len(y)) % 4 != 2,  # without a target and a KL is row 6
+            "temperature": 1.0 if v == 7 else 2.0,
+            "reduction": ("mean", "sum", "none")[len(values) % 3],
+        }
+        u = U64 if dtype == torch.float64 else U32
+        limit = (bound(h, h0, weight[:v]) + 100) * u + 1e-12
+        local_h = h.clone().requires_grad_()
+        how: dict[str, Any] = {"shard": shard, "chunk_tokens": 4}
+        out = linear_tmkl_loss(local_h, h0, weight[mine], y, **how, **options)
+        upstream = torch.linspace(1, 2, out.loss.numel(), dtype=dtype).reshape(out.loss.shape)
+        (grad,) = torch.autograd.grad(out.loss, local_h, upstream)
+        exact_h = h.double().requires_grad_()
+        s, t = dense_logits(exact_h, weight[:v]), dense_logits(h0, weight[:v])
+        want = dense_with_prompt(s, t, y, **options)
+        (exact,) = torch.autograd.grad(want[0], exact_h, upstream.double())
+        case = (v, cuts, kind, dtype)
+        assert rel(grad, exact) <= limit, case
+        for found, expected in zip((out.loss, out.ce, out.kl, out.kl_prompt), want, strict=True):
+            assert rel(found, expected) <= limit, case
+        assert int(out.num_prompt) == 2
+        values += [out.loss.detach(), out.ce, out.kl, out.kl_prompt, grad]
+
+        full = torch.nn.functional.pad(s.detach(), (0, cuts[-1] - v), value=math.nan)
+        full_t = torch.nn.functional.pad(t, (0, cuts[-1] - v), value=-math.inf)
+        local_s = full[:, mine].to(dtype).requires_grad_()
+        out = tmkl_loss(local_s, full_t[:, mine].to(dtype), y, shard=shard, **options)
+        (grad,) = torch.autograd.grad(out.loss, local_s, upstream)
+        exact_s = full[:, :v].to(dtype).double().requires_grad_()
+        want = dense_with_prompt(exact_s, full_t[:, :v].to(dtype), y, **options)
+        (exact,) = torch.autograd.grad(want[0], exact_s, upstream.double())
+        num_valid = max(0, min(mine.stop, v) - mine.start)
+        assert torch.count_nonzero(grad[:, num_valid:]) == 0, case
+        part = exact[:, mine.start : mine.start + num_valid]
+        assert (grad[:, :num_valid].double() - part).norm() <= limit * exact.norm(), case
+        for found, expected in zip((out.loss, out.ce, out.kl, out.kl_prompt), want, strict=True):
+            assert rel(found, expected) <= limit, case
+        values += [out.loss.detach(), out.kl_prompt]
+    return values
+
+
+@pytest.mark.parametrize("world_size", mostly_long([1, 2, 3, 4], 3))
+def test_rows_without_a_target_on_shards(world_size: int) -> None:
+    first, *others = run_distributed(compare_prompt, world_size)
+    assert len(first) >= 7 * 24
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
+
+
+def compare_prompt_by_kernels(rank: int, world_size: int) -> list[Tensor]:
+    import moored.loss.chunks
+    from moored.loss import triton_loss
+
+    moored.loss.chunks.kernels_run = lambda logits, dtype: dtype == torch.float32
+    triton_loss.SUMMARY_BLOCK = triton_loss.GRADIENT_BLOCK = 128
+    return compare_prompt(rank, world_size, (torch.float32,))
+
+
+@pytest.mark.long
+def test_rows_without_a_target_on_shards_by_kernels() -> None:
+    first, *others = run_distributed(compare_prompt_by_kernels, 2)
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
+
+
 def small_kl(rank: int, world_size: int) -> None:
     """The KL and its gradient from KL 1e-2 to 1e-8, summed by the chain rule over the shards."""
     cuts = [0, 20, 21, 61]
@@ -275,6 +362,10 @@ def count(rank: int, world_size: int) -> dict[str, Any]:
     with Traffic() as traffic:
         head(h, h0, y.clamp_min(0), use=Head.drift)
     out["drift"] = traffic.counts(), 30, {}
+    with_prompt = {"kl_mask": torch.ones_like(y, dtype=torch.bool), "prompt_weight": 1.0}
+    with Traffic() as traffic:
+        linear_tmkl_loss(h, h0, weight[mine], y, shard=shard, chunk_tokens=3, **with_prompt)
+    out["with a prompt"] = traffic.counts(), 18, {}
     with Traffic() as traffic:
         linear_tmkl_loss(h, h0, weight[mine], torch.full_like(y, -100), shard=shard)
     out["nothing valid"] = traffic.counts(), 0, {}
@@ -292,6 +383,8 @@ def test_one_collective_per_chunk_and_one_for_the_gradient(two_ranks: Any) -> No
         assert found["ce alone"] == ({gather: 3, reduce: 1}, 6, {})
         assert found["no gradient"] == ({gather: 3}, 18, {})
         assert found["logits"] == ({gather: 1}, 18, {})
+        # The row without a target is in a chunk of the others: no collective more.
+        assert found["with a prompt"] == ({gather: 3, reduce: 1}, 18, {})
         assert found["drift"] == ({gather: 3}, 30, {})
         assert found["nothing valid"] == ({}, 0, {})
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from dense_reference import dense_loss
+from dense_reference import dense_with_prompt
 from distributed.runner import mostly_long, run_distributed
 from distributed.test_zero import build, by_case, global_batch, step_once
 from moored.config import Config, load_config
@@ -49,6 +49,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "thirds": THIRDS | {"intermediate_size": 192},
 }
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
+PROMPT = "regularizer.positions=all"
 SINE = "adapter.method=sinelora"
 Case = tuple[Any, ...]
 
@@ -86,6 +87,7 @@ def train(config: Config) -> dict[str, Any]:
     result: dict[str, Any] = {
         "loss": [s.loss for s in stats],
         "kl": [s.kl for s in stats],
+        "kl_prompt": [s.kl_prompt or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
         "optimizer": engine.optimizer_tensors(),
     }
@@ -122,6 +124,8 @@ CASES: dict[int, list[Case]] = {
             for stage in (0, 2, 3)
         ),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[o_proj,up_proj]"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", PROMPT),
+        ("qwen2", "none", "jsd", 1, 2, 3, "none", PROMPT, "parallel.sequence_parallel=true"),
         *(
             (name, "nf4", "forward", 1, 2, stage, checkpointing, "parallel.sequence_parallel=true")
             for name, stage, checkpointing in [
@@ -155,6 +159,7 @@ CASES: dict[int, list[Case]] = {
         ("qwen3", "nf4", "reverse", 1, 4, 0, "none"),
         ("qwen2", "none", "forward", 1, 4, 2, "non_reentrant"),
         ("llama", "nf4", "forward", 2, 2, 2, "none", "parallel.sequence_parallel=true"),
+        ("llama", "nf4", "reverse", 2, 2, 2, "none", PROMPT),
     ],
 }
 ALL = [case for cases in CASES.values() for case in cases]
@@ -188,6 +193,7 @@ def spread(folder, chosen) -> dict[Case, list[dict[str, Any]]]:
         ("qwen2", "none", "forward", 1, 2, 1, "none"),
         ("mistral", "nf4", "forward", 1, 2, 3, "none"),
         ("llama", "nf4", "reverse", 1, 2, 2, "non_reentrant"),
+        ("llama", "nf4", "forward", 1, 2, 2, "none", PROMPT),
         ("gemma2", "nf4", "forward", 1, 2, 3, "non_reentrant", "parallel.sequence_parallel=true"),
         ("llama", "nf4", "forward", 2, 2, 2, "non_reentrant"),
     ),
@@ -198,7 +204,7 @@ def test_every_mesh_trains_as_one_process(spread, one_process, case):
     assert any(t.abs().max() > 0 for n, t in expected["optimizer"].items() if "lora_B" in n)
     assert min(expected["grad_norm"]) > 0.02, "nothing was clipped where it should be"
     for run in spread[case]:
-        for key in ("loss", "kl", "grad_norm"):
+        for key in ("loss", "kl", "kl_prompt", "grad_norm"):
             np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
         assert run["optimizer"].keys() == expected["optimizer"].keys()
         for name, tensor in expected["optimizer"].items():
@@ -225,8 +231,9 @@ def fill(policy: PolicyModel) -> None:
             parameter.copy_(policy.sharding.local(name, whole) if policy.sharding else whole)
 
 
-def batch_of() -> Any:
-    return batches_of(global_batch(0), micro_batch_size=6, dp_rank=0, dp_size=1, pad_token_id=0)[0]
+def batch_of(config: Config) -> Any:
+    how = {"pad_token_id": 0, "all_positions": config.regularizer.holds_prompt}
+    return batches_of(global_batch(0), micro_batch_size=6, dp_rank=0, dp_size=1, **how)[0]
 
 
 def gradients(config: Config) -> dict[str, torch.Tensor]:
@@ -234,11 +241,11 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     mesh = start_mesh(config.parallel.tensor_parallel_degree)
     policy = load_policy(Path(config.model.name_or_path), config, mesh)
     fill(policy)
-    batch = batch_of()
+    batch = batch_of(config)
     with adapters_off(policy):
         reference = policy(batch)
     objective = Objective(config.regularizer.direction)
-    scales = Scales(1 / batch.num_targets, 0.7 / batch.num_kl)
+    scales = Scales(1 / batch.num_targets, 0.7 / batch.num_kl, 1.3 / max(1, batch.num_prompt))
     loss, _ = policy(batch, reference, use=PolicyModel.loss, objective=objective, scales=scales)
     loss.backward()
     found = {"loss": loss.detach(), "hidden": reference}
@@ -267,7 +274,7 @@ def in_fp64(config: Config) -> dict[str, torch.Tensor]:
             parent, _, leaf = path.rpartition(".")
             setattr(base.get_submodule(parent), leaf, dense)
     policy.double()
-    batch, head = batch_of(), policy.head
+    batch, head = batch_of(config), policy.head
 
     def logits() -> torch.Tensor:
         s = final_hidden(base, batch) @ head.weight.t()
@@ -276,8 +283,14 @@ def in_fp64(config: Config) -> dict[str, torch.Tensor]:
 
     with adapters_off(policy):
         reference = logits()
-    loss, _, _ = dense_loss(
-        logits(), reference, batch.targets, kl_weight=0.7, direction=config.regularizer.direction
+    loss, *_ = dense_with_prompt(
+        logits(),
+        reference,
+        batch.targets,
+        kl_mask=batch.kl_mask,
+        kl_weight=0.7,
+        prompt_weight=1.3,
+        direction=config.regularizer.direction,
     )
     loss.backward()
     grads = {name: p.grad for name, p in policy.trainable().items()}
@@ -297,11 +310,14 @@ GRADIENTS: dict[int, list[Case]] = {
             ("gemma2", "nf4", "forward", "non_reentrant", ()),
             ("thirds", "nf4", "forward", "none", ()),
             ("llama", "nf4", "forward", "none", (SINE,)),
+            ("llama", "nf4", "forward", "none", (PROMPT,)),
+            ("qwen2", "nf4", "reverse", "non_reentrant", (PROMPT,)),
             ("qwen2", "none", "reverse", "reentrant", (SINE, "parallel.sequence_parallel=true")),
         ]
     ],
     4: [
         ("qwen2", "nf4", "forward", 1, 4, 0, "non_reentrant"),
+        ("qwen2", "nf4", "jsd", 1, 4, 0, "none", PROMPT),
         ("gemma2", "none", "reverse", 1, 4, 0, "none", "parallel.sequence_parallel=true"),
     ],
 }
@@ -322,6 +338,7 @@ def gradients_spread(folder, chosen) -> dict[Case, list[dict[str, torch.Tensor]]
     mostly_long(
         ALL_GRADIENTS,
         ("llama", "nf4", "reverse", 1, 2, 0, "non_reentrant"),
+        ("llama", "nf4", "forward", 1, 2, 0, "none", PROMPT),
         ("qwen2", "none", "forward", 1, 2, 0, "none"),
     ),
     ids=lambda case: "-".join(map(str, case)),

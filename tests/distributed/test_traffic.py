@@ -35,6 +35,12 @@ CASES = [
     ("llama", "none", "forward", 1, 2, 0, "reentrant", "parallel.sequence_parallel=true"),
     ("qwen3", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[q_proj,o_proj]"),
     ("llama", "nf4", "jsd", 1, 2, 0, "none", "regularizer.token_weighting=entropy"),
+    ("llama", "nf4", "forward", 1, 2, 0, "none", "regularizer.positions=all"),
+    (
+        *("llama", "nf4", "reverse", 1, 2, 2, "none"),
+        *("regularizer.positions=all", "regularizer.token_fraction=0.5"),
+    ),
+    ("llama", "nf4", "jsd", 1, 2, 0, "none", "regularizer.positions=all", "regularizer.every=3"),
 ]
 
 
@@ -79,8 +85,15 @@ def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
     for batch in local_batches(config, mesh, 1):
         rows, length = batch.input_ids.shape
         has_kl = config.regularizer.is_divergent and config.regularizer.every == 1
-        num_kl = batch.num_kl if has_kl else 0
-        one = MicroBatch(rows=rows, length=length, num_targets=batch.num_targets, num_kl=num_kl)
+        num_kl, num_prompt = (batch.num_kl, batch.num_prompt) if has_kl else (0, 0)
+        one = MicroBatch(
+            rows=rows,
+            length=length,
+            num_targets=batch.num_targets,
+            num_kl=num_kl,
+            num_prompt=num_prompt,
+            num_idle=len(batch.targets) - batch.num_targets - num_prompt,
+        )
         for what in micro_batch_traffic(spread, one):
             if what.count:
                 total[what.kind, what.bytes_each] += what.count
@@ -95,7 +108,9 @@ def counted(tmp_path_factory, chosen) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    "case", mostly_long(CASES, CASES[0], CASES[6]), ids=lambda case: "-".join(map(str, case))
+    "case",
+    mostly_long(CASES, CASES[0], CASES[6], CASES[11]),
+    ids=lambda case: "-".join(map(str, case)),
 )
 def test_what_a_step_sends_is_what_was_foretold(counted, case):
     seen, expected = counted[case]

@@ -14,6 +14,7 @@ all cases of one world size share its processes, and each test looks at its own 
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def train(config: Config) -> dict:
     result = {
         "loss": [s.loss for s in stats],
         "kl": [s.kl or 0.0 for s in stats],
+        "kl_prompt": [s.kl_prompt or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
         "penalty": [s.penalty or 0.0 for s in stats],
         "weight": [s.weight for s in stats],
@@ -96,12 +98,16 @@ def replayed_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
 
 
 def local_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
+    rows = global_batch(step)
+    if config.regularizer.token_fraction < 1:
+        rows = [[replace(one, kl_mask=one.input_ids % 3 > 0) for one in row] for row in rows]
     return batches_of(
-        global_batch(step),
+        rows,
         micro_batch_size=config.train.micro_batch_size,
         dp_rank=mesh.dp.rank,
         dp_size=mesh.dp.size,
         pad_token_id=0,
+        all_positions=config.regularizer.holds_prompt,
     )
 
 
@@ -119,7 +125,7 @@ def recipe_config(folder: Path, *overrides: str) -> Config:
 
 
 def assert_same(run: dict, expected: dict) -> None:
-    for key in ("loss", "kl", "grad_norm"):
+    for key in ("loss", "kl", "kl_prompt", "grad_norm"):
         np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
     for name, tensor in expected["adapter"].items():
         distance = (run["adapter"][name] - tensor).norm() / tensor.norm()
@@ -171,6 +177,12 @@ BASELINES = {
         "regularizer.replay_fraction=0.5",
     ),
     "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
+    "prompt": (
+        "regularizer.positions=all",
+        "regularizer.prompt_weight=0.7",
+        "regularizer.token_fraction=0.6",
+        "regularizer.first_tokens=2",
+    ),
 }
 ALONE = (1, 1, 0)  # world, micro-batch, stage
 SPLITS = [(1, 6, 0), (1, 4, 2), (2, 3, 3), (4, 1, 2)]
@@ -252,12 +264,13 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "entropy"))
+@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "prompt"))
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
     for key in ("penalty", "weight"):
         np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
+    assert (min(found["kl_prompt"][1:]) > 0) == (name == "prompt")
     assert found["loss"][-1] != pytest.approx(expected["loss"][-1], rel=5e-5)
 
 

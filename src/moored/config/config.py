@@ -378,6 +378,14 @@ def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Ite
         yield from _of_l2(config, (*place, "kind"))
     if is_news("budget", "replay"):
         yield from _of_probe(config, place, regularizer)
+    text_only = all(source.format == "text" for source in config.data.train)
+    if regularizer.holds_prompt and text_only and is_news("positions", "kind"):
+        yield Relation(
+            (*place, "positions"),
+            "all adds nothing, since every source of data.train has format text, of which every "
+            "token is learned: set it to targets",
+            (("data", "train"),),
+        )
     warm = regularizer.warmup_steps
     too_long = steps is not None and warm >= steps
     if too_long and regularizer.has_schedule and is_news("warmup_steps"):

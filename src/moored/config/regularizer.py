@@ -88,6 +88,36 @@ class Regularizer(Section):
     weight: Annotated[
         float, Field(ge=0, description="factor of the divergence, penalty or replayed text")
     ] = 1.0
+    positions: Annotated[
+        Literal["targets", "all"],
+        about(
+            "where the divergence acts; all: also where nothing is learned (prompts, system "
+            "messages, results of tools), there as a KL with nothing masked"
+        ),
+    ] = "targets"
+    prompt_weight: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="factor of the divergence's mean where nothing is learned; moves with "
+            "weight, by schedule or budget",
+        ),
+    ] = 1.0
+    target_weight: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="between tmkl (0) and kl: factor of the KL between target and rest, which "
+            "the mask leaves out",
+        ),
+    ] = 0.0
+    rest_factor: Annotated[
+        Literal["one", "base"],
+        about(
+            "of tmkl's own KL, within the rest; base: the base's probability of the rest, with "
+            "which a target_weight of 1 is kl exactly"
+        ),
+    ] = "one"
     direction: Annotated[
         Literal["forward", "reverse", "jsd"], about("forward: KL(reference || policy)")
     ] = "forward"
@@ -110,7 +140,7 @@ class Regularizer(Section):
     ] = "uniform"
     token_fraction: Annotated[
         float,
-        Field(gt=0, le=1, description="share of the targets, drawn anew each step, with a KL"),
+        Field(gt=0, le=1, description="share of the positions, drawn anew each step, with a KL"),
     ] = 1.0
     first_tokens: Annotated[
         Positive | None, about("tokens at the start of each answer that weigh differently")
@@ -132,6 +162,15 @@ class Regularizer(Section):
     def is_divergent(self) -> bool:
         """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
         return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether positions that are not learned are held near the base, too."""
+        return self.is_divergent and self.positions == "all"
+
+    def prompt_weight_beside(self, kl_weight: float) -> float:
+        """The weight of the divergence where nothing is learned, when at targets it is this."""
+        return self.prompt_weight * kl_weight / self.weight if self.holds_prompt else 0.0
 
     @property
     def mask_target(self) -> bool:
@@ -173,8 +212,16 @@ class Regularizer(Section):
         why = f"kind is {self.kind}"
         if self.kind not in DIVERGENT:
             names = ("direction", "temperature", "every", "token_weighting", "token_fraction")
-            for name in (*names, "first_tokens"):
+            for name in (*names, "first_tokens", "positions"):
                 yield Ignored(name, ("kind",), why)
+        elif self.kind == "asft" and self.weight == 0:
+            yield Ignored("positions", ("weight",), "weight is 0, so there is no divergence")
+        if self.kind != "tmkl":
+            for name in ("target_weight", "rest_factor"):
+                yield Ignored(name, ("kind",), f"{why}, and these are parts of tmkl")
+        if not self.holds_prompt:
+            switches = ("positions", "kind", "weight")
+            yield Ignored("prompt_weight", switches, "nothing but targets is held")
         if self.kind not in WEIGHTED:
             for name in ("weight", "schedule", "warmup_steps", "budget"):
                 yield Ignored(name, ("kind",), why)
@@ -191,11 +238,20 @@ class Regularizer(Section):
                 yield Ignored(name, ("budget",), "budget moves the weight")
 
     def problems(self) -> Iterator[Problem]:
-        """Weight 0 is spelt kind none; replay needs text."""
+        """Weight 0 is spelt kind none; parts are of the forward divergence; replay needs text."""
         if self.kind in WEIGHTED and self.weight == 0 and self.kind != "asft":  # which is DFT then
             yield Problem(
                 "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
             )
+        parts = {"target_weight": self.target_weight > 0, "rest_factor": self.rest_factor == "base"}
+        for name, is_set in parts.items():
+            if self.kind == "tmkl" and is_set and self.direction != "forward":
+                yield Problem(
+                    name,
+                    f"only the forward divergence has such parts, not {self.direction}: set "
+                    f"direction to forward, or remove {name}",
+                    ("direction",),
+                )
         if self.kind == "replay" and not self.replay:
             yield Problem(
                 "replay", "kind is replay, but there is no text: add a source under it", ("kind",)

@@ -1,7 +1,7 @@
 """Samples to batches: collation, packing, the label shift, masks, how rows are dealt to ranks.
 
 No file, tokenizer, model or loss lives here; this module knows token ids only. Letters: B rows,
-L row length, N targets of the batch.
+L row length, N positions of the batch that a loss looks at: its targets, or all.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ class Batch:
         input_ids: int64 [B, L].
         position_ids: int64 [B, L]; restarts at 0 with each sample and, where any row of the batch
             holds several samples, with each run of padding.
-        target_index: int64 [N], ascending flat positions in B * L whose *next* token is a target:
-            the label shift happens here and nowhere else.
-        targets: int64 [N], the token after each of them.
+        target_index: int64 [N], ascending flat positions in B * L whose *next* token is a target
+            (with `all_positions`, or may be held): the label shift happens here and nowhere else.
+        targets: int64 [N], the token after each of them; IGNORE_INDEX where it is not learned.
         kl_mask: bool [N], where the regulariser applies.
         sample_ids: of every sample in the batch, row by row.
-        num_targets: N.
-        num_kl: positions of the regulariser.
+        num_targets: how many are learned; N, but for `all_positions`.
+        num_kl: positions of the regulariser with a target.
         num_tokens: real tokens, without padding.
+        num_prompt: positions of the regulariser without a target.
         sample_lengths: of each row, of its samples and its run of padding, L in all; None where no
             row holds several.
     """
@@ -54,6 +55,7 @@ class Batch:
     num_targets: int
     num_kl: int
     num_tokens: int
+    num_prompt: int = 0
     sample_lengths: tuple[tuple[int, ...], ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
@@ -74,6 +76,7 @@ def collate(
     pad_to: int | None = None,
     *,
     vocab_size: int | None = None,
+    all_positions: bool = False,
 ) -> Batch:
     """Lays rows of samples out as one batch, padded on the right.
 
@@ -86,6 +89,8 @@ def collate(
         pad_token_id: fills the rest of a row; seen by no real token.
         pad_to: row length; None takes the longest row.
         vocab_size: if given, every token id must lie in [0, vocab_size).
+        all_positions: also those whose next token is not learned, for a regulariser; not the last
+            of a sample, which has no next token.
 
     Raises:
         ValueError: a row longer than `pad_to`, masks of another length than the tokens, or a token
@@ -108,32 +113,35 @@ def collate(
     position_ids = np.tile(np.arange(length, dtype=np.int64), (num_rows, 1))
     is_target = np.zeros((num_rows, length), dtype=bool)
     is_kl = np.zeros((num_rows, length), dtype=bool)
+    is_seen = np.zeros((num_rows, length), dtype=bool) if all_positions else is_target
     for index, row in enumerate(rows):
         start = 0
         for sample in row:
             stop = start + len(sample)
             input_ids[index, start:stop] = sample.input_ids
             is_target[index, start + 1 : stop] = sample.label_mask[1:]
-            kl_mask = sample.label_mask if sample.kl_mask is None else sample.kl_mask
-            is_kl[index, start + 1 : stop] = kl_mask[1:]
+            is_kl[index, start + 1 : stop] = True if sample.kl_mask is None else sample.kl_mask[1:]
+            if all_positions:
+                is_seen[index, start + 1 : stop] = True
             if packed:
                 position_ids[index, start:stop] = np.arange(stop - start)
             start = stop
         if packed:
             position_ids[index, start:] = np.arange(length - start)
 
-    flat = np.flatnonzero(is_target)  # of the targets themselves; never a row's first token
-    kl_mask = is_kl.reshape(-1)[flat]
+    flat = np.flatnonzero(is_seen)  # of the targets themselves; never a sample's first token
+    kl_mask, learned = is_kl.reshape(-1)[flat], is_target.reshape(-1)[flat]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         target_index=torch.from_numpy(flat - 1),
-        targets=torch.from_numpy(input_ids.reshape(-1)[flat]),
+        targets=torch.from_numpy(np.where(learned, input_ids.reshape(-1)[flat], IGNORE_INDEX)),
         kl_mask=torch.from_numpy(kl_mask),
         sample_ids=tuple(sample.sample_id for row in rows for sample in row),
-        num_targets=len(flat),
-        num_kl=int(np.count_nonzero(kl_mask)),
+        num_targets=int(np.count_nonzero(learned)),
+        num_kl=int(np.count_nonzero(kl_mask & learned)),
         num_tokens=sum(lengths),
+        num_prompt=int(np.count_nonzero(kl_mask & ~learned)),
         sample_lengths=tuple(_lengths(row, length) for row in rows) if packed else None,
     )
 
@@ -144,16 +152,20 @@ def _lengths(row: Row, length: int) -> tuple[int, ...]:
     return (*lengths, *([rest] if (rest := length - sum(lengths)) else []))
 
 
-def answer_offsets(target_index: Tensor) -> Tensor:
+def answer_offsets(target_index: Tensor, targets: Tensor) -> Tensor:
     """How many targets stand before each target [N] in the same run without a gap.
 
     A run is an answer, or a sample of plain text: between two runs stands at least one token that
-    is no target.
+    is no target. What is none is in no answer, and beyond any place in one.
     """
-    starts = torch.ones_like(target_index, dtype=torch.bool)
-    starts[1:] = target_index[1:] != target_index[:-1] + 1
+    learned = targets >= 0
+    starts = torch.ones_like(learned)
+    starts[1:] = (target_index[1:] != target_index[:-1] + 1) | ~learned[:-1]
     here = torch.arange(len(target_index), device=target_index.device)
-    return here - torch.where(starts, here, 0).cummax(0).values if len(here) else here
+    if not len(here):
+        return here
+    place = here - torch.where(starts, here, 0).cummax(0).values
+    return torch.where(learned, place, torch.iinfo(place.dtype).max)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -263,6 +275,7 @@ def batches_of(
     pad_token_id: int,
     vocab_size: int | None = None,
     flatten: bool = False,
+    all_positions: bool = False,
 ) -> list[Batch]:
     """Deals rows and collates them.
 
@@ -275,10 +288,13 @@ def batches_of(
         vocab_size: see `collate`.
         flatten: lay all samples of a micro-batch into a single row without padding. Flash attention
             2 reads sample boundaries from the positions only where there is one row.
+        all_positions: see `collate`.
     """
     batches = []
     for run in deal(rows, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size):
         if flatten and run:
             run = [[sample for row in run for sample in row]]
-        batches.append(collate(run, pad_token_id, vocab_size=vocab_size))
+        batches.append(
+            collate(run, pad_token_id, vocab_size=vocab_size, all_positions=all_positions)
+        )
     return batches

@@ -148,6 +148,7 @@ class TrainStream:
         self._train = config.train
         self._data = config.data
         self._kl_fraction = config.regularizer.token_fraction
+        self._all_positions = config.regularizer.holds_prompt
         self._flatten = config.model.attention == "flash_attention_2"
         self._pad = pad_token_id(tokenizer)
         self.samples = samples
@@ -292,14 +293,15 @@ class TrainStream:
             pad_token_id=self._pad,
             vocab_size=self.samples.vocab_size,
             flatten=self._flatten,
+            all_positions=self._all_positions,
         )
 
     def _thinned(self, sample: Sample) -> Sample:
-        """The sample with the divergence on a part of its targets, drawn for this step."""
+        """The sample with the divergence on a part of its tokens, drawn for this step."""
         text = f"{self._train.seed}:{self.step}:{sample.sample_id}"
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         drawn = np.random.default_rng(int.from_bytes(digest, "big")).random(len(sample))
-        return replace(sample, kl_mask=sample.label_mask & (drawn < self._kl_fraction))
+        return replace(sample, kl_mask=drawn < self._kl_fraction)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, as JSON values: `load_state_dict` on a fresh stream goes on from here."""

@@ -46,7 +46,8 @@ class Sample:
         input_ids: int32 [n], without padding.
         label_mask: bool [n]; True where the token itself is a target (predicted from the one before
             it). The first token can be none, whatever the mask says.
-        kl_mask: bool [n] or None (every target); where the regulariser applies among the targets.
+        kl_mask: bool [n] or None (everywhere); where the regulariser applies, of the tokens that a
+            batch looks at.
     """
 
     sample_id: str

@@ -49,14 +49,19 @@ class MicroBatch:
     Attributes:
         rows: sequences.
         length: tokens of each, padding included.
-        num_targets: rows of the head.
+        num_targets: rows of the head that are learned.
         num_kl: those with the divergence; 0 without one.
+        num_prompt: further rows, with the divergence alone.
+        num_idle: rows of which the hidden states are at hand, but which have neither: those not
+            drawn by token_fraction.
     """
 
     rows: int
     length: int
     num_targets: int
     num_kl: int
+    num_prompt: int = 0
+    num_idle: int = 0
 
 
 ENTROPY_NUMBERS = 20  # per row and rank: `divergence.NUM_TOPS`
@@ -101,7 +106,7 @@ def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """Forward of reference and policy, loss and backward of one micro-batch."""
     if spread.degree == 1:
         return []
-    passes = 2 if batch.num_kl else 1
+    passes = 2 if batch.num_kl or batch.num_prompt else 1
     regions = 2 * spread.num_layers
     length = batch.length
     if spread.sequence_parallel:
@@ -138,8 +143,9 @@ def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     sent: list[Sent] = []
     per_row = 7 if spread.is_warm else 6
     ce_tops, kl_tops = (ENTROPY_NUMBERS * by for by in (spread.ce_by_entropy, spread.kl_by_entropy))
+    with_kl = batch.num_kl + batch.num_prompt
     groups = [
-        (batch.num_kl, per_row + ce_tops + kl_tops, spread.direction == "jsd"),
+        (with_kl, per_row + ce_tops + kl_tops, spread.direction == "jsd"),
         (batch.num_targets - batch.num_kl, 2 + ce_tops, False),
     ]
     for rows, numbers, is_jsd in groups:
@@ -153,5 +159,7 @@ def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
             sent.append(Sent("head", "all_gather", full, each * chunk))
             if rest:
                 sent.append(Sent("head", "all_gather", 1, each * rest))
-    gradient = 4 * batch.num_targets * spread.hidden_size
-    return [*sent, Sent("head", "all_reduce", 1, gradient)] if batch.num_targets else sent
+    if not batch.num_targets + batch.num_prompt:
+        return sent
+    rows = batch.num_targets + batch.num_prompt + batch.num_idle
+    return [*sent, Sent("head", "all_reduce", 1, 4 * rows * spread.hidden_size)]

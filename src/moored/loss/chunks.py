@@ -41,7 +41,7 @@ def run_chunks(
         logits: the head.
         h_ND: the policy's hidden states, detached.
         h0_ND: the reference's, detached; None for cross-entropy alone.
-        targets_N: global ids.
+        targets_N: global ids; negative where a row has a KL alone.
         plan: which rows, in which groups.
         objective: what is descended.
         scales: factors of the sums of cross-entropies and of KLs.
@@ -55,20 +55,26 @@ def run_chunks(
     grad_ND = torch.zeros(h_ND.shape, dtype=dtype, device=h_ND.device) if with_gradient else None
     # Weights of about 1 on the logits' gradient, and the scale on the product: 1 / (targets of the
     # global batch) times a probability would underflow in half precision.
-    ce_scale, kl_scale = (_scalar(x, dtype, h_ND.device) for x in scales)
-    units = {False: _not_0(ce_scale.abs()), True: _not_0(ce_scale.abs().max(kl_scale.abs()))}
-    kl_acts = isinstance(scales.kl, Tensor) or scales.kl != 0
-    size = chunk_size(chunk_tokens, plan.num_targets, logits)
+    ce_scale, kl_scale, prompt_scale = (_scalar(x, dtype, h_ND.device) for x in scales)
+    largest = ce_scale.abs().max(kl_scale.abs())
+    if plan.prompt_N is not None:
+        largest = largest.max(prompt_scale.abs())
+    units = {False: _not_0(ce_scale.abs()), True: _not_0(largest)}
+    acting = scales.kl, (0.0 if plan.prompt_N is None else scales.prompt)
+    kl_acts = any(isinstance(scale, Tensor) or scale != 0 for scale in acting)
+    size = chunk_size(chunk_tokens, plan.num_computed, logits)
     with torch.no_grad(), torch.autocast(h_ND.device.type, enabled=False):
         by_kernels = kernels_run(logits, dtype) and not objective.weighs_by_models
         how = _by_kernels if by_kernels else _by_torch
         half = logits.native(h_ND.dtype) and with_gradient
-        room = min(size, plan.num_targets), 1 if h0_ND is None else 2
+        room = min(size, plan.num_computed), 1 if h0_ND is None else 2
         chunk = how(logits, objective, dtype, room, half)
         for rows, with_kl in plan.chunks(size):
             h0_CD = h0_ND[rows] if with_kl and h0_ND is not None else None
             unit = units[with_kl]
             ce_weight, kl_weight = ce_scale / unit, kl_scale / unit if kl_acts else 0.0
+            if with_kl and kl_acts and plan.prompt_N is not None:
+                kl_weight = torch.where(plan.prompt_N[rows], prompt_scale / unit, kl_weight)
             if kl_weights_N is not None:
                 kl_weight = kl_weight * kl_weights_N[rows].to(dtype)
             found, dh_CD = chunk(h_ND[rows], h0_CD, targets_N[rows], ce_weight, kl_weight)
@@ -78,10 +84,15 @@ def run_chunks(
                 kl_N[rows] = found.kl_C
                 if kl_acts:
                     by_row = 1.0 if kl_weights_N is None else kl_weights_N[rows].to(kl_N)
-                    weighted_N[rows] += scales.kl * by_row * found.kl_factor_C * found.kl_C
+                    scale = scales.kl
+                    if plan.prompt_N is not None:
+                        wide = (_scalar(x, kl_N.dtype, kl_N.device) for x in acting)
+                        at_target, elsewhere = wide
+                        scale = torch.where(plan.prompt_N[rows], elsewhere, at_target)
+                    weighted_N[rows] += scale * by_row * found.kl_factor_C * found.kl_C
             if grad_ND is not None:
                 grad_ND[rows] = dh_CD(unit)
-        if grad_ND is not None and logits.shard.world_size > 1 and plan.num_targets:
+        if grad_ND is not None and logits.shard.world_size > 1 and plan.num_computed:
             dist.all_reduce(grad_ND, group=logits.shard.group)  # pyright: ignore
     return Chunked(ce_N, kl_N, weighted_N, grad_ND)
 

@@ -9,7 +9,8 @@ sends per token, `_C1` a column. For one token: s the policy's logits, e the ref
 policy's (both over the temperature inside a KL), y the target, p and q the policy's and the
 reference's probabilities, d = log q - log p, k = q - p. The sums never contain y (`mask_target_`):
 with a mask that is the definition, without one y joins as a shard of its own. So nothing is ever
-subtracted, and a target of probability 1 - 1e-12 costs no digit.
+subtracted, and a target of probability 1 - 1e-12 costs no digit. A row without a target has its KL
+over every column, with a mask as without one, and no cross-entropy: its id is negative, no shard's.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from moored.loss.softmax_pair import NEG_INF, Contrast, contrast_, exact_dtype, 
 Direction = Literal["forward", "reverse", "jsd"]
 CEWeighting = Literal["uniform", "probability", "entropy"]
 KLWeighting = Literal["uniform", "entropy"]
+RestFactor = Literal["one", "base"]
 
 NUM_TOPS = 20  # first choices whose entropy weighs a token
+NO_TARGET = -1  # as any negative id: a row's KL is over every column, and nothing is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class Objective:
         kl_weighting: how rows weigh in the KL: "entropy" by that of the reference's first choices.
         first_tokens: targets at the start of each answer whose KL has a factor of its own.
         first_tokens_factor: that factor.
+        target_weight: of the KL between (target, rest) of both models, which the mask leaves out.
+        rest_factor: what multiplies the masked KL, that within the rest: "base": the reference's
+            probability of the rest, as in KL(q || p), which it is with a target_weight of 1.
     """
 
     direction: Direction = "forward"
@@ -104,6 +110,13 @@ class Objective:
     kl_weighting: KLWeighting = "uniform"
     first_tokens: int | None = None
     first_tokens_factor: float = 1.0
+    target_weight: float = 0.0
+    rest_factor: RestFactor = "one"
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the KL is put together of its parts: target against rest, and within the rest."""
+        return self.target_weight != 0 or self.rest_factor != "one"
 
     @property
     def weighs_by_models(self) -> bool:
@@ -121,16 +134,41 @@ class Objective:
             raise ValueError(f"direction={self.direction!r}: expected forward, reverse or jsd")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature={self.temperature}: a finite number > 0 is needed")
+        if not (math.isfinite(self.target_weight) and self.target_weight >= 0):
+            raise ValueError(f"target_weight={self.target_weight}: a finite number >= 0 is needed")
+        if self.rest_factor not in ("one", "base"):
+            raise ValueError(f"rest_factor={self.rest_factor!r}: expected one or base")
+        if self.is_split and not (self.mask_target and self.direction == "forward"):
+            raise ValueError(
+                f"target_weight={self.target_weight} and rest_factor={self.rest_factor!r} with "
+                f"direction={self.direction!r} and mask_target={self.mask_target}: they are parts "
+                "of the forward KL with a mask"
+            )
 
 
 class Scales(NamedTuple):
-    """Factors of the sums of cross-entropies and of KLs in the loss, numbers or on the device."""
+    """Factors of the sums in the loss, numbers or on the device.
+
+    Attributes:
+        ce: of the cross-entropies.
+        kl: of the KLs at rows with a target.
+        prompt: of the KLs at rows without one.
+    """
 
     ce: float | Tensor = 1.0
     kl: float | Tensor = 0.0
+    prompt: float | Tensor = 0.0
 
 
 # ---------------------------------------------------------------- shards of columns
+
+
+class TargetAgainstRest(NamedTuple):
+    """The target against the rest, [C], and of the KL within the rest its factor."""
+
+    kl_C: Tensor  # forward, of the two of them
+    k_y_C: Tensor  # q_y - p_y
+    rest_C: Tensor | float  # times the masked KL: 1 - q_y, or 1
 
 
 class Whole(NamedTuple):
@@ -146,6 +184,7 @@ class Whole(NamedTuple):
     k_CP: Tensor = torch.empty(0)
     d_CP: Tensor = torch.empty(0)
     kl_reverse_CP: Tensor = torch.empty(0)  # within each
+    split: TargetAgainstRest | None = None
 
 
 def all_gather(stats_KC: Tensor, shard: VocabShard) -> Tensor:
@@ -247,7 +286,28 @@ def combine(stats_PKC: Tensor, objective: Objective) -> Whole:
     forward_C1 = kl.kl_forward + ((p_CP + k_CP) * kl_forward_CP).sum(1, keepdim=True)
     reverse_C1 = kl.kl_reverse + (p_CP * kl_reverse_CP).sum(1, keepdim=True)
     kl = kl._replace(kl_forward=forward_C1, kl_reverse=reverse_C1)
-    return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP, kl_reverse_CP)
+    split = _split(s_y_C / temperature, stats_PKC[:, 2].sum(0), kl, objective)
+    return Whole(ce_C, miss_C, log_rest_C, share_PC.t(), kl, p_CP, k_CP, d_CP, kl_reverse_CP, split)
+
+
+def _split(
+    s_y_C: Tensor, e_y_C: Tensor, rest: Contrast, objective: Objective
+) -> TargetAgainstRest | None:
+    """The target, by its logits over the temperature, against the rest of the vocabulary (eq. 21).
+
+    Two columns as any: compared by `contrast_`, so that their KL and k_y lose no digit.
+    """
+    if not objective.is_split:
+        return None
+    mass_C, ratio_C = rest.log_mass.squeeze(1), rest.log_ratio.squeeze(1)
+    p_C2, k_C2 = torch.stack([mass_C, s_y_C], 1), torch.stack([ratio_C, e_y_C], 1)
+    _, both = contrast_(p_C2, k_C2)
+    rest_C = 1.0
+    if objective.rest_factor == "base":
+        rest_C = torch.sigmoid(
+            (mass_C - s_y_C) + (ratio_C - e_y_C)
+        )  # 1 - q_y is 0 too soon (eq. 5)
+    return TargetAgainstRest(both.kl_forward.squeeze(1), k_C2[:, 1], rest_C)
 
 
 class ChunkLoss(NamedTuple):
@@ -273,7 +333,7 @@ def chunk_loss_(
     Args:
         s_Cv: this rank's policy logits without padding, fp32 or fp64.
         e_Cv: reference minus policy logits, overwritten; None for cross-entropy alone.
-        targets_C: global ids, all valid.
+        targets_C: global ids; negative where there is none, so that there is a KL alone.
         objective: what is descended.
         shard: whose columns these are.
         ce_weight: weight of the cross-entropy in the gradient; a number, or one per token.
@@ -284,6 +344,9 @@ def chunk_loss_(
     num_stats = len(stats_KC)
     stats_PKC = all_gather(torch.cat([stats_KC, *tops_KC]) if tops_KC else stats_KC, shard)
     whole = combine(stats_PKC[:, :num_stats], objective)
+    # Without a target s_y is -inf: right for the KL, but the cross-entropy would be infinite.
+    ce_C, miss_C = (torch.where(targets_C >= 0, x, 0.0) for x in (whole.ce_C, whole.miss_C))
+    whole = whole._replace(ce_C=ce_C, miss_C=miss_C)
     ce_factor_C = _ce_factors(objective.ce_weighting, whole.ce_C, stats_PKC[:, num_stats:])
     kl_factor_C = _kl_factors(objective.kl_weighting, stats_PKC[:, num_stats:])
     ce_weight, kl_weight = ce_factor_C * ce_weight, kl_factor_C * kl_weight
@@ -303,6 +366,13 @@ def chunk_loss_(
         if objective.direction == "forward":
             kl_C = whole.kl.kl_forward.squeeze(1)
             b_C, c_CP = -w * (p_CP + k_CP)[:, r], -w_C1 * k_CP
+            if whole.split is not None:  # eq. 22
+                pull_C = w * objective.target_weight * whole.split.k_y_C
+                kl_C = whole.split.rest_C * kl_C + objective.target_weight * whole.split.kl_C
+                b_C, rest_C = whole.split.rest_C * b_C, whole.split.rest_C
+                c_CP = c_CP * (rest_C.unsqueeze(1) if isinstance(rest_C, Tensor) else rest_C)
+                c_CP = c_CP + pull_C.unsqueeze(1) * p_CP
+                y_C = y_C - pull_C if kl_weight_acts else y_C
         elif objective.direction == "reverse":
             kl_C = whole.kl.kl_reverse.squeeze(1)
             b_C, c_CP = -w * p_CP[:, r], -w_C1 * p_CP * (d_CP + kl_C.unsqueeze(1))
@@ -444,7 +514,7 @@ def row_blocks(x_Cv: Tensor) -> Iterator[slice]:
 def each_block(x_Cv: Tensor, work: Callable[[slice], object]) -> None:
     """Call `work` on every row block of x; on a CPU one thread works on one block.
 
-    The passes over a block take some 50 microseconds each. Split over threads one by one they wait
+    The passes over a block take some 50 microseconds each. TargetAgainstRest over threads one by one they wait
     for the slowest thread every time, which on a shared machine costs ten times the work.
     """
     blocks, num_threads = list(row_blocks(x_Cv)), torch.get_num_threads()

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from moored.loss.chunks import chunk_size, run_chunks
-from moored.loss.divergence import Direction, Objective, Scales, VocabShard, all_gather
+from moored.loss.divergence import (
+    NO_TARGET,
+    Direction,
+    Objective,
+    RestFactor,
+    Scales,
+    VocabShard,
+    all_gather,
+)
 from moored.loss.drift import DriftSums, drift
 from moored.loss.logits import Logits
 from moored.loss.rows import (
@@ -54,6 +62,9 @@ def linear_tmkl_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
+    prompt_weight: float | None = None,
+    target_weight: float = 0.0,
+    rest_factor: RestFactor = "one",
 ) -> TMKLOutput:
     """`tmkl_loss` from hidden states and a frozen head, without ever holding [T, V].
 
@@ -75,6 +86,10 @@ def linear_tmkl_loss(
         logit_scale: multiplies the logits.
         logit_softcap: c in c * tanh(logits / c), after the scale.
         chunk_tokens: rows at a time; the same on every rank. None: `default_chunk_tokens`.
+        prompt_weight: of a plain KL at rows of `kl_mask` without a target, as in `tmkl_loss`, like
+            the next two.
+        target_weight: of the KL between the target and the rest.
+        rest_factor: of the KL within the rest: "one" or "base".
 
     Returns:
         TMKLOutput, the same on every rank; the gradient of `policy_hidden` is summed over ranks.
@@ -82,11 +97,17 @@ def linear_tmkl_loss(
     Raises:
         ValueError: shapes, dtypes, ranges or options do not fit; names the argument.
     """
-    objective = Objective(direction, mask_target, temperature)
+    objective = Objective(
+        direction,
+        mask_target,
+        temperature,
+        target_weight=target_weight,
+        rest_factor=rest_factor,
+    )
     if policy_hidden.dim() != 2:
         raise ValueError(f"policy_hidden has shape {tuple(policy_hidden.shape)}: [T, D] is needed")
     named = ("policy_hidden", policy_hidden), ("reference_hidden", reference_hidden)
-    kl_weight = check_rows(named, targets, kl_mask, kl_weight, reduction)
+    kl_weight, held = check_rows(named, targets, kl_mask, kl_weight, prompt_weight, reduction)
     check_dtypes(("lm_head_weight", lm_head_weight), ("bias", bias))
     if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != policy_hidden.shape[1]:
         raise ValueError(
@@ -103,7 +124,10 @@ def linear_tmkl_loss(
         ignore_index,
         logits.shard.vocab_size,
         with_kl=reference_hidden is not None,
+        with_prompt=prompt_weight is not None,
     )
+    if plan.prompt_N is not None:
+        targets = targets.masked_fill(plan.prompt_N, NO_TARGET)
     ce_T, kl_T, _, grad_TD = run_chunks(
         logits,
         policy_hidden.detach(),
@@ -111,12 +135,12 @@ def linear_tmkl_loss(
         targets,
         plan,
         objective,
-        Scales(*plan.scales(kl_weight, reduction)),
+        Scales(*plan.scales(kl_weight, held, reduction)),
         chunk_tokens,
         with_gradient=wants_gradient(policy_hidden),
     )
     dtype = compute_dtype(policy_hidden, reference_hidden, lm_head_weight)
-    out = plan.output(ce_T, kl_T, kl_weight, reduction, dtype)
+    out = plan.output(ce_T, kl_T, kl_weight, held, reduction, dtype)
     if grad_TD is None:
         return out
     return out._replace(loss=precomputed(policy_hidden, out.loss, grad_TD))
@@ -127,13 +151,18 @@ def linear_tmkl_loss(
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Detached sums over rows, in nats; `loss` is the scaled and weighted sum of both."""
+    """Detached sums over rows, in nats; `loss` is the scaled and weighted sum of them all.
+
+    `kl_sum` is over the `num_kl` rows with a target, `kl_prompt_sum` over the `num_prompt` without.
+    """
 
     loss: Tensor
     ce_sum: Tensor
     kl_sum: Tensor
-    num_targets: Tensor | int
-    num_kl: Tensor | int
+    kl_prompt_sum: Tensor
+    num_targets: int
+    num_kl: int
+    num_prompt: int
 
 
 class Head(nn.Module):
@@ -214,19 +243,22 @@ class Head(nn.Module):
         scales: Scales,
         kl_mask: Tensor | None = None,
         kl_weights: Tensor | None = None,
+        num_targets: int | None = None,
     ) -> tuple[Tensor, LossSums]:
         """The loss and its gradient, neither with a graph.
 
         So ZeRO-3 has no backward for which to gather the weight again.
 
         Args:
-            hidden: [N, D], rows already selected, none ignored.
+            hidden: [N, D], rows already selected.
             reference_hidden: [N, D]; None for cross-entropy alone.
-            targets: int64 [N], global ids, range-checked by the caller (at collation).
+            targets: int64 [N], global ids, range-checked by the caller (at collation); negative
+                where a row has a KL alone.
             objective: what is descended.
             scales: factors of the sums of cross-entropies and of KLs.
             kl_mask: bool [N], rows where the KL applies.
             kl_weights: [N], a further weight of each row's KL.
+            num_targets: rows that have a target; None: all of them.
 
         Returns:
             The gradient of `hidden`, [N, D] in at least fp32, and the sums.
@@ -234,7 +266,7 @@ class Head(nn.Module):
         if self.reference is not None:
             raise ValueError("a head of the policy's own can be compared, not trained")
         with_kl = reference_hidden is not None
-        plan = RowPlan.of_targets(len(targets), kl_mask, with_kl=with_kl)
+        plan = RowPlan.of_batch(targets, kl_mask, with_kl=with_kl, num_targets=num_targets)
         ce_N, kl_N, weighted_N, grad_ND = run_chunks(
             self._logits(),
             hidden.detach(),
@@ -248,8 +280,9 @@ class Head(nn.Module):
             kl_weights_N=kl_weights,
         )
         assert grad_ND is not None
-        sums = weighted_N.sum(), ce_N.sum(), kl_N.sum()
-        return grad_ND, LossSums(*sums, plan.num_targets, plan.num_kl)
+        kl_sum, kl_prompt_sum = (part_N.sum() for part_N in plan.by_kind(kl_N))
+        sums = weighted_N.sum(), ce_N.sum(), kl_sum, kl_prompt_sum
+        return grad_ND, LossSums(*sums, plan.num_targets, plan.num_kl, plan.num_prompt)
 
     @torch.no_grad()
     def drift(

@@ -173,7 +173,9 @@ def joined(mass, ratio, kl, DIRECTION: tl.constexpr):
 @triton.jit
 def settled(
     s_y, rest, e_y, mass, ratio, kl, ce_weight, kl_weight, temperature,
+    target_weight: tl.constexpr,
     WITH_KL: tl.constexpr, MASKED: tl.constexpr, DIRECTION: tl.constexpr, SCALED: tl.constexpr,
+    SPLIT: tl.constexpr, BY_BASE: tl.constexpr,
 ):  # fmt: skip
     """A row's numbers to what its loss and gradient need, in the order of kernels.py."""
     # From g (eq. 5), as log p_y and 1 - p_y keep no digit of a p_y near 1.
@@ -181,9 +183,25 @@ def settled(
     a = ce_weight * sigmoid(gap)
     ce = tl.maximum(gap, 0.0) + log1p(exp(-tl.abs(gap)))
     grad_y, size = -a, tl.abs(a)
-    w, p, k, d = 0.0, 0.0, 0.0, 0.0
+    w, p, k, d, pull = 0.0, 0.0, 0.0, 0.0, 0.0
     if WITH_KL:
         w = kl_weight * temperature
+        if SPLIT:  # target against rest, and its factor for the rest (eq. 21, eq. 22)
+            _, ratio_all, between, p_y, q_y, d_y = chain(
+                mass, ratio, 0.0, s_y / temperature, e_y, 0.0, DIRECTION
+            )
+            odds = mass - s_y / temperature
+            p_rest, q_rest = sigmoid(odds), sigmoid(odds + (ratio - e_y))
+            k_y, _, _ = contrast_terms(p_y, q_y, d_y)
+            k_rest, _, _ = contrast_terms(p_rest, q_rest, ratio - ratio_all)
+            # Each is minus the other; the more probable's d, a difference, has no digits (eq. 12).
+            k_y = tl.where(p_y <= p_rest, k_y, -k_rest)
+            pull = tl.where(w == 0, 0.0, w * target_weight * k_y)
+            grad_y -= pull
+            size += w * target_weight * (2 * tl.sqrt(between) + 2 * between)
+            if BY_BASE:
+                w, kl = w * q_rest, q_rest * kl
+            kl += target_weight * between
         if not MASKED:  # y joins as a set of its own
             mass, ratio, kl, p, q, d = chain(
                 mass, ratio, kl, s_y / temperature, e_y, 0.0, DIRECTION
@@ -201,14 +219,15 @@ def settled(
         scale = tl.minimum(scale, 1e30)
     scaled_kl = kl * temperature * temperature
     return (
-        ce, scaled_kl, rest, a * scale, w * scale, mass, ratio, kl, grad_y * scale, scale, p, k, d
+        ce, scaled_kl, rest, a * scale, w * scale, mass, ratio, kl, grad_y * scale, scale, p, k, d,
+        pull * scale,
     )  # fmt: skip
 
 
 @triton.jit
 def loss_slope(
-    s, e, rest, a, w, mass, ratio, mean, cold: tl.constexpr, WITH_KL: tl.constexpr,
-    DIRECTION: tl.constexpr, SAME: tl.constexpr,
+    s, e, rest, a, w, mass, ratio, mean, pull, cold: tl.constexpr, WITH_KL: tl.constexpr,
+    DIRECTION: tl.constexpr, SAME: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The weighted gradient of both parts of the loss at columns other than the target's."""
     x, u = s * cold, e * cold
@@ -223,4 +242,6 @@ def loss_slope(
         else:
             k = 0.5 * p * (log_mean_ratio(d) + mean)
         g -= tl.where(w == 0, 0.0, w * k)  # a KL that is not finite would give 0 * nan
+        if SPLIT:
+            g += tl.where(pull == 0, 0.0, pull * p)
     return g

@@ -35,9 +35,9 @@ from moored.loss.kernel_math import (
 NUM_STATS = 6
 # What is known of a row before its gradient: the loss; log mass at temperature 1 and the weights of
 # both parts; log mass and log ratio of the KL, and its mean term; the gradient at y and the scale
-# of all of it; p, k and d of y.
+# of all of it; p, k and d of y; what p is multiplied with beside them, for target against rest.
 CE, KL, REST, A, W, MASS, RATIO, MEAN, GRAD_Y, SCALE, P_Y, K_Y, D_Y = map(tl.constexpr, range(13))
-NUM_ROWS = tl.constexpr(13)
+PULL, NUM_ROWS = tl.constexpr(13), tl.constexpr(14)
 
 
 @triton.jit
@@ -129,9 +129,9 @@ def summary(
 
 @triton.jit
 def join(
-    stats, weights, rows, temperature, num_parts,
+    stats, weights, rows, temperature, num_parts, target_weight: tl.constexpr,
     WITH_KL: tl.constexpr, MASKED: tl.constexpr, DIRECTION: tl.constexpr, SCALED: tl.constexpr,
-    SLOTS: tl.constexpr,
+    SPLIT: tl.constexpr, BY_BASE: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """One row: all shards' numbers to what the gradient needs, and the loss."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
@@ -153,7 +153,7 @@ def join(
         kl_weight = tl.load(weights + num_rows + row)
     found = settled(
         s_y, rest, e_y, mass, ratio, kl, tl.load(weights + row), kl_weight, temperature,
-        WITH_KL, MASKED, DIRECTION, SCALED,
+        target_weight, WITH_KL, MASKED, DIRECTION, SCALED, SPLIT, BY_BASE,
     )  # fmt: skip
     for i in tl.static_range(NUM_ROWS):
         tl.store(rows + i * num_rows + row, found[i])
@@ -204,7 +204,8 @@ def gradient(
     s, t, bias, targets, stride, rows, out, out_stride, num_columns,
     scale: tl.constexpr, cap: tl.constexpr, cold: tl.constexpr,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, DIFFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
-    WARM: tl.constexpr, MASKED: tl.constexpr, DIRECTION: tl.constexpr, BLOCK: tl.constexpr,
+    WARM: tl.constexpr, MASKED: tl.constexpr, DIRECTION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of a row: the weighted gradient of both parts of the loss."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
@@ -215,12 +216,15 @@ def gradient(
     )  # fmt: skip
     y = tl.load(targets + row)
     kept = rows + row
+    pull = 0.0
+    if SPLIT:
+        pull = tl.load(kept + PULL * num_rows)
     g = loss_slope(
         s_b, e_b,
         tl.load(kept + REST * num_rows), tl.load(kept + A * num_rows),
         tl.load(kept + W * num_rows), tl.load(kept + MASS * num_rows),
-        tl.load(kept + RATIO * num_rows), tl.load(kept + MEAN * num_rows),
-        cold, WITH_KL, DIRECTION, WITH_KL and MASKED and not WARM,
+        tl.load(kept + RATIO * num_rows), tl.load(kept + MEAN * num_rows), pull,
+        cold, WITH_KL, DIRECTION, WITH_KL and MASKED and not WARM, SPLIT,
     )  # fmt: skip
     g = tl.where(columns == y, tl.load(kept + GRAD_Y * num_rows), g)
     if CAPPED:

@@ -26,27 +26,35 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class TMKLOutput(NamedTuple):
-    """`loss` is differentiable, once; `ce` and `kl` are unweighted, detached, in nats."""
+    """`loss` is differentiable, once; `ce` and the KLs are unweighted, detached, in nats.
+
+    `kl` is of the `num_kl` rows with a target, `kl_prompt` of the `num_prompt` ones without.
+    """
 
     loss: Tensor
     ce: Tensor
     kl: Tensor
     num_targets: Tensor
     num_kl: Tensor
+    kl_prompt: Tensor
+    num_prompt: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """Which rows are computed, and with what: ignored rows are in no group.
 
-    `groups` holds (rows, count, with_kl); rows is None where it is every row.
+    `groups` holds (rows, count, with_kl); rows is None where it is every row. Rows without a target
+    that have a KL are in the group of those that have both, so that they add no collective.
     """
 
     num_rows: int
     num_targets: int
-    num_kl: int
+    num_kl: int  # rows with a target and a KL
     groups: tuple[tuple[Tensor | None, int, bool], ...]
-    counts_2: Tensor | None = None  # num_targets and num_kl on the device, for `output`
+    counts_3: Tensor | None = None  # num_targets, num_kl and num_prompt, for `output`
+    num_prompt: int = 0
+    prompt_N: Tensor | None = None  # rows with a KL alone; None: there are none
 
     @staticmethod
     def of(
@@ -56,13 +64,20 @@ class RowPlan:
         vocab_size: int,
         *,
         with_kl: bool,
+        with_prompt: bool = False,
     ) -> RowPlan:
-        """Sort rows into ignored, cross-entropy alone, and both; range-check the targets."""
+        """Sort rows into ignored and computed ones; range-check the targets.
+
+        With `with_prompt`, rows of `kl_mask_T` without a target have a KL alone.
+        """
         valid_T = targets_T != ignore_index
         bad_T = valid_T & ((targets_T < 0) | (targets_T >= vocab_size))
         kl_T = valid_T if kl_mask_T is None else valid_T & kl_mask_T
-        counts = torch.stack([valid_T.sum(), kl_T.sum(), bad_T.sum()])
-        num_targets, num_kl, num_bad = cast(list[int], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
+        alone_T = torch.zeros_like(valid_T)
+        if kl_mask_T is not None and with_prompt and with_kl:
+            alone_T = kl_mask_T & ~valid_T
+        counts = torch.stack([valid_T.sum(), kl_T.sum(), alone_T.sum(), bad_T.sum()])
+        num_targets, num_kl, num_prompt, num_bad = cast(list[int], counts.tolist())  # pyright: ignore[reportUnknownMemberType]
         if num_bad:
             at = int(bad_T.nonzero()[0])
             raise ValueError(
@@ -70,7 +85,10 @@ class RowPlan:
                 f"and is not ignore_index={ignore_index}"
             )
         num_rows = len(targets_T)
-        parts = [(kl_T, num_kl, with_kl), (valid_T & ~kl_T, num_targets - num_kl, False)]
+        parts = [
+            (kl_T | alone_T, num_kl + num_prompt, with_kl),
+            (valid_T & ~kl_T, num_targets - num_kl, False),
+        ]
         if not with_kl:
             parts = [(valid_T, num_targets, False)]
         groups = tuple(
@@ -78,11 +96,29 @@ class RowPlan:
             for mask, count, kl in parts
             if count
         )
-        return RowPlan(num_rows, num_targets, num_kl, groups, counts[:2])
+        prompt_T = alone_T if num_prompt else None
+        return RowPlan(num_rows, num_targets, num_kl, groups, counts[:3], num_prompt, prompt_T)
 
     @staticmethod
-    def of_targets(num_rows: int, kl_mask_N: Tensor | None, *, with_kl: bool) -> RowPlan:
-        """Rows that all have a target, known to be in range (at collation)."""
+    def of_batch(
+        targets_N: Tensor,
+        kl_mask_N: Tensor | None,
+        *,
+        with_kl: bool,
+        num_targets: int | None = None,
+    ) -> RowPlan:
+        """Rows whose targets are known to be in range (at collation).
+
+        Args:
+            targets_N: negative where there is none; such rows are computed where `kl_mask_N` is
+                set and there is a KL.
+            kl_mask_N: rows with a KL; None: all of them.
+            with_kl: whether there is one at all.
+            num_targets: rows with a target; None: all of them.
+        """
+        num_rows = len(targets_N)
+        if num_targets is not None and num_targets < num_rows:
+            return RowPlan._mixed(targets_N >= 0, kl_mask_N, num_targets, with_kl=with_kl)
         num_kl = num_rows if with_kl else 0
         groups: list[tuple[Tensor | None, int, bool]] = [(None, num_rows, with_kl)]
         if with_kl and kl_mask_N is not None:
@@ -92,6 +128,33 @@ class RowPlan:
                 groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
         return RowPlan(num_rows, num_rows, num_kl, tuple(g for g in groups if g[1]))
 
+    @staticmethod
+    def _mixed(
+        target_N: Tensor, kl_mask_N: Tensor | None, num_targets: int, *, with_kl: bool
+    ) -> RowPlan:
+        """Rows of which `num_targets`, those of `target_N`, have a target."""
+        num_rows = len(target_N)
+        if not with_kl:
+            groups = ((target_N.nonzero().squeeze(1), num_targets, False),) if num_targets else ()
+            return RowPlan(num_rows, num_targets, 0, groups)
+        kl_N = torch.ones_like(target_N) if kl_mask_N is None else kl_mask_N
+        both, alone = kl_N.nonzero().squeeze(1), (target_N & ~kl_N).nonzero().squeeze(1)
+        num_kl = num_targets - len(alone)
+        groups = (both, len(both), True), (alone, len(alone), False)
+        return RowPlan(
+            num_rows,
+            num_targets,
+            num_kl,
+            tuple(group for group in groups if group[1]),
+            num_prompt=len(both) - num_kl,
+            prompt_N=kl_N & ~target_N if len(both) > num_kl else None,
+        )
+
+    @property
+    def num_computed(self) -> int:
+        """Rows that are in a group."""
+        return sum(count for _, count, _ in self.groups)
+
     def chunks(self, size: int) -> Iterator[tuple[Rows, bool]]:
         """Even chunks of at most `size` rows, each with whether the KL applies."""
         for index, count, with_kl in self.groups:
@@ -100,12 +163,21 @@ class RowPlan:
                 rows = slice(i, min(i + step, count))
                 yield (rows if index is None else index[rows]), with_kl
 
-    def scales(self, kl_weight: float, reduction: Reduction) -> tuple[float, float]:
-        """The factors of the sums of cross-entropies and KLs in the loss, as of `Scales`."""
+    def scales(
+        self, kl_weight: float, prompt_weight: float, reduction: Reduction
+    ) -> tuple[float, float, float]:
+        """The factors of the sums of cross-entropies and both KLs in the loss, as of `Scales`."""
         if reduction != "mean":
-            return 1.0, float(kl_weight)
+            return 1.0, kl_weight, prompt_weight
         kl_scale = kl_weight / self.num_kl if self.num_kl else 0.0
-        return 1 / max(1, self.num_targets), kl_scale
+        prompt_scale = prompt_weight / self.num_prompt if self.num_prompt else 0.0
+        return 1 / max(1, self.num_targets), kl_scale, prompt_scale
+
+    def by_kind(self, kl_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The KLs of rows with a target, and of those without: each 0 where it is the other."""
+        if self.prompt_N is None:
+            return kl_N, torch.zeros_like(kl_N)
+        return torch.where(self.prompt_N, 0.0, kl_N), torch.where(self.prompt_N, kl_N, 0.0)
 
     def new_values(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Zeros [T] for the rows' cross-entropies and KLs, in fp64 so that long sums hold."""
@@ -120,19 +192,23 @@ class RowPlan:
         ce_T: Tensor,
         kl_T: Tensor,
         kl_weight: float,
+        prompt_weight: float,
         reduction: Reduction,
         dtype: torch.dtype,
     ) -> TMKLOutput:
         """Reduce the rows' values."""
-        ce, kl = ce_T, kl_T
+        ce, (kl, kl_prompt) = ce_T, self.by_kind(kl_T)
         if reduction != "none":
-            ce, kl = ce.sum(), kl.sum()
+            ce, kl, kl_prompt = ce.sum(), kl.sum(), kl_prompt.sum()
         if reduction == "mean":
             ce, kl = ce / max(1, self.num_targets), kl / max(1, self.num_kl)
+            kl_prompt = kl_prompt / max(1, self.num_prompt)
         loss = ce + kl_weight * kl if kl_weight else ce
-        assert self.counts_2 is not None
-        counts = self.counts_2.unbind()
-        return TMKLOutput(loss.to(dtype), ce.to(dtype), kl.to(dtype), *counts)
+        loss = loss + prompt_weight * kl_prompt if prompt_weight else loss
+        assert self.counts_3 is not None
+        num_targets, num_kl, num_prompt = self.counts_3.unbind()
+        loss, ce, kl, kl_prompt = (x.to(dtype) for x in (loss, ce, kl, kl_prompt))
+        return TMKLOutput(loss, ce, kl, num_targets, num_kl, kl_prompt, num_prompt)
 
 
 # ---------------------------------------------------------------- checks
@@ -143,9 +219,10 @@ def check_rows(
     targets: Tensor,
     kl_mask: Tensor | None,
     kl_weight: float,
+    prompt_weight: float | None,
     reduction: str,
-) -> float:
-    """The KL's weight as a number; raises ValueError unless the arguments of a loss fit."""
+) -> tuple[float, float]:
+    """Both KLs' weights as numbers; raises ValueError unless the arguments of a loss fit."""
     (policy_name, policy), (reference_name, reference) = named
     rows = f"{policy_name} has shape {_shape(policy)}"
     check_dtypes(*named)
@@ -153,17 +230,14 @@ def check_rows(
         raise ValueError(f"targets has shape {_shape(targets)}, but {rows}: one id per row")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets has dtype {targets.dtype}: torch.int64 is needed")
-    try:
-        kl_weight = float(kl_weight)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"kl_weight={kl_weight!r}: a finite number >= 0 is needed") from None
-    if not (math.isfinite(kl_weight) and kl_weight >= 0):
-        raise ValueError(f"kl_weight={kl_weight}: a finite number >= 0 is needed")
+    kl_weight = _weight("kl_weight", kl_weight)
+    held = 0.0 if prompt_weight is None else _weight("prompt_weight", prompt_weight)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected mean, sum or none")
     if reference is None:
-        if kl_weight:
-            raise ValueError(f"{reference_name} is None: needed unless kl_weight is 0")
+        if kl_weight or held:
+            name = "kl_weight" if kl_weight else "prompt_weight"
+            raise ValueError(f"{reference_name} is None: needed unless {name} is 0")
     elif reference.shape != policy.shape:
         raise ValueError(f"{reference_name} has shape {_shape(reference)}, but {rows}")
     if kl_mask is not None and (kl_mask.shape != targets.shape or kl_mask.dtype != torch.bool):
@@ -171,7 +245,22 @@ def check_rows(
             f"kl_mask has shape {_shape(kl_mask)} and dtype {kl_mask.dtype}, but {rows}: one bool "
             "per row is needed"
         )
-    return kl_weight
+    if kl_mask is None and prompt_weight is not None:
+        raise ValueError(
+            f"prompt_weight={prompt_weight}, but kl_mask is None: it must say which rows without a "
+            "target have a KL, since padding has none either"
+        )
+    return kl_weight, held
+
+
+def _weight(name: str, weight: float) -> float:
+    try:
+        number = float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={weight!r}: a finite number >= 0 is needed") from None
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name}={number}: a finite number >= 0 is needed")
+    return number
 
 
 def check_dtypes(*named: tuple[str, Tensor | None]) -> None:

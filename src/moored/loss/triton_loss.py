@@ -43,7 +43,7 @@ def chunk_loss_(
     Args:
         s_Cv: products h W^T of the policy, fp32: bias, scale and cap are applied here.
         t_Cv: products of the reference, fp32; None for cross-entropy alone.
-        targets_C: global ids, all valid.
+        targets_C: global ids; negative where there is none, so that there is a KL alone.
         objective: what is descended.
         logits: whose products these are.
         weights_2C: weights of the cross-entropy and of the KL in the gradient per row, fp32,
@@ -58,6 +58,7 @@ def chunk_loss_(
     shard, warm = logits.shard, objective.temperature != 1.0
     num_rows, num_columns = s_Cv.shape
     with_kl, is_jsd = t_Cv is not None, objective.direction == "jsd"
+    is_split = with_kl and objective.is_split
     t_Cv = s_Cv if t_Cv is None else t_Cv
     y_C = targets_C - shard.start
     chunk = s_Cv, t_Cv, s_Cv if logits.bias_v is None else logits.bias_v, y_C, s_Cv.stride(0)
@@ -81,9 +82,13 @@ def chunk_loss_(
     )
     stats_PKC = all_gather(stats_SKC, shard).view(-1, num_stats, num_rows)
     rows_RC = s_Cv.new_empty((kernels.NUM_ROWS.value, num_rows))
+    has_target_C = targets_C >= 0
+    weights_2C[0].mul_(has_target_C)
     kernels.join[at](
-        stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC), WITH_KL=with_kl,
-        MASKED=objective.mask_target, DIRECTION=direction, SCALED=out_Cv.dtype == torch.float16,
+        stats_PKC, weights_2C, rows_RC, objective.temperature, len(stats_PKC),
+        objective.target_weight, WITH_KL=with_kl, MASKED=objective.mask_target, DIRECTION=direction,
+        SCALED=out_Cv.dtype == torch.float16, SPLIT=is_split,
+        BY_BASE=objective.rest_factor == "base",
         SLOTS=triton.next_power_of_2(len(stats_PKC)), num_warps=1,
     )  # fmt: skip
     if with_kl and is_jsd:
@@ -95,10 +100,12 @@ def chunk_loss_(
         grid = (num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))
         kernels.gradient[grid](
             *chunk, rows_RC, out_Cv, out_Cv.stride(0), WARM=warm, MASKED=objective.mask_target,
-            DIRECTION=direction, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS, **shared,
+            DIRECTION=direction, SPLIT=is_split, BLOCK=GRADIENT_BLOCK, num_warps=GRADIENT_WARPS,
+            **shared,
         )  # fmt: skip
     ce_C, kl_C, scale_C = (rows_RC[i] for i in (CE, KL, SCALE))
     wide = exact_dtype(s_Cv)
+    ce_C = torch.where(has_target_C, ce_C, 0.0)
     return ce_C.to(wide), kl_C.to(wide) if with_kl else None, 1 / scale_C
 
 

@@ -122,12 +122,12 @@ class PolicyModel(nn.Module):
         """A micro-batch's share of the loss (0-dim, with a graph), and its sums.
 
         Args:
-            batch: with N targets.
+            batch: with N positions.
             reference_hidden: the base's final hidden states there, [N, D], or where they are to be
                 found; None: no KL.
             objective: what is descended.
             scales: factors of the sums of cross-entropies and of KLs: 1 / (targets of the global
-                batch), and the KL's weight / (its positions there).
+                batch), and each KL's weight / (its positions there).
             l2_scale: factor of the squared norm of the adapter's product.
         """
         of_reference = self._of_reference(batch, reference_hidden)
@@ -140,7 +140,8 @@ class PolicyModel(nn.Module):
             objective=objective,
             scales=scales,
             kl_mask=batch.kl_mask,
-            kl_weights=objective.kl_weights(answer_offsets(batch.target_index)),
+            kl_weights=objective.kl_weights(answer_offsets(batch.target_index, batch.targets)),
+            num_targets=batch.num_targets,
         )
         total = attach_gradient(hidden, grad_hidden, sums)
         if l2_scale:

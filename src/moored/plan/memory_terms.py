@@ -303,6 +303,7 @@ def on_disk(architecture: Architecture, work: Workload, targets_per_step: float)
         size = tokens * architecture.hidden_size * work.compute_bytes
         terms.append(
             Term(name="reference cache", bytes=size, within=0.5,
-                 why="final hidden states of every target; fewer where prompts are not learned")
+                 why="final hidden states of every position"
+                 + ("" if work.holds_prompt else " that is learned; fewer where prompts are not"))
         )  # fmt: skip
     return terms

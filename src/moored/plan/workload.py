@@ -47,6 +47,8 @@ class Workload:
         max_length: tokens of a row at most.
         packing: several samples in a row.
         has_kl: a reference pass and the divergence.
+        holds_prompt: the divergence also where nothing is learned; else every token counts as
+            learned, so that the head's rows are an upper bound.
         kl_every: in one of so many steps.
         direction: of the divergence.
         is_warm: its temperature is not 1.
@@ -79,6 +81,7 @@ class Workload:
     max_length: int
     packing: bool
     has_kl: bool
+    holds_prompt: bool
     kl_every: int
     direction: str
     is_warm: bool
@@ -146,6 +149,7 @@ class Workload:
             max_length=config.data.max_length,
             packing=config.data.packing,
             has_kl=config.regularizer.is_divergent,
+            holds_prompt=config.regularizer.holds_prompt,
             kl_every=config.regularizer.every,
             direction=config.regularizer.direction,
             is_warm=config.regularizer.temperature != 1.0,

@@ -40,6 +40,8 @@ def of_step(
     held = regularized or stats
     if held.kl is not None:
         values[f"train/{kind}_nats_per_token"] = held.kl
+    if held.kl_prompt is not None:
+        values["train/kl_prompt_nats_per_token"] = held.kl_prompt
     if held.penalty is not None:
         unit = "squared_norm" if kind == "l2" else "nats_per_token"
         values[f"train/{kind}_{unit}"] = held.penalty

@@ -14,6 +14,7 @@ from moored.config import Config
 from moored.config.regularizer import LEAST_WEIGHT
 from moored.data import DataReader, Prefetcher, TrainStream, load_samples, turn_ends
 from moored.data.batch import Batch
+from moored.data.samples import SampleSet
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
 from moored.evaluation.generate import Answered
@@ -73,6 +74,8 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         config.data.train, base_files.tokenizer, config.data, base_files.vocab_size, reader=reader
     )
     stream = TrainStream(config, base_files.tokenizer, samples)
+    if config.regularizer.holds_prompt:
+        _require_prompts(samples)
     suite = build_suite(config, base_files, mesh, reader)
     num_steps = stream.total_steps()
     _require_length(config, num_steps)
@@ -132,6 +135,18 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         _resume(run, newest)
     return run
+
+
+def _require_prompts(samples: SampleSet) -> None:
+    """Refuse to hold what is not learned where everything is."""
+    held = samples.held
+    if len(held) < len(samples.sources):
+        return  # streamed: not known before the end
+    if sum(source.num_tokens - len(source) - source.num_targets for source in held) == 0:
+        raise UserError(
+            f"regularizer.positions is all, but every token of {samples.name} is learned, so there "
+            "is nothing more to hold: set it to targets"
+        )
 
 
 def _require_length(config: Config, num_steps: int) -> None:

@@ -24,9 +24,13 @@ class StepStats:
     """What one update saw and did; means are over the global batch.
 
     Attributes:
-        loss: what was descended, nats per token: weighted ce + weight * (kl or penalty).
+        loss: what was descended, nats per token: weighted ce + weight * (kl or penalty), and
+            kl_prompt by its own.
         ce: cross-entropy, nats per target token.
-        kl: the regulariser's divergence, nats per KL position; None when the step needs none.
+        kl: the regulariser's divergence, nats per KL position with a target; None when the step
+            needs none.
+        kl_prompt: that from the base at positions without a target, nats per position; None when
+            the step needs none, or the recipe.
         penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
             the replayed text, nats per token (replay); None without one.
         weight: of the divergence or penalty in this update.
@@ -40,6 +44,7 @@ class StepStats:
     loss: float
     ce: float
     kl: float | None
+    kl_prompt: float | None
     penalty: float | None
     weight: float
     num_targets: int
@@ -129,21 +134,28 @@ def train_step(
             sum(batch.num_kl for batch in batches),
             sum(batch.num_tokens for batch in batches),
             sum(batch.num_targets for batch in replayed),
+            sum(batch.num_prompt for batch in batches),
         ],
         dtype=torch.float64,
         device=mesh.device,
     )
-    num_targets, num_kl, num_tokens, num_replayed = (int(n) for n in mesh.dp.sum(counts).tolist())
+    num_targets, num_kl, num_tokens, num_replayed, num_prompt = (
+        int(n) for n in mesh.dp.sum(counts).tolist()
+    )
     weight = regularizer.weight if weight is None else weight
     with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
     objective = objective_of(regularizer)
-    of_task = Scales(ce=1.0 / max(1, num_targets), kl=kl_weight / max(1, num_kl))
+    of_task = Scales(
+        ce=1.0 / max(1, num_targets),
+        kl=kl_weight / max(1, num_kl),
+        prompt=regularizer.prompt_weight_beside(kl_weight) / max(1, num_prompt),
+    )
     of_replay = Scales(ce=weight / max(1, num_replayed))
     l2_scale = weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0
     work = [(batch, of_task) for batch in batches] + [(batch, of_replay) for batch in replayed]
-    totals = torch.zeros(4, dtype=torch.float64, device=mesh.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=mesh.device)
     for i, (host_batch, scales) in enumerate(work):
         batch, is_task = host_batch.to(mesh.device), scales is of_task
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
@@ -152,15 +164,15 @@ def train_step(
         torch.manual_seed(dropout_seed(seed, step, batch))
         loss, sums = engine.forward(batch, reference_hidden, objective, scales, l2_scale)
         engine.backward(loss, last=i == len(work) - 1)
-        found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum]).to(totals)
+        found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum, sums.kl_prompt_sum]).to(totals)
         if is_task:
-            totals[:3] += found
+            totals[:4] += found
         else:
             totals[0] += found[0]
-            totals[3] += found[1]
+            totals[4] += found[1]
     penalty = engine.policy.product_norm() if is_l2 else None
     # 4. A poisoned update is refused on every rank alike.
-    loss_sum, ce_sum, kl_sum, replay_sum = mesh.dp.sum(totals).tolist()
+    loss_sum, ce_sum, kl_sum, kl_prompt_sum, replay_sum = mesh.dp.sum(totals).tolist()
     grad_norm = engine.step(learning_rate)
     if replayed:
         penalty = replay_sum / max(1, num_replayed)
@@ -168,6 +180,7 @@ def train_step(
         loss=loss_sum + (weight * penalty if is_l2 and penalty is not None else 0.0),
         ce=ce_sum / max(1, num_targets),
         kl=kl_sum / max(1, num_kl) if with_kl else None,
+        kl_prompt=kl_prompt_sum / max(1, num_prompt) if with_kl and num_prompt else None,
         penalty=penalty,
         weight=kl_weight if regularizer.is_divergent else weight,
         num_targets=num_targets,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moored.data.batch import (
+    IGNORE_INDEX,
     Sample,
     batches_of,
     collate,
@@ -43,6 +44,39 @@ def samples(draw, max_size: int = 12) -> list[Sample]:
         ids = draw(st.lists(st.integers(0, 30), min_size=length, max_size=length))
         out.append(sample(f"s{index}", ids, draw(bits), draw(st.none() | bits)))
     return out
+
+
+def test_all_positions_by_hand():
+    a = sample("a", [5, 6, 0, 9], "0011", "0101")
+    b = sample("b", [7, 8], "00")
+    batch = collate([[a, b], [b]], PAD, all_positions=True)
+    # Of each sample every token but the first is seen from the one before it.
+    assert batch.target_index.tolist() == [0, 1, 2, 4, 6]
+    assert batch.targets.tolist() == [IGNORE_INDEX, 0, 9, IGNORE_INDEX, IGNORE_INDEX]
+    assert batch.kl_mask.tolist() == [True, False, True, True, True]
+    assert (batch.num_targets, batch.num_kl, batch.num_prompt) == (2, 1, 3)
+
+
+@given(st.lists(samples(max_size=4), max_size=4))
+def test_all_positions_are_the_targets_and_what_is_between(rows):
+    few, every = collate(rows, PAD), collate(rows, PAD, all_positions=True)
+    learned = every.targets != IGNORE_INDEX
+    for name in ("target_index", "targets", "kl_mask"):
+        assert torch.equal(getattr(every, name)[learned], getattr(few, name)), name
+    assert torch.equal(every.input_ids, few.input_ids)
+    assert (every.num_targets, every.num_kl) == (few.num_targets, few.num_kl)
+    assert few.num_prompt == 0
+    expected, drawn = [], 0
+    width = every.input_ids.shape[1]
+    for index, row in enumerate(rows):
+        start = index * width
+        for one in row:
+            expected += range(start, start + len(one) - 1)
+            start += len(one)
+            kl = np.ones(len(one), dtype=bool) if one.kl_mask is None else one.kl_mask
+            drawn += int((kl & ~one.label_mask)[1:].sum())
+    assert every.target_index.tolist() == expected
+    assert every.num_prompt == drawn
 
 
 def test_one_row_by_hand():

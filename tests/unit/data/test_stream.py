@@ -67,6 +67,43 @@ def all_steps(one: TrainStream) -> list[list[str]]:
     return drawn(one, one.total_steps())
 
 
+def test_positions_are_drawn_by_seed_step_and_sample_alone():
+    regularizer = {"token_fraction": 0.4}
+    recipe = {"data": {"max_length": 20}, "train": {"steps": 30, "global_batch_sequences": 4}}
+    sources = (held("s", [20, 17, 19, 20, 18]),)
+    found = SampleSet(section="data.train", sources=sources, weights=(1.0,))
+
+    def stream(positions: str, micro_batch_size: int = 1) -> TrainStream:
+        train = recipe["train"] | {"micro_batch_size": micro_batch_size}
+        given = config(
+            [{"path": "unused"}],
+            data=recipe["data"],
+            train=train,
+            regularizer=regularizer | {"positions": positions},
+        )
+        return TrainStream(given, TOKENIZER, found)
+
+    def rows_of(batches: list[Batch]) -> Counter:
+        rows = Counter()
+        for b in batches:
+            tokens = b.input_ids.reshape(-1)[b.target_index].tolist()
+            rows += Counter(zip(tokens, b.targets.tolist(), b.kl_mask.tolist(), strict=True))
+        return rows
+
+    few, every, ranks = stream("targets"), stream("all"), [stream("all", 3) for _ in range(2)]
+    drawn = seen = 0
+    for _ in range(30):
+        one, whole = (s.next_step(dp_rank=0, dp_size=1) for s in (few, every))
+        shares = [r.next_step(dp_rank=i, dp_size=2) for i, r in enumerate(ranks)]
+        assert rows_of([b for share in shares for b in share]) == rows_of(whole)
+        learned = Counter({row: n for row, n in rows_of(whole).items() if row[1] != -100})
+        assert learned == rows_of(one), "the targets drawn are those that are drawn without"
+        drawn += sum(b.num_prompt for b in whole)
+        seen += sum(len(b.targets) - b.num_targets for b in whole)
+    assert seen > 600
+    assert abs(drawn / seen - 0.4) < 0.08  # four standard deviations of 600 draws
+
+
 LENGTHS = st.lists(st.integers(2, 20), min_size=1, max_size=25)
 
 

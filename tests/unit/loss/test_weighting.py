@@ -134,6 +134,18 @@ def test_eaft_without_a_reference() -> None:
 
 def test_places_in_an_answer_start_anew_behind_every_gap() -> None:
     index = torch.tensor([3, 4, 5, 9, 10, 20, 22, 23])
-    assert answer_offsets(index).tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
-    assert answer_offsets(index[:0]).tolist() == []
-    assert answer_offsets(index[:1]).tolist() == [0]
+    learned = torch.ones_like(index)
+    assert answer_offsets(index, learned).tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    assert answer_offsets(index[:0], learned[:0]).tolist() == []
+    assert answer_offsets(index[:1], learned[:1]).tolist() == [0]
+
+
+def test_what_is_not_learned_has_no_place_in_an_answer() -> None:
+    index, none = torch.arange(7), torch.iinfo(torch.int64).max
+    targets = torch.tensor([-100, 5, 6, -100, -100, 7, 8])
+    assert answer_offsets(index, targets).tolist() == [none, 0, 1, none, none, 0, 1]
+    weights = Objective(first_tokens=1, first_tokens_factor=5.0).kl_weights(
+        answer_offsets(index, targets)
+    )
+    assert weights is not None
+    assert weights.tolist() == [1, 5, 1, 1, 1, 5, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_a_sample_serves_wherever_it_is_laid(folder: Path) -> None:
     assert not cache([longer])
     assert not cache([other]), "the same tokens, but other targets"
     assert not cache([A], [sample("d", 4)]), "one of its samples is new"
+
+
+def test_all_positions_are_records_of_their_own_whatever_is_drawn(folder: Path) -> None:
+    """With `token_fraction` another part is drawn each step: the sample's record has them all."""
+    cache = ReferenceCache(
+        folder, facts={}, like=torch.empty((1, D)), by_batch=False, max_bytes=2**30
+    )
+    few, every = collate([[A, B]], 0), collate([[A, B]], 0, all_positions=True)
+    cache.keep(few, base(few))
+    assert cache.find(every) is None, "B has positions without a target"
+    cache.keep(every, base(every))
+    draws = [np.random.default_rng(i).random(7) < 0.5 for i in range(3)]
+    for kl_mask in draws:
+        thinned = collate([[replace(B, kl_mask=kl_mask), A]], 0, all_positions=True)
+        assert torch.equal(cache.find(thinned), base(thinned))
+    assert torch.equal(cache.find(few), base(few))
 
 
 def test_a_batch_serves_itself_alone(folder: Path) -> None:
