@@ -139,7 +139,7 @@ class PolicyModel(nn.Module):
             use=Head.loss,
             objective=objective,
             scales=scales,
-            kl_mask=batch.kl_mask,
+            kl_mask=None if batch.num_kl == batch.num_targets else batch.kl_mask,
             kl_weights=objective.kl_weights(answer_offsets(batch.target_index)),
         )
         total = attach_gradient(hidden, grad_hidden, sums)
