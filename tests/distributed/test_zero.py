@@ -28,10 +28,13 @@ from moored.data import TrainStream
 from moored.data.batch import Batch, Sample, batches_of
 from moored.distributed.mesh import Mesh, start_mesh
 from moored.loss.divergence import Objective, Scales
+from moored.models import engine as engines
 from moored.models import loading
 from moored.models.base_files import resolve_base
 from moored.models.engine import Engine
+from moored.models.engine import adamw as plain_adamw
 from moored.models.policy import load_policy
+from moored.training import checkpoint
 from moored.training.step import StepStats, train_step
 from tiny import tiny_recipe, write_recipe
 
@@ -69,6 +72,7 @@ def train(config: Config) -> dict:
         "weight": [s.weight for s in stats],
         "adapter": engine.adapter_tensors(),
         "optimizer": engine.optimizer_tensors(),
+        "written": engine.optimizer_tensors(wanted=mesh.is_main),
     }
     engine.close()
     return result
@@ -253,6 +257,10 @@ def test_two_processes_equal_one(two_processes, expected, case):
     for name, tensor in first["adapter"].items():
         assert torch.equal(tensor, second["adapter"][name]), f"{name} differs between the ranks"
     assert first["loss"] == second["loss"]
+    assert second["written"] == {}
+    assert first["written"].keys() == first["optimizer"].keys()
+    for name, tensor in first["written"].items():
+        assert torch.equal(tensor, first["optimizer"][name]), name
 
 
 @pytest.mark.parametrize("split", mostly_long(SPLITS, (1, 6, 0), (2, 3, 3)))
@@ -352,6 +360,47 @@ def test_a_poisoned_update_is_refused_on_all_ranks_alike(tmp_path):
             assert any(not torch.equal(second[name], third[name]) for name in first), case
             steps = {v.item() for k, v in result["optimizer"].items() if k.endswith(".step")}
             assert steps == {2.0}, f"{case}: a refused update must not count for Adam"
+
+
+def fused_adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+    """As on a GPU: torch has the same kernel for a CPU."""
+    plain = plain_adamw(parameters, config)
+    assert not plain.defaults["fused"]
+    names = ("lr", "betas", "eps", "weight_decay")
+    return torch.optim.AdamW(parameters, fused=True, **{n: plain.defaults[n] for n in names})
+
+
+def fused(rank: int, world_size: int, configs: dict[int, Config]) -> dict[int, list[dict]]:
+    """Four updates in one go, without and with the fused optimizer, and two and two with it."""
+    results = {}
+    for stage, config in configs.items():
+        found = []
+        for make, stops in ((plain_adamw, False), (fused_adamw, False), (fused_adamw, True)):
+            engines.adamw = make
+            mesh, engine = build(config)
+            for step in range(4):
+                if stops and step == 2:
+                    kept = engine.optimizer_tensors()
+                    engine.close()
+                    policy = load_policy(Path(config.model.name_or_path), config, mesh)
+                    checkpoint.load_masters(kept, policy)
+                    engine = Engine(policy, config, mesh)
+                    engine.load_optimizer_tensors(kept)
+                step_once(engine, mesh, config, step)
+            found.append(engine.optimizer_tensors())
+            engine.close()
+        results[stage] = found
+    return results
+
+
+def test_the_fused_optimizer_of_a_gpu_makes_the_same_updates_and_resumes(tmp_path):
+    configs = {stage: recipe_config(tmp_path, f"parallel.zero_stage={stage}") for stage in range(4)}
+    [results] = run_distributed(fused, 1, configs)
+    for stage, (plain, whole, resumed) in results.items():
+        for name, tensor in plain.items():
+            distance = (whole[name] - tensor).norm() / tensor.norm()
+            assert distance < 1e-5, f"{stage}, {name}: {distance}"
+            assert torch.equal(resumed[name], whole[name]), (stage, name)
 
 
 def leave_bitsandbytes_layers(model: torch.nn.Module, dtype: torch.dtype) -> int:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import resource
+import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ from moored.distributed.joining import joined, prove
 from moored.utils.environment import rank_info, rendezvous_seconds
 from moored.utils.errors import UserError
 
+log = logging.getLogger(__name__)
+WORD_SECONDS = 10.0  # between two words of a rank that waits for rank 0
+LONGEST_PAUSE_SECONDS = 0.5  # between two looks at the store
 RENDEZVOUS_SECONDS = 600.0  # until every process must have come: some are slow to start
 
 
@@ -200,18 +205,61 @@ class Mesh:
                 raise UserError(f"rank {rank}: {text}")
 
     @contextlib.contextmanager
-    def main_first(self) -> Generator[None]:
-        """Run the body on rank 0 before the others: what it downloads or converts, they find."""
-        error: BaseException | None = None
+    def main_first(self, what: str = "prepare what all need") -> Generator[None]:
+        """Run the body on rank 0 before the others: what it downloads or converts, they find.
+
+        However long that takes: the others wait at the store and say so, not in a collective, which
+        would end the run after its limit.
+
+        Args:
+            what: rank 0 does meanwhile, for those who wait; it follows "to".
+
+        Raises:
+            UserError: on the others, what rank 0 has failed with.
+        """
+        if self.world.size == 1:
+            yield
+            return
+        store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore
+        turn = f"moored/turn/{store.add(f'moored/turns/{self.world.rank}', 1)}"
         if self.is_main:
             try:
                 yield
-            except Exception as caught:
-                error = caught
-            self.raise_on_all_ranks(error)
+            except Exception as error:
+                store.set(turn, f"-{error}")
+                _wait_for_readers(store, turn, self.world.size - 1)
+                raise
+            store.set(turn, "+")
         else:
-            self.raise_on_all_ranks(None)
+            _wait_for_main(store, turn, self.world, what)
             yield
+
+
+def _wait_for_main(store: Any, turn: str, world: Axis, what: str) -> None:
+    began = time.monotonic()
+    due, pause = began + WORD_SECONDS, 0.01
+    # In a log of many ranks one says it; the others' own logs have it, too.
+    level = logging.WARNING if world.rank == 1 else logging.INFO
+    while not store.check([turn]):
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
+        if time.monotonic() >= due:
+            due += WORD_SECONDS
+            waited = time.monotonic() - began
+            log.log(
+                level, "rank %d waits for rank 0 to %s: %.0f s so far", world.rank, what, waited
+            )
+    said = store.get(turn).decode(errors="replace")
+    if said != "+":
+        store.add(f"{turn}/read", 1)
+        raise UserError(f"rank 0: {said[1:]}")
+
+
+def _wait_for_readers(store: Any, turn: str, number: int) -> None:
+    """With rank 0 the store may end: the others read of the fault before, if they are there."""
+    deadline = time.monotonic() + WORD_SECONDS
+    while store.add(f"{turn}/read", 0) < number and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def alone(device: str = "cpu") -> Mesh:

@@ -63,7 +63,7 @@ def open_tasks(names: Sequence[str], include: Path | None, mesh: Mesh) -> Any:
             f"--lm-eval {unknown[0]}: lm_eval {version_of('lm_eval')} has no such task: `lm_eval "
             "ls tasks` lists them, --lm-eval-include adds a folder of your own"
         )
-    with mesh.main_first():
+    with mesh.main_first("fetch the data of the harness's tasks"):
         try:
             tasks = manager.load(list(names))
         except Exception as error:  # of `datasets`, or of a task's own code

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 LEAST_MEAN, LEAST_MEAN_ON_GPU = 32, 128
 
 _by_sample: ContextVar[bool] = ContextVar("by_sample", default=False)
+# Whether rows of several samples need transformers' mask; None: this is no forward of ours.
+_needs_mask: ContextVar[bool | None] = ContextVar("needs_mask", default=None)
 _seen: ContextVar[list[bool] | None] = ContextVar("seen", default=None)
 # Models that may be attended to by sample, and how long a sample may be for it.
 _longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
@@ -46,16 +49,18 @@ def samples_apart(causal_lm: nn.Module, batch: Batch) -> Iterator[dict[str, Any]
         batch: its rows.
     """
     rows = batch.sample_lengths
-    if rows is None or max(map(max, rows)) > _longest.get(causal_lm, 0):
-        yield {}
-        return
+    by_sample = rows is not None and _gains(causal_lm, batch, rows)
+    with _set(_by_sample, by_sample), _set(_needs_mask, rows is not None and not by_sample):
+        yield {"sample_lengths": rows} if by_sample else {}
+
+
+def _gains(causal_lm: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether attention by sample is right for such rows, and costs less than a mask."""
+    if max(map(max, rows)) > _longest.get(causal_lm, 0):
+        return False
     least = LEAST_MEAN_ON_GPU if batch.input_ids.is_cuda else LEAST_MEAN
     is_trial = _seen.get() is not None
-    if not is_trial and batch.input_ids.numel() < least * sum(map(len, rows)):
-        yield {}
-        return
-    with _set(_by_sample, True):
-        yield {"sample_lengths": rows}
+    return is_trial or batch.input_ids.numel() >= least * sum(map(len, rows))
 
 
 def attend_by_sample(causal_lm: Any, masked: Tensor, hidden: Callable[[], Tensor]) -> bool:
@@ -96,6 +101,25 @@ def attend_by_sample(causal_lm: Any, masked: Tensor, hidden: Callable[[], Tensor
     if not same:
         del _longest[causal_lm]
     return same
+
+
+def _sample_numbers(position_ids_BL: Tensor) -> Tensor | None:
+    """Which sample of its row each position is of; None where no row holds several.
+
+    As transformers finds it, but that it asks the device whether there are several: the host would
+    wait for that in every forward.
+    """
+    needed = _needs_mask.get()
+    if needed is None:
+        return _ask_positions(position_ids_BL)
+    if not needed:
+        return None
+    before_B1 = position_ids_BL[:, :1] - 1
+    return (torch.diff(position_ids_BL, prepend=before_B1, dim=-1) != 1).cumsum(-1)
+
+
+_ask_positions = masking_utils.find_packed_sequence_indices
+masking_utils.find_packed_sequence_indices = _sample_numbers
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -48,7 +48,7 @@ def resolve_base(config: ModelConfig, mesh: Mesh) -> BaseFiles:
         UserError: it cannot be had, or has no usable tokenizer.
     """
     transformers.utils.logging.disable_progress_bar()
-    with mesh.main_first():
+    with mesh.main_first("find, download or convert the model"):
         source = staged(resolve_model(config))
     tokenizer = load_tokenizer(source.path, config)
     try:

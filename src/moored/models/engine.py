@@ -51,14 +51,8 @@ class Engine:
         self._trainable = policy.trainable()
         if not self._trainable:
             raise UserError("adapter: no module matches adapter.target_modules: nothing to train")
-        optimizer = torch.optim.AdamW(
-            list(self._trainable.values()),
-            lr=config.optim.learning_rate,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            foreach=False,
-        )
+        optimizer = adamw(list(self._trainable.values()), config)
+        self._fused = bool(optimizer.defaults["fused"])
         self._sharding = sharding = policy.sharding
         self._cut = {name for name in self._trainable if sharding and sharding.split_of(name)}
         for name in self._cut:
@@ -239,12 +233,18 @@ class Engine:
 
     # -- state to save and to load ------------------------------------------------------------
 
-    def adapter_tensors(self) -> dict[str, torch.Tensor]:
-        """Every adapter parameter, whole and in fp32 on the CPU. Collective under ZeRO-3."""
+    def adapter_tensors(self, *, wanted: bool = True) -> dict[str, torch.Tensor]:
+        """Every adapter parameter, whole and in fp32 on the CPU. Collective.
+
+        Args:
+            wanted: whether this rank has a use for them; the others get none, and no copies.
+        """
         tensors = {}
         for name, parameter in self._trainable.items():
             with self._gathered(parameter):
-                tensors[name] = self._whole(name, parameter.detach().float().clone()).cpu()
+                whole = self._whole(name, parameter.detach())
+                if wanted:
+                    tensors[name] = _on_host(whole)
         return tensors
 
     def require_equal_replicas(self) -> None:
@@ -279,13 +279,22 @@ class Engine:
     def _local(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         return whole if self._sharding is None else self._sharding.local(name, whole)
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The fp32 master, Adam's moments and step per parameter, whole, on the CPU. Collective."""
-        tensors = {f"{name}.master": tensor for name, tensor in self.adapter_tensors().items()}
+    def optimizer_tensors(self, *, wanted: bool = True) -> dict[str, torch.Tensor]:
+        """The fp32 master, Adam's moments and step per parameter, whole, on the CPU. Collective.
+
+        Args:
+            wanted: as of `adapter_tensors`.
+        """
+        masters = self.adapter_tensors(wanted=wanted)
+        tensors = {f"{name}.master": tensor for name, tensor in masters.items()}
+        steps = torch.tensor(self._steps_taken(), dtype=torch.float32)
         for name, parameter in self._trainable.items():
             for key in MOMENTS:
-                tensors[f"{name}.{key}"] = self._whole(name, self._get_moment(parameter, key)).cpu()
-            tensors[f"{name}.step"] = torch.tensor(self._steps_taken(), dtype=torch.float32)
+                whole = self._whole(name, self._get_moment(parameter, key))
+                if wanted:
+                    tensors[f"{name}.{key}"] = _on_host(whole)
+            if wanted:
+                tensors[f"{name}.step"] = steps.clone()
         return tensors
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -322,8 +331,9 @@ class Engine:
     def _create_optimizer_state(self, steps: float) -> None:
         # DeepSpeed has none before its first step, and its setters need it to exist.
         for flat in self._flat_parameters:
+            where = flat.device if self._fused else None
             self._adam_state[flat] = {
-                "step": torch.tensor(steps, dtype=torch.float32),
+                "step": torch.tensor(steps, dtype=torch.float32, device=where),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
         if self.stage in (1, 2):
@@ -334,10 +344,10 @@ class Engine:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             return torch.zeros(shape, dtype=torch.float32, device=self.mesh.device)
         if self.stage == 0:
-            return self._adam_state[parameter][key].detach().clone()
+            return self._adam_state[parameter][key].detach()
         whole = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
         assert whole is not None
-        return whole.detach().clone()
+        return whole.detach()
 
     def _set_moment(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
         value = value.to(self.mesh.device)
@@ -359,6 +369,27 @@ class Engine:
         if self.references is not None:
             self.references.flush()
         self._engine.destroy()
+
+
+def adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+    """The recipe's optimizer: on a GPU one kernel for all, elsewhere parameter by parameter.
+
+    What is offloaded is stepped on the CPU, whose numbers are then those of every stage.
+    """
+    on_gpu = all(parameter.is_cuda for parameter in parameters)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.optim.learning_rate,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        foreach=False,
+        fused=on_gpu and config.parallel.offload != "optimizer",
+    )
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", torch.float32, copy=True)
 
 
 class _ModelParallelUnit:

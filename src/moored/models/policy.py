@@ -132,6 +132,7 @@ class PolicyModel(nn.Module):
         """
         of_reference = self._of_reference(batch, reference_hidden)
         hidden = self.hidden(batch)
+        everywhere = batch.num_kl == batch.num_targets and not batch.num_prompt
         grad_hidden, sums = self.head(
             hidden,
             of_reference,
@@ -139,7 +140,7 @@ class PolicyModel(nn.Module):
             use=Head.loss,
             objective=objective,
             scales=scales,
-            kl_mask=batch.kl_mask,
+            kl_mask=None if everywhere else batch.kl_mask,
             kl_weights=objective.kl_weights(answer_offsets(batch.target_index, batch.targets)),
             num_targets=batch.num_targets,
         )

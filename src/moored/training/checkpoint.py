@@ -39,7 +39,8 @@ class Checkpoint:
 
     Attributes:
         step: updates applied or refused so far.
-        optimizer: `Engine.optimizer_tensors`, the adapter's fp32 masters among them.
+        optimizer: `Engine.optimizer_tensors`, the adapter's fp32 masters among them; on ranks that
+            do not write it there are none.
         state: JSON-able rest: the data cursor, counters, seed.
     """
 

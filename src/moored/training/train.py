@@ -270,7 +270,7 @@ def _save(run: Run) -> None:
         run.engine.references.flush()
     saved = checkpoint.Checkpoint(
         step=run.step,
-        optimizer=run.engine.optimizer_tensors(),
+        optimizer=run.engine.optimizer_tensors(wanted=run.mesh.is_main),
         state={
             "cursor": run.stream.state_dict(),
             "replay_cursor": run.replay.state_dict() if run.replay else None,
@@ -303,7 +303,7 @@ def _save(run: Run) -> None:
 
 def _export(run: Run) -> None:
     """The final adapter, written and read back before anything else can fail."""
-    tensors = run.engine.adapter_tensors()
+    tensors = run.engine.adapter_tensors(wanted=run.mesh.is_main)
     error: BaseException | None = None
     if run.mesh.is_main:
         try:
