@@ -67,8 +67,7 @@ def experts(folder: Path, kind: str, **settings: Any) -> Path:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "experts" in name or "gate.weight" in name or "router" in name:
-                # Far enough from zero that routing is decided, and biases are seen.
-                tensor.normal_(std=0.5 if "gate.weight" in name or "router" in name else 0.1)
+                tensor.normal_(std=0.04)  # biases, too
             elif "e_score_correction_bias" in name:
                 tensor.uniform_(-0.2, 0.2)
     model.save_pretrained(folder)

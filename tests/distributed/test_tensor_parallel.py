@@ -26,6 +26,7 @@ from moored.config import Config, load_config
 from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
 from moored.loss.divergence import Objective, Scales
+from moored.models.experts import Experts4bit
 from moored.models.forward import final_hidden
 from moored.models.nf4 import FrozenLinear4bit
 from moored.models.policy import PolicyModel, load_policy
@@ -260,6 +261,21 @@ def gradients_each(rank: int, world_size: int, configs: dict[Case, Config]) -> d
     return {case: gradients(config) for case, config in configs.items()}
 
 
+def in_full(module: Any) -> None:
+    """Make experts in 4 bits transformers' own again, computed by its loop over experts."""
+    stacks = {
+        kind: torch.stack(
+            [module.dequantized(kind, e, torch.float64) for e in range(module.num_experts)]
+        )
+        for kind in module.matrices
+    }
+    module.__class__ = type(module).__mro__[2]
+    module.config._experts_implementation = "eager"
+    for kind, stack in stacks.items():
+        whole = stack.transpose(1, 2) if module.is_transposed else stack
+        setattr(module, kind, nn.Parameter(whole.contiguous(), requires_grad=False))
+
+
 def in_fp64(config: Config) -> dict[str, torch.Tensor]:
     """The same by Hugging Face's and PEFT's own forward in fp64, logits and all."""
     policy = load_policy(Path(config.model.name_or_path), config, ALONE)
@@ -273,6 +289,9 @@ def in_fp64(config: Config) -> dict[str, torch.Tensor]:
                 dense.bias = nn.Parameter(module.bias.double(), requires_grad=False)
             parent, _, leaf = path.rpartition(".")
             setattr(base.get_submodule(parent), leaf, dense)
+    for module in base.modules():
+        if isinstance(module, Experts4bit):
+            in_full(module)
     policy.double()
     batch, head = batch_of(config), policy.head
 

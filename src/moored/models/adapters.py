@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,12 +32,16 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.randlora import RandLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
 from moored.config import AdapterConfig
+from moored.models.experts import experts_of, matrices_of
 from moored.models.tensor_parallel import Sharding, whole_adapters
 from moored.sinelora import SineLayer, SineLoraConfig
 from moored.utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class AddingLinear(nn.Linear):
@@ -119,13 +124,9 @@ def add_adapters(
     Raises:
         UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
     """
-    targets: Any = config.target_modules
-    if not isinstance(targets, str):
-        targets = list(targets)
-        _require_known(causal_lm, targets)
-        _refuse_head(causal_lm, targets)
+    targets, parameters = _targets(causal_lm, config)
     try:
-        settings = _settings(config, targets, seed)
+        settings = _settings(config, targets, parameters, seed)
         torch.manual_seed(seed)
         model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
     except torch.OutOfMemoryError:
@@ -146,7 +147,78 @@ def add_adapters(
     return for_training(model)
 
 
-def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
+def _targets(causal_lm: Any, config: AdapterConfig) -> tuple[Any, list[str]]:
+    """PEFT's target_modules and target_parameters: linear layers, and experts if they are named.
+
+    "all-linear" is the linear layers; PEFT would add experts and routers in some mixtures of
+    experts, and not in others.
+    """
+    experts, targets = experts_of(causal_lm), config.target_modules
+    if not experts:
+        if isinstance(targets, str):
+            return targets, []
+        _require_known(causal_lm, list(targets))
+        _refuse_head(causal_lm, list(targets))
+        return list(targets), []
+    head = causal_lm.get_output_embeddings()
+    linear = [
+        name
+        for name, module in causal_lm.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    if isinstance(targets, str):
+        leaves = sorted({name.rpartition(".")[2] for name in linear})
+        taken = [leaf for leaf in leaves if _is_taken(causal_lm, leaf)]
+        if taken:
+            log.warning(
+                "adapter.target_modules: all-linear leaves %s out, which PEFT takes for experts in "
+                "a %s",
+                ", ".join(taken),
+                type(causal_lm).__name__,
+            )
+        return [leaf for leaf in leaves if leaf not in taken], []
+    stacks = [f"{path}.{kind}" for path, m in experts.items() for kind in matrices_of(m)]
+    modules, parameters = list[str](), list[str]()
+    for target in targets:
+        of_experts = _named(target, stacks)
+        of_linear = _named(target, linear)
+        if of_experts and (not of_linear or "experts" in target):
+            parameters.append(".".join(of_experts[0].split(".")[-2:]))
+            continue
+        if _is_taken(causal_lm, target):
+            what = sorted({".".join(name.split(".")[-2:]) for name in stacks})
+            raise UserError(
+                f"adapter.target_modules: {target} is taken by PEFT for a part of the experts or "
+                f"their router in a {type(causal_lm).__name__}: name {' and '.join(what)} for the "
+                "experts, or leave it out"
+            )
+        modules.append(target)
+    _require_known(causal_lm, modules)
+    _refuse_head(causal_lm, modules)
+    if parameters:
+        _require_expert_lora(causal_lm, config, parameters)
+    return modules, parameters
+
+
+def _require_expert_lora(causal_lm: Any, config: AdapterConfig, parameters: list[str]) -> None:
+    raise UserError("adapter.target_modules: experts cannot be adapted")
+
+
+def _named(target: str, names: list[str]) -> list[str]:
+    return [name for name in names if name == target or name.endswith(f".{target}")]
+
+
+def _is_taken(causal_lm: Any, target: str) -> bool:
+    """Whether PEFT takes a name for one of an older transformers, of experts or their router."""
+    settings = LoraConfig(target_modules=[target])
+    try:
+        convert_peft_config_for_transformers(settings, causal_lm, None)
+    except ValueError:  # it wants all parts of what is one tensor by now
+        return True
+    return target not in (settings.target_modules or ())
+
+
+def _settings(config: AdapterConfig, targets: Any, parameters: list[str], seed: int) -> PeftConfig:
     """The recipe's adapter in PEFT's words."""
     shared: dict[str, Any] = {"r": config.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
     if config.method == "randlora":
@@ -165,6 +237,8 @@ def _settings(config: AdapterConfig, targets: Any, seed: int) -> PeftConfig:
         "use_rslora": config.use_rslora,
         "init_lora_weights": True if config.init == "default" else config.init,
     }
+    if parameters:
+        shared["target_parameters"] = parameters
     if config.method == "sinelora":
         return SineLoraConfig(omega=config.omega, **shared)
     return LoraConfig(use_dora=config.method == "dora", **shared)

@@ -41,7 +41,9 @@ def matrices_of(module: nn.Module) -> tuple[str, ...]:
         return ()
     kinds = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     own = dict(module.named_parameters(recurse=False))
-    return kinds if all(kind in own and own[kind].dim() == 3 for kind in kinds) else ()
+    # Under ZeRO-3 a parameter that is cut has no shape of its own.
+    shapes = [getattr(own[kind], "ds_shape", own[kind].shape) for kind in kinds if kind in own]
+    return kinds if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes) else ()
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -342,6 +344,8 @@ def keep(module: nn.Module, num_experts: int) -> None:
         num_experts: how many it shall hold.
     """
     own: Any = module
+    if num_experts != own.num_experts:
+        own._is_expert_parallel = True  # for transformers' own products: some are held elsewhere
     own.num_experts = num_experts
     for kind, parameter in list(own.named_parameters(recurse=False)):
         shape, dtype = [num_experts, *parameter.shape[1:]], parameter.dtype

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moored.config import Config
 from moored.distributed.mesh import Mesh
+from moored.models.experts import matrices_of
 
 os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
 if not torch.cuda.is_available():
@@ -114,7 +115,7 @@ class Traces:
 
 
 class Partition:
-    """Cuts each linear layer over the data-parallel axis as soon as it is filled.
+    """Cuts linear layers and experts over the data-parallel axis, each as soon as it is filled.
 
     Args:
         config: the recipe.
@@ -128,26 +129,29 @@ class Partition:
         self._handles: list[RemovableHandle] = []
 
     def __call__(self, path: str, module: nn.Module) -> None:
-        """Cut the weight of a linear layer of the stack; leave every other module. Collective."""
+        """Cut the weights of a layer of the stack; leave every other module. Collective."""
         in_stack = re.search(r"\.\d+\.", path)
-        if not in_stack or not isinstance(module, nn.Linear) or module.weight.is_meta:
+        kinds = ("weight",) if isinstance(module, nn.Linear) else matrices_of(module)
+        weights: list[Any] = [getattr(module, kind) for kind in kinds]
+        if not in_stack or not weights or any(weight.is_meta for weight in weights):
             return
-        weight: Any = module.weight
         if self._first is None:
             holder = nn.Module()
-            holder.weight = weight
+            holder.weight = self._first = weights[0]
             deepspeed.zero.Init(
                 module=holder, data_parallel_group=self._group, config_dict_or_path=self._config
             )
-            self._first = weight
+            self._first.convert_to_zero_parameters(param_list=weights[1:])
         else:
-            self._first.convert_to_zero_parameters(param_list=[weight])
+            self._first.convert_to_zero_parameters(param_list=weights)
 
         def gather(*_: Any) -> None:
-            weight.all_gather()
+            for weight in weights:
+                weight.all_gather()
 
         def release(*_: Any) -> None:
-            weight.partition()
+            for weight in weights:
+                weight.partition()
 
         self._handles.append(module.register_forward_pre_hook(gather))
         self._handles.append(module.register_forward_hook(release))

@@ -363,19 +363,43 @@ def test_an_architecture_without_a_plan_is_refused_with_the_remedy():
     assert text.endswith("set it to 1 and use parallel.zero_stage 3 to spread the base")
 
 
-@pytest.mark.parametrize(
-    ("config", "changes"),
-    [
-        (transformers.MixtralConfig, {"num_local_experts": 2}),
-        (transformers.Qwen3MoeConfig, {"num_experts": 2, "moe_intermediate_size": 64}),
-    ],
-)
+MIXTURES = [
+    (transformers.MixtralConfig, {"num_local_experts": 5}),
+    (transformers.Qwen3MoeConfig, {"num_experts": 5, "moe_intermediate_size": 24}),
+]
+
+
+@pytest.mark.parametrize(("config", "changes"), MIXTURES)
 @pytest.mark.parametrize("in_blocks", [True, False])
-def test_experts_are_refused_by_the_style_that_their_plan_gives_them(config, changes, in_blocks):
-    text = refused(skeleton(config, SMALL, **changes), 2, in_blocks=in_blocks)
-    assert "its plan splits model.layers.*.mlp.experts" in text
-    assert "which is not known here" in text
+def test_experts_are_dealt_out_whole_and_unevenly(config, changes, in_blocks):
+    """Even where their width could not be cut at whole blocks."""
+    model = skeleton(config, SMALL, **changes)
+    layout = layout_of(model, 2, in_blocks=in_blocks)
+    path = "model.layers.0.mlp.experts"
+    assert layout.layers[path] == Sharded("experts", Split(0, (0, 3, 5)))
+    for kind in ("gate_up_proj", "down_proj"):
+        assert layout.of_parameter(f"{path}.{kind}") == Split(0, (0, 3, 5))
+    assert layout.of_parameter("model.layers.0.mlp.gate.weight") is None
+    assert "model.layers.0.mlp" in layout.blocks
+    assert layout.in_block("model.layers.0.mlp.gate")
+    assert not layout.in_block("model.layers.0.self_attn.q_proj")
+    require_per_token(model, layout)
+
+
+@pytest.mark.parametrize(("config", "changes"), MIXTURES)
+def test_more_ranks_than_experts_are_refused(config, changes):
+    few = {name: 1 for name in changes if name.startswith("num_")} | {"num_experts_per_tok": 1}
+    text = refused(skeleton(config, SMALL, **(changes | few)), 2, in_blocks=True)
+    assert "its layers have 1 experts, which are dealt out whole" in text
     assert text.endswith("set it to 1 and use parallel.zero_stage 3 to spread the base")
+
+
+def test_a_style_that_is_not_known_is_refused_by_name():
+    config = transformers.DeepseekV2Config
+    sizes = {"n_routed_experts": 4, "moe_intermediate_size": 64, "kv_lora_rank": 16}
+    text = refused(skeleton(config, SMALL, **sizes), 2, in_blocks=False)
+    assert "its plan splits model.layers.*.self_attn.kv_a_proj_with_mqa" in text
+    assert "which is not known here" in text
 
 
 @pytest.mark.parametrize("parent", [ATTENTION, MLP])

@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from moored.models.experts import experts_of
 from moored.models.nf4 import BLOCK as NF4_BLOCK
 from moored.utils.errors import UserError
 
 _PER_TOKEN = re.compile(r"Norm|Dropout|Identity|Activation|GELU|SiLU|ReLU")
-Style = Literal["column", "row", "gathered", "split", "vocabulary"]
+Style = Literal["column", "row", "gathered", "split", "vocabulary", "experts"]
 # The plan's words for the styles. A norm of each head by itself acts on any share of the heads.
 _STYLES: Mapping[str, Style | None] = {
     "colwise": "column",
@@ -73,7 +74,8 @@ class Sharded:
         style: `column`: rows of the weight, the output stays apart. `row`: columns of the weight,
             the outputs are summed. `gathered`: `column` with the output joined again. `split`:
             `row` whose input is whole and is cut first. `vocabulary`: rows of an embedding or head.
-        split: of the weight.
+            `experts`: whole experts of a layer, whose outputs are summed.
+        split: of the weight; of `experts` along the first of its three dimensions.
     """
 
     style: Style
@@ -95,12 +97,18 @@ class ShardLayout:
         regions: modules whose input is the same on every rank, and whose layers share it: the
             parents of the sharded layers.
         stack: path of the list of decoder layers.
+        blocks: modules with a router and its experts, which sequence parallelism shows all tokens.
     """
 
     degree: int
     layers: Mapping[str, Sharded] = field(default_factory=dict[str, Sharded])
     regions: tuple[str, ...] = ()
     stack: str = ""
+    blocks: tuple[str, ...] = ()
+
+    def in_block(self, path: str) -> bool:
+        """Whether a module lies beside experts, or is those."""
+        return any(path.startswith(f"{block}.") for block in self.blocks)
 
     def of_parameter(self, name: str) -> Split | None:
         """How a parameter of the base is dealt out; None where every rank holds all of it."""
@@ -114,8 +122,8 @@ class ShardLayout:
 def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> ShardLayout:
     """The layout of a Hugging Face causal language model, by its architecture's own plan.
 
-    Heads are dealt out in whole key/value groups, and the columns of 4-bit layers in whole blocks;
-    what does not divide is dealt out unevenly.
+    Heads are dealt out in whole key/value groups, the columns of 4-bit layers in whole blocks, and
+    experts whole; what does not divide is dealt out unevenly.
 
     Args:
         causal_lm: the model, whose layers still have their whole sizes; it may be on `meta`.
@@ -138,14 +146,18 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> ShardLayout:
         groups += model.groups_of(parent, members)
     if groups and min(group.num_units for group in groups) < degree:
         raise model.too_many_ranks(min(groups, key=lambda group: group.num_units))
+    model.require_experts()
     layers = {path: layer for group in groups for path, layer in group.dealt(degree).items()}
     for module in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()):
         path = next(p for p, m in causal_lm.named_modules() if m is module)
         layers[path] = Sharded("vocabulary", Split.even(0, module.weight.shape[0], 1, degree))
+    for path, experts in model.experts.items():
+        layers[path] = Sharded("experts", Split.even(0, experts.num_experts, 1, degree))
+    blocks = tuple(path.rpartition(".")[0] for path in model.experts)
     stacks = {_pattern(parent).split(".*")[0] for parent in regions}
     if len(stacks) != 1:
         raise model.refusal(f"its layers are in {len(stacks)} stacks, not in one")
-    return ShardLayout(degree, layers, tuple(regions), stacks.pop())
+    return ShardLayout(degree, layers, tuple(regions), stacks.pop(), blocks)
 
 
 def require_per_token(causal_lm: nn.Module, layout: ShardLayout) -> None:
@@ -155,9 +167,16 @@ def require_per_token(causal_lm: nn.Module, layout: ShardLayout) -> None:
         UserError: a part is neither a region nor known to work on each token by itself.
     """
     stack: Any = causal_lm.get_submodule(layout.stack)
+    if alone := [block for block in layout.blocks if block.rpartition(".")[0] == layout.stack]:
+        raise UserError(
+            f"parallel.sequence_parallel: {alone[0]} has experts beside its attention, not in a "
+            "part of their own: set it to false"
+        )
     for index, layer in enumerate(stack):
         for name, part in layer.named_modules():
             path = f"{layout.stack}.{index}.{name}"
+            if path in layout.blocks or layout.in_block(path):
+                continue
             within = any(f"{path}.".startswith(f"{region}.") for region in layout.regions)
             around = any(region.startswith(f"{path}.") for region in layout.regions)
             if not name or within or around or _PER_TOKEN.search(type(part).__name__):
@@ -211,6 +230,7 @@ class _Model:
             for path, module in causal_lm.named_modules()
             if isinstance(module, nn.Linear) and module is not head
         }
+        self.experts: dict[str, Any] = experts_of(causal_lm)
 
     def refusal(self, why: str, remedy: str = "") -> UserError:
         remedy = remedy or "set it to 1 and use parallel.zero_stage 3 to spread the base"
@@ -228,10 +248,27 @@ class _Model:
         plan = {f"{prefix}.{pattern}": style for pattern, style in own.items()}
         present = {_pattern(path) for path, _ in self.causal_lm.named_modules()}
         present |= {_pattern(path) for path, _ in self.causal_lm.named_parameters()}
+        experts = {_pattern(path) for path in self.experts}
         for pattern, style in plan.items():
+            if {pattern, pattern.rpartition(".")[0]} & experts:
+                continue  # dealt out whole, see `require_experts`
             if pattern in present and style not in _STYLES and "embed" not in pattern:
                 raise self.refusal(f"its plan splits {pattern} by {style}, which is not known here")
         return plan
+
+    def require_experts(self) -> None:
+        """As many experts as ranks: their matrices are not cut.
+
+        A cut through each would have to be at whole blocks of both projections, decode a part of
+        every expert on every rank and, under double quantisation, hold the scales in fp32. Whole
+        ones are as they are on one rank, bit for bit.
+        """
+        few = min((experts.num_experts for experts in self.experts.values()), default=self.degree)
+        if few < self.degree:
+            raise self.refusal(
+                f"its layers have {few} experts, which are dealt out whole",
+                f"set it to {few} or less" if few > 1 else "",
+            )
 
     def require_region(
         self, parent: str, members: Mapping[str, Style], plan: Mapping[str, str]

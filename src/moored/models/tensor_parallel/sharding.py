@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moored.distributed.mesh import Axis
 from moored.loss.divergence import VocabShard
+from moored.models.experts import keep
 from moored.models.tensor_parallel import regions
 from moored.models.tensor_parallel.layout import Sharded, ShardLayout, Split
 from moored.sinelora import SineLayer
@@ -141,6 +142,9 @@ class Sharding:
         for path, layer in self.layout.layers.items():
             module: Any = causal_lm.get_submodule(path)
             size = layer.split.sizes[self.axis.rank]
+            if layer.style == "experts":
+                keep(module, size)
+                continue
             for kind, parameter in list(module.named_parameters(recurse=False)):
                 split = self.layout.of_parameter(f"{path}.{kind}")
                 is_packed = kind == "weight" and isinstance(module, bnb.nn.Linear4bit)
@@ -162,20 +166,27 @@ class Sharding:
         """Put the hooks around the layers, or around the adapters that they are in by now."""
         while self._handles:
             self._handles.pop().remove()
+        if self.sequence_parallel:
+            for path in self.layout.blocks:  # what chooses experts sees every token, as they do
+                self._before(causal_lm.get_submodule(path), self._sequence.collect)
+                self._after(causal_lm.get_submodule(path), self._sequence.deal)
         for path in self.layout.regions:
-            self._before(causal_lm.get_submodule(path), self._enter)
+            self._before(causal_lm.get_submodule(path), partial(self._enter, path=path))
         for path, layer in self.layout.layers.items():
             module = causal_lm.get_submodule(path)
             if layer.style == "vocabulary":
                 if isinstance(module, nn.Embedding):
                     self._connect_embedding(module, layer.split)
                 continue
+            if layer.style == "experts":
+                self._connect_experts(module, layer.split)
+                self._after(module, partial(regions.reduce_from, axis=self.axis))
             if layer.style == "split":
                 self._before(module, partial(regions.scatter_to, axis=self.axis, split=layer.split))
             if layer.style == "gathered":
                 self._after(module, partial(regions.gather_from, axis=self.axis, split=layer.split))
             elif layer.sums_output:
-                self._after(module, self._leave)
+                self._after(module, partial(self._leave, path=path))
         if self.sequence_parallel:
             stack: Any = causal_lm.get_submodule(self.layout.stack)
             self._before(stack[0], self._sequence.deal)
@@ -192,17 +203,15 @@ class Sharding:
             self.sequence_parallel = True
             self.connect(causal_lm)
 
-    def _enter(self, x: Tensor) -> Tensor:
-        return (
-            self._sequence.copy_to(x) if self.sequence_parallel else regions.copy_to(x, self.axis)
-        )
+    def _enter(self, x: Tensor, path: str) -> Tensor:
+        if self.sequence_parallel and not self.layout.in_block(path):
+            return self._sequence.copy_to(x)
+        return regions.copy_to(x, self.axis)
 
-    def _leave(self, x: Tensor) -> Tensor:
-        return (
-            self._sequence.reduce_from(x)
-            if self.sequence_parallel
-            else regions.reduce_from(x, self.axis)
-        )
+    def _leave(self, x: Tensor, path: str) -> Tensor:
+        if self.sequence_parallel and not self.layout.in_block(path):
+            return self._sequence.reduce_from(x)
+        return regions.reduce_from(x, self.axis)
 
     def _before(self, module: nn.Module, move: regions.Move) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,6 +242,19 @@ class Sharding:
 
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after))
+
+    def _connect_experts(self, module: nn.Module, split: Split) -> None:
+        """Number this rank's experts from 0, and put all others past the last."""
+        start, stop = split.range_of(self.axis.rank)
+
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, index, weights = args
+            elsewhere = (index < start) | (index >= stop)
+            weights = regions.copy_to(weights, self.axis).masked_fill(elsewhere, 0)
+            own = (index - start).masked_fill(elsewhere, stop - start)
+            return regions.copy_to(hidden, self.axis), own, weights
+
+        self._handles.append(module.register_forward_pre_hook(before))
 
     def vocabulary(self, lm_head: nn.Module, causal_lm: nn.Module) -> VocabShard:
         """The rows of the head that this rank holds."""
@@ -311,5 +333,8 @@ class Sharding:
     def _has_partial_gradient(self, name: str) -> bool:
         layer, _ = self._adapted(name)
         if layer is None:
-            return self.sequence_parallel  # it has seen this rank's tokens only
+            match = _ADAPTER.match(name)
+            assert match is not None
+            # It has seen this rank's tokens only.
+            return self.sequence_parallel and not self.layout.in_block(match["path"])
         return self.split_of(name) is None
