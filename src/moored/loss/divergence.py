@@ -514,7 +514,7 @@ def row_blocks(x_Cv: Tensor) -> Iterator[slice]:
 def each_block(x_Cv: Tensor, work: Callable[[slice], object]) -> None:
     """Call `work` on every row block of x; on a CPU one thread works on one block.
 
-    The passes over a block take some 50 microseconds each. TargetAgainstRest over threads one by one they wait
+    The passes over a block take some 50 microseconds each. Split over threads one by one they wait
     for the slowest thread every time, which on a shared machine costs ten times the work.
     """
     blocks, num_threads = list(row_blocks(x_Cv)), torch.get_num_threads()
