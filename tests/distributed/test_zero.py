@@ -193,7 +193,8 @@ BASELINES = {
     ),
     "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
     "anchors": (
-        "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24}",
+        "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+        "weight: 30.0}",
     ),
     "prompt": (
         "regularizer.positions=all",
