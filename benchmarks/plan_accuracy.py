@@ -59,7 +59,7 @@ SHAPES = {
 PLAIN = Workload(
     nf4=True, double_quantization=True,  cache_quantized=False, compute_bytes=2,
     eager_attention=False, family="lora", r=16, targets=None, max_length=4096, packing=False,
-    has_kl=True, kl_every=1, direction="forward", is_warm=False,
+    has_kl=True, holds_prompt=False, anchor_rows=0, kl_every=1, direction="forward", is_warm=False,
     ce_by_entropy=False, kl_by_entropy=False, cached_reference=False, cached_by_sample=False,
     zero_stage=0, tensor_parallel_degree=1, sequence_parallel=False, offload=False,
     micro_batch_size=2, checkpointing="non_reentrant", checkpointed_layers=1.0, rows_per_step=4,

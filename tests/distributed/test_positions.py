@@ -148,6 +148,94 @@ def test_an_update_is_the_dense_loss_however_its_samples_are_laid(tmp_path: Path
     run_distributed(updates, 1, configs)
 
 
+def anchor_samples() -> list[Sample]:
+    generator = np.random.default_rng(9)
+    return [
+        Sample(
+            sample_id=f"a{i}",
+            input_ids=generator.integers(3, 259, length).astype(np.int32),
+            label_mask=np.zeros(length, dtype=bool),
+        )
+        for i, length in enumerate([7, 12, 5])
+    ]
+
+
+def with_anchors(_rank: int, _world_size: int, config: Config) -> None:
+    """Beside both other terms, each over its own count."""
+    start_mesh(1)
+    engine, anchors = engine_of(config), anchor_samples()
+    terms = []
+    for sample in anchors:
+        s, t = logits_of(engine, sample)
+        terms += [divergence(s[at], t[at], "forward") for at in range(len(sample) - 1)]
+    kl_anchors = float(torch.stack(terms).mean())
+    how: dict[str, Any] = {"regularizer": config.regularizer, "learning_rate": 0.0, "seed": 0}
+    for weight in (0.5, 1.5):
+        want = expected(engine, config, weight)
+        loss = want["loss"] + 2.5 * weight / 0.5 * kl_anchors
+        for layout in ([[[0], [1], [2]]], [[[2, 1]], [[0]], []], [[[0]], [[1]], [[2]]]):
+            anchored = [
+                collate([[anchors[i] for i in row] for row in rows], 0, all_positions=True)
+                for rows in layout
+            ]
+            stats = train_step(
+                engine,
+                batches_of("accumulated"),
+                ALONE,
+                step=0,
+                weight=weight,
+                anchored=anchored,
+                **how,
+            )
+            assert stats.loss == pytest.approx(loss, rel=2e-5)
+            assert stats.kl_anchors == pytest.approx(kl_anchors, rel=2e-5)
+            for name in ("ce", "kl", "kl_prompt"):
+                assert getattr(stats, name) == pytest.approx(want[name], rel=2e-5), name
+            assert stats.num_tokens == sum(len(sample) for sample in samples())
+    engine.close()
+
+
+def test_anchors_are_a_term_of_their_own(tmp_path: Path) -> None:
+    given = (
+        *("regularizer.positions=all", "regularizer.weight=0.5", "data.packing=true"),
+        f"regularizer.anchors={{path: {tmp_path / 'fox.txt'}, window_tokens: 32, weight: 2.5}}",
+        "model.quantization=none",
+    )
+    run_distributed(with_anchors, 1, config_with(tmp_path, *given))
+
+
+def config_with(folder: Path, *overrides: str) -> Config:
+    """Without the retention text that the anchors are."""
+    recipe = tiny_recipe(folder)
+    recipe["retention"] = {}
+    return load_config(write_recipe(folder, recipe), list(overrides))
+
+
+def test_a_run_with_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three windows beside six samples, on every second step; the base runs once for each."""
+    monkeypatch.setenv("MOORED_CACHE", str(tmp_path / "cache"))
+    anchors = f"{{path: {tmp_path / 'fox.txt'}, max_tokens: 96, window_tokens: 32, fraction: 0.5}}"
+    given = (
+        *("reference.cache=true", "reference.match=sample", "regularizer.every=2"),
+        *("data.eval=[]", "train.steps=8", "train.micro_batch_size=6"),
+    )
+    configs = {
+        tmp_path / "anchored": config_with(tmp_path, f"regularizer.anchors={anchors}", *given),
+        tmp_path / "alone": config_with(tmp_path, *given),
+    }
+    run_distributed(train_each, 1, configs)
+    found = {run.name: metrics(run) for run in configs}
+    curve = found["anchored"]["train/kl_anchors_nats_per_token"]
+    assert [value > 0 for _, value in curve] == [True] * len(curve)
+    assert "train/kl_anchors_nats_per_token" not in found["alone"]
+    ce = [[value for _, value in found[run]["train/ce_nats_per_token"]] for run in found]
+    assert ce[0][:2] == ce[1][:2], "the first divergence acts in the second update"
+    assert ce[0][2:] != ce[1][2:]
+    journal = (tmp_path / "anchored" / "journal.jsonl").read_text().replace(" ", "")
+    # Of the four updates with a divergence: all anchors once; 24 samples in four steps, of eight.
+    assert '"read":3,"computed":5' in journal
+
+
 def every_second(_rank: int, _world_size: int, config: Config) -> None:
     start_mesh(1)
     engine = engine_of(config)
@@ -218,6 +306,20 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
         ),
         (["regularizer.positions=all", "regularizer.prompt_weight=0"], "greater than 0"),
         (["regularizer.kind=kl", "regularizer.target_weight=0.5"], "these are parts of tmkl"),
+        (["regularizer.kind=eaft", "regularizer.anchors={builtin: base-samples}"], "kind is eaft"),
+        (["regularizer.anchors={path: fox.txt, target: all}"], "every token of an anchor counts"),
+        (
+            ["regularizer.anchors={builtin: base-samples, window_tokens: 65}"],
+            "65 is more than data.max_length 64",
+        ),
+        (
+            [f"regularizer.anchors={{path: {tmp_path / 'fox.txt'}, window_tokens: 32}}"],
+            "regularizer.anchors: is also in retention.fox: what is measured must not be held",
+        ),
+        (
+            [f"regularizer.anchors={{path: {tmp_path / 'eval.jsonl'}, window_tokens: 32}}"],
+            "regularizer.anchors: is also in data.eval.0",
+        ),
         (
             ["regularizer.direction=jsd", "regularizer.target_weight=0.5"],
             "only the forward divergence has such parts, not jsd: set direction to forward",
@@ -230,6 +332,16 @@ def test_what_would_have_no_effect_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserErrors, match=why):
             config_of(tmp_path, *given)
     assert config_of(tmp_path, "regularizer.kind=kl", "regularizer.positions=all")
+
+
+def test_anchors_whose_text_is_measured_under_another_name_are_refused(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    (tmp_path / "copy.txt").write_text((tmp_path / "fox.txt").read_text() + "\n")
+    anchors = {"path": str(tmp_path / "copy.txt"), "window_tokens": 32}
+    recipe["regularizer"]["anchors"] = anchors
+    config = load_config(write_recipe(tmp_path, recipe))
+    with pytest.raises(RuntimeError, match=r"anchors: 1 of its 1 texts are also in retention.fox"):
+        run_distributed(train_each, 1, {tmp_path / "run": config})
 
 
 def test_data_of_which_all_is_learned_are_refused(tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ MORE = {
         "regularizer.budget={retention_increase_pct: 0.5, every: 1, probe: {path: fox.txt, "
         "window_tokens: 64}, when_broken: continue}",
     ),
+    "anchors": (
+        "regularizer.anchors={path: fox.txt, window_tokens: 32}",
+        *("regularizer.positions=all", "regularizer.token_fraction=0.5"),
+    ),
     "fraction": ("regularizer.token_fraction=0.5", "regularizer.schedule=linear"),
 }
 CASES = [
@@ -149,6 +153,7 @@ def runs(tmp_path_factory, chosen) -> tuple[Path, list[dict[Any, dict[str, Any]]
     mostly_long(
         CASES,
         ("float32", 0, "budget"),
+        ("float32", 0, "anchors"),
         ("bfloat16", 3, "none"),
     ),
 )

@@ -24,8 +24,9 @@ import torch
 
 from distributed.runner import mostly_long, run_distributed
 from moored.config import Config, load_config
-from moored.data import TrainStream
+from moored.data import BaseIdentity, TrainStream
 from moored.data.batch import Batch, Sample, batches_of
+from moored.data.heldout import anchor_samples
 from moored.distributed.mesh import Mesh, start_mesh
 from moored.loss.divergence import Objective, Scales
 from moored.models import engine as engines
@@ -67,6 +68,7 @@ def train(config: Config) -> dict:
         "loss": [s.loss for s in stats],
         "kl": [s.kl or 0.0 for s in stats],
         "kl_prompt": [s.kl_prompt or 0.0 for s in stats],
+        "kl_anchors": [s.kl_anchors or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
         "penalty": [s.penalty or 0.0 for s in stats],
         "weight": [s.weight for s in stats],
@@ -88,6 +90,7 @@ def step_once(engine: Engine, mesh: Mesh, config: Config, step: int) -> StepStat
         learning_rate=5e-3,
         seed=config.train.seed,
         replayed=replayed_batches(config, mesh, step),
+        anchored=anchored_batches(config, mesh, step),
     )
 
 
@@ -96,6 +99,18 @@ def replayed_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
         return []
     located = resolve_base(config.model, mesh)
     stream = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, STEPS)
+    for _ in range(step):
+        stream.next_step(dp_rank=0, dp_size=1)
+    return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+
+
+def anchored_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
+    if config.regularizer.anchors is None:
+        return []
+    located = resolve_base(config.model, mesh)
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    windows = anchor_samples(config, located.tokenizer, base)
+    stream = TrainStream.of_anchors(config, located.tokenizer, windows, STEPS)
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)
     return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
@@ -129,7 +144,7 @@ def recipe_config(folder: Path, *overrides: str) -> Config:
 
 
 def assert_same(run: dict, expected: dict) -> None:
-    for key in ("loss", "kl", "kl_prompt", "grad_norm"):
+    for key in ("loss", "kl", "kl_prompt", "kl_anchors", "grad_norm"):
         np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
     for name, tensor in expected["adapter"].items():
         distance = (run["adapter"][name] - tensor).norm() / tensor.norm()
@@ -181,6 +196,10 @@ BASELINES = {
         "regularizer.replay_fraction=0.5",
     ),
     "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
+    "anchors": (
+        "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+        "weight: 30.0}",
+    ),
     "prompt": (
         "regularizer.positions=all",
         "regularizer.prompt_weight=0.7",
@@ -272,13 +291,14 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "prompt"))
+@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "prompt", "anchors"))
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
     for key in ("penalty", "weight"):
         np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
-    assert (min(found["kl_prompt"][1:]) > 0) == (name == "prompt")
+    for key, of in (("kl_prompt", "prompt"), ("kl_anchors", "anchors")):
+        assert (min(found[key][1:]) > 0) == (name == of)
     assert found["loss"][-1] != pytest.approx(expected["loss"][-1], rel=5e-5)
 
 

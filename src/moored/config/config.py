@@ -212,13 +212,16 @@ class Config(Section):
         return {place: sources for place, sources in lists.items() if sources}
 
     def corpora(self) -> dict[str, Corpus]:
-        """Every text that is measured, by its place in the recipe."""
+        """Every text that is measured, and anchors, by its place in the recipe."""
         corpora = {f"retention.{name}": corpus for name, corpus in self.retention.items()}
         probes: list[Corpus] = []
         for place, regularizer in self.regularizers():
             if regularizer.budget is not None and regularizer.budget.probe not in probes:
                 probes.append(regularizer.budget.probe)
                 corpora[dotted_key((*place, "budget", "probe"))] = probes[-1]
+            anchors = regularizer.anchors
+            if anchors is not None and anchors not in corpora.values():
+                corpora[dotted_key((*place, "anchors"))] = anchors
         return corpora
 
     def budget_watched(self) -> list[str]:
@@ -378,6 +381,8 @@ def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Ite
         yield from _of_l2(config, (*place, "kind"))
     if is_news("budget", "replay"):
         yield from _of_probe(config, place, regularizer)
+    if regularizer.anchors is not None and is_news("anchors"):
+        yield from _of_anchors(config, (*place, "anchors"), regularizer)
     text_only = all(source.format == "text" for source in config.data.train)
     if regularizer.holds_prompt and text_only and is_news("positions", "kind"):
         yield Relation(
@@ -423,6 +428,36 @@ def _of_probe(config: Config, place: Key, regularizer: Regularizer) -> Iterator[
                 f"is also in {dotted_key(key)}: a budget needs text that is not trained on",
                 (key,),
             )
+
+
+def _of_anchors(config: Config, key: Key, regularizer: Regularizer) -> Iterator[Relation]:
+    """What is measured must not be held in training; rows are cut like those of the data."""
+    anchors, budget = regularizer.anchors, regularizer.budget
+    assert anchors is not None
+    measured: dict[Key, Corpus] = {("retention", n): c for n, c in config.retention.items()}
+    if budget is not None:
+        measured[(*key[:-1], "budget", "probe")] = budget.probe
+    # The base's own texts are drawn apart for both.
+    shared = [k for k, c in measured.items() if not anchors.builtin and c.shares_text(anchors)]
+    shared += [
+        ("data", "eval", index)
+        for index, source in enumerate(config.data.eval)
+        if source.place == anchors.place
+    ]
+    for place in shared:
+        yield Relation(
+            key,
+            f"is also in {dotted_key(place)}: what is measured must not be held in training: give "
+            "another text",
+            (place,),
+        )
+    if anchors.window_tokens > config.data.max_length:
+        yield Relation(
+            (*key, "window_tokens"),
+            f"{anchors.window_tokens} is more than data.max_length {config.data.max_length}, the "
+            "tokens of a row: lower it",
+            (("data", "max_length"),),
+        )
 
 
 def _of_l2(config: Config, kind: Key) -> Iterator[Relation]:

@@ -251,8 +251,10 @@ _PATHS: tuple[Key, ...] = (
     ("retention", "*", "path"),
     ("regularizer", "replay", "*", "path"),
     ("regularizer", "budget", "probe", "path"),
+    ("regularizer", "anchors", "path"),
     ("compare", "*", "replay", "*", "path"),
     ("compare", "*", "budget", "probe", "path"),
+    ("compare", "*", "anchors", "path"),
     ("output", "dir"),
 )
 # A folder of `Dataset.save_to_disk` is given where a name of the hub may stand.

@@ -73,7 +73,7 @@ def reference(root: type[Section] = Config, head: str = _HEAD) -> str:
             if below is not None and inner == "train":  # data.train and data.eval are alike
                 lines += [f"### `{name}.{inner}[]` and `{name}.eval[]`", ""]
                 lines += [*_table(below, definitions[below], definitions), ""]
-            elif below == "Budget":
+            elif below in ("Budget", "Anchors"):
                 about = definitions[below].get("description", "").strip()
                 lines += [f"### `{name}.{inner}`", "", about, ""]
                 lines += [*_table(below, definitions[below], definitions), ""]
@@ -111,6 +111,7 @@ _SECTIONS: dict[str | None, str] = {
     "Source": "sections as `data.train[]`",
     "Corpus": "a section as `retention.NAME`",
     "Budget": "a section, see below",
+    "Anchors": "a section, see below",
 }
 
 

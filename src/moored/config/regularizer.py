@@ -74,6 +74,47 @@ class Budget(Section):
         yield from one_of(self, kinds, what="what is limited")
 
 
+class Anchors(Corpus):
+    """Text on which the policy is held near the base, and of which nothing is learned."""
+
+    builtin: Annotated[
+        Literal["base-samples"] | None,
+        about(
+            "base-samples: texts of the base itself, drawn by `moored prepare` apart from those "
+            "that are measured"
+        ),
+    ] = None
+    fraction: Annotated[
+        float, Field(gt=0, description="rows of it beside each row of data.train")
+    ] = 0.5
+    weight: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="factor of the divergence's mean on it; moves with regularizer.weight, by "
+            "schedule or budget",
+        ),
+    ] = 1.0
+
+    def ignored(self) -> Iterator[Ignored]:
+        """Every token counts."""
+        for ignored in super().ignored():
+            if ignored.field != "target":
+                yield ignored
+        yield Ignored("target", (), "every token of an anchor counts")
+
+    def problems(self) -> Iterator[Problem]:
+        """Anchors are one text."""
+        yield from super().problems()
+        if self.domain_field is not None and self.domain is None:
+            yield Problem(
+                "domain_field",
+                "anchors are one text: name one of its domains as domain, or leave domain_field "
+                "out",
+                ("domain",),
+            )
+
+
 class Regularizer(Section):
     """What holds the policy near its base: a divergence, or a baseline to compare it with."""
 
@@ -154,6 +195,10 @@ class Regularizer(Section):
     replay_fraction: Annotated[
         float, Field(gt=0, description="replayed rows per row of data.train")
     ] = 0.25
+    anchors: Annotated[
+        Anchors | None,
+        about("rows beside each batch on which the policy is held near the base, and no more"),
+    ] = None
     budget: Annotated[
         Budget | None, about("what may be forgotten; the weight is then only where it starts")
     ] = None
@@ -171,6 +216,11 @@ class Regularizer(Section):
     def prompt_weight_beside(self, kl_weight: float) -> float:
         """The weight of the divergence where nothing is learned, when at targets it is this."""
         return self.prompt_weight * kl_weight / self.weight if self.holds_prompt else 0.0
+
+    def anchors_weight_beside(self, kl_weight: float) -> float:
+        """The weight of the divergence on the anchors, when at targets it is this."""
+        held = self.anchors is not None and self.is_divergent
+        return self.anchors.weight * kl_weight / self.weight if self.anchors and held else 0.0
 
     @property
     def mask_target(self) -> bool:
@@ -206,16 +256,19 @@ class Regularizer(Section):
         if self.budget is not None:
             yield ("budget",), self.budget
             yield ("budget", "probe"), self.budget.probe
+        if self.anchors is not None:
+            yield ("anchors",), self.anchors
 
     def ignored(self) -> Iterator[Ignored]:
         """Without a divergence there is nothing to weigh."""
         why = f"kind is {self.kind}"
         if self.kind not in DIVERGENT:
             names = ("direction", "temperature", "every", "token_weighting", "token_fraction")
-            for name in (*names, "first_tokens", "positions"):
+            for name in (*names, "first_tokens", "positions", "anchors"):
                 yield Ignored(name, ("kind",), why)
         elif self.kind == "asft" and self.weight == 0:
-            yield Ignored("positions", ("weight",), "weight is 0, so there is no divergence")
+            for name in ("positions", "anchors"):
+                yield Ignored(name, ("weight",), "weight is 0, so there is no divergence")
         if self.kind != "tmkl":
             for name in ("target_weight", "rest_factor"):
                 yield Ignored(name, ("kind",), f"{why}, and these are parts of tmkl")
@@ -279,6 +332,8 @@ def arm_names(arms: Sequence[Regularizer]) -> list[str]:
             label = "" if field == "direction" else field.replace("_", "")
             if isinstance(value, Budget):
                 value = value.limit
+            elif isinstance(value, Anchors):
+                value = value.weight
             elif isinstance(value, list):
                 value = [getattr(other, field) for other in same].index(value)
             name += f"-{label}{value:g}" if isinstance(value, float) else f"-{label}{value}"

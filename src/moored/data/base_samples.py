@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moored.config.regularizer import Anchors
 from moored.data.token_arrays import Sample
 from moored.utils import atomic_dir
 from moored.utils.environment import cache_folder
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 FILE = "samples.jsonl"
 SCHEME = 1  # raised when the same key would be drawn otherwise, as with other questions
-SEED = 0
+SEED, ANCHOR_SEED = 0, 1
 # What a chat model is asked: everyday questions on no subject in particular.
 QUESTIONS = """\
 Why is the sky blue during the day and red at sunset?
@@ -80,6 +81,33 @@ How do mountains form?
 What should I consider before I adopt a dog?
 Why is sleep important for learning?
 """.splitlines()
+# What it is asked for anchors: none of these, so that what is measured is not what was held.
+ANCHOR_QUESTIONS = """\
+How do glaciers shape a valley?
+Recommend a way to organise a small kitchen.
+What happens when two black holes meet?
+Write a limerick about a lazy dog.
+How is cheese made?
+Compare trains and planes for a journey of five hours.
+What is a prime number, and why do people care?
+Help me word a short apology for a late reply.
+Which exercises can I do at a desk?
+Describe a thunderstorm to someone who has never seen one.
+How does a vaccine train the body?
+What are some rules for a fair debate?
+Explain recursion with an example from daily life.
+How do I repair a flat bicycle tyre?
+List things to check before signing a lease.
+What made the printing press so important?
+Tell a story of three sentences about a lost key.
+How can a beginner start to run?
+What is the difference between a virus and a bacterium?
+Why do leaves change their colour in autumn?
+Translate "good morning, how are you" into three languages.
+What does an interest rate do to a mortgage?
+Sketch a plan for a week of simple meals.
+How do submarines dive and come up again?
+""".splitlines()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +125,10 @@ class BaseIdentity:
     def facts(self, corpus: Corpus) -> dict[str, Any]:
         """All that the texts depend on, as JSON values."""
         nf4 = self.model.quantization == "nf4"
-        return {
+        anchors = {"use": "anchors"} if isinstance(corpus, Anchors) else {}
+        return anchors | {
             "scheme": SCHEME,
-            "seed": SEED,
+            "seed": seed_of(corpus),
             "revision": self.revision,
             "quantization": self.model.quantization,
             "double_quantization": self.model.double_quantization if nf4 else None,
@@ -107,6 +136,11 @@ class BaseIdentity:
             "max_tokens": corpus.max_tokens,
             "window_tokens": corpus.window_tokens,
         }
+
+
+def seed_of(corpus: Corpus) -> int:
+    """The seed of its texts: what is trained on must not be what is measured."""
+    return ANCHOR_SEED if isinstance(corpus, Anchors) else SEED
 
 
 def drawn_folder(corpus: Corpus, base: BaseIdentity) -> Path:

@@ -211,6 +211,34 @@ def retention_samples(
     return samples
 
 
+def anchor_samples(
+    config: Config, tokenizer: Any, base: BaseIdentity, reader: DataReader | None = None
+) -> list[Sample]:
+    """The windows of `regularizer.anchors`; none where there are no anchors.
+
+    Raises:
+        UserError: as `retention_samples`; or a text of theirs is one that is measured.
+    """
+    regularizer = config.regularizer
+    anchors = regularizer.anchors if regularizer.is_divergent else None
+    if anchors is None:
+        return []
+    reader = reader or DataReader(hold=False)
+    place = "regularizer.anchors"
+    held = {text.strip() for text in resolve_text(anchors, place, reader.corpus)}
+    measured = {f"retention.{name}": corpus for name, corpus in config.retention.items()}
+    if regularizer.budget is not None:
+        measured["regularizer.budget.probe"] = regularizer.budget.probe
+    for where, corpus in measured.items():
+        shared = held.intersection(t.strip() for t in resolve_text(corpus, where, reader.corpus))
+        if shared:
+            raise UserError(
+                f"{place}: {len(shared)} of its {len(held)} texts are also in {where}: what is "
+                "measured must not be held in training: take them out of one"
+            )
+    return retention_samples("anchors", anchors, tokenizer, place=place, base=base, reader=reader)
+
+
 def _windows(
     name: str, documents: list[str], corpus: Corpus, chat: ChatEncoder
 ) -> Iterator[Sample]:

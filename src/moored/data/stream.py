@@ -20,7 +20,7 @@ import numpy as np
 from moored.data.batch import Batch, Row, batches_of, pack, row_tokens
 from moored.data.reading import DataReader
 from moored.data.samples import SampleSet, StreamedSource, load_samples, pad_token_id
-from moored.data.token_arrays import HeldSource, Sample
+from moored.data.token_arrays import Drops, HeldSource, Sample, Tokens
 from moored.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -184,24 +184,9 @@ class TrainStream:
             num_steps: of the run.
             reader: has read the sources, or reads them for others, too.
         """
-        regularizer, train = config.regularizer, config.train
-        sizes = {
-            name: max(1, round(regularizer.replay_fraction * size))
-            for name in ("global_batch_sequences", "global_batch_tokens")
-            if (size := getattr(train, name)) is not None
-        }
-        for name, size in sizes.items():
-            real = size / getattr(train, name)
-            if abs(real / regularizer.replay_fraction - 1) > REPLAY_TOLERANCE:
-                log.warning(
-                    "regularizer.replay_fraction=%g is %d beside train.%s=%d, a fraction of %.3g",
-                    regularizer.replay_fraction, size, name, getattr(train, name), real,
-                )  # fmt: skip
-        data = config.data.model_copy(update={"train": regularizer.replay})
-        length = {"steps": num_steps, "epochs": None}
-        beside = config.model_copy(
-            update={"data": data, "train": train.model_copy(update=sizes | length)}
-        )
+        regularizer = config.regularizer
+        fraction = regularizer.replay_fraction
+        beside = _beside(config, "regularizer.replay_fraction", fraction, num_steps)
         samples = load_samples(
             regularizer.replay,
             tokenizer,
@@ -211,6 +196,38 @@ class TrainStream:
             reader=reader,
         )
         return TrainStream(beside, tokenizer, samples)
+
+    @staticmethod
+    def of_anchors(
+        config: Config, tokenizer: Any, samples: Sequence[Sample], num_steps: int
+    ) -> TrainStream:
+        """The stream of `regularizer.anchors`: rows beside each batch, of which nothing is learned.
+
+        Args:
+            config: of the run.
+            tokenizer: of the model.
+            samples: the anchors' windows; which of their tokens are scored is passed over.
+            num_steps: of the run, at most.
+        """
+        anchors = config.regularizer.anchors
+        assert anchors is not None
+        parts = [
+            (
+                sample.sample_id,
+                Tokens(
+                    input_ids=sample.input_ids,
+                    label_mask=np.zeros(len(sample), dtype=bool),
+                ),
+            )
+            for sample in samples
+        ]
+        source = HeldSource("anchors", parts, Drops(met=len(parts)))
+        found = SampleSet(section="regularizer.anchors", sources=(source,), weights=(1.0,))
+        fraction = anchors.fraction
+        beside = _beside(config, "regularizer.anchors.fraction", fraction, num_steps)
+        stream = TrainStream(beside, tokenizer, found)
+        stream._all_positions = True
+        return stream
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokenised data; equal on all ranks, or they read different files."""
@@ -392,6 +409,25 @@ class TrainStream:
             if rate is not None
         ]
         return self._feeds[lags.index(min(lags))].next()
+
+
+def _beside(config: Config, option: str, fraction: float, num_steps: int) -> Config:
+    """A recipe of `num_steps` batches of a fraction of the size; says so where it is not quite."""
+    train = config.train
+    sizes = {
+        name: max(1, round(fraction * size))
+        for name in ("global_batch_sequences", "global_batch_tokens")
+        if (size := getattr(train, name)) is not None
+    }
+    for name, size in sizes.items():
+        real = size / getattr(train, name)
+        if abs(real / fraction - 1) > REPLAY_TOLERANCE:
+            log.warning(
+                "%s=%g is %d beside train.%s=%d, a fraction of %.3g",
+                option, fraction, size, name, getattr(train, name), real,
+            )  # fmt: skip
+    length = {"steps": num_steps, "epochs": None}
+    return config.model_copy(update={"train": train.model_copy(update=sizes | length)})
 
 
 def _rates(samples: SampleSet, epochs: float | None) -> list[float | None]:

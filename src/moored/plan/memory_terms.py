@@ -304,6 +304,6 @@ def on_disk(architecture: Architecture, work: Workload, targets_per_step: float)
         terms.append(
             Term(name="reference cache", bytes=size, within=0.5,
                  why="final hidden states of every position"
-                 + ("" if work.holds_prompt else " that is learned; fewer where prompts are not"))
+                 + ("" if work.holds_prompt else " that is learned"))
         )  # fmt: skip
     return terms

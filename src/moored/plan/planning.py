@@ -108,7 +108,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
     best_time = step_time(architecture, best, cluster, host_factor)
     if time.seconds() <= SAME * best_time.seconds():
         best, best_time = work, time
-    targets = time.tokens
+    targets = time.tokens * work.head_share
     return RunPlan(
         name=config.name,
         architecture=architecture,

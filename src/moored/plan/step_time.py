@@ -79,9 +79,10 @@ def counted(architecture: Architecture, work: Workload, *, reference: bool) -> C
     seen = _seen(work, S)
     scores = 4 * T * seen / 2 * architecture.query_size * architecture.num_layers / t
     attention = scores * (1 + again + 2.5 + reference)
-    words = 2 * T * architecture.vocab_size * architecture.hidden_size / t
+    rows = T * work.head_share
+    words = 2 * rows * architecture.vocab_size * architecture.hidden_size / t
     head = words * (3 if work.has_kl else 2)
-    logits = T * architecture.vocab_size / t * (18 if work.has_kl else 9)
+    logits = rows * architecture.vocab_size / t * (18 if work.has_kl else 9)
     moved = architecture.num_layers * T * _moved(architecture, work, t) * (3 + again)
     if reference:
         moved += 0.75 * architecture.num_layers * T * _moved(architecture, work, t)
@@ -209,12 +210,13 @@ def step_time(
     base *= HOST_ZERO_3 if work.zero_stage == 3 and d > 1 else 1.0
     low, high = HOST_FACTORS if host_factor is None else (host_factor, host_factor)
     adapters = adapter_size(architecture, work, degree)
-    rows_per_rank = -(-work.rows_per_step // d)
+    rows_per_rank, anchors_per_rank = (-(-n // d) for n in (work.rows_per_step, work.anchor_rows))
     moved = 4 * 7 * adapters / (d if work.zero_stage else 1)
     update = moved / (BANDWIDTH * cluster.gpu.bandwidth_gbs * 1e9)
     update += seconds_sent(reduced_bytes(architecture, work, d), d * degree, cluster)
     return StepTime(
-        micro_batches=-(-rows_per_rank // work.micro_batch_size),
+        micro_batches=-(-rows_per_rank // work.micro_batch_size)
+        - (-anchors_per_rank // work.micro_batch_size),
         gpu=gpu * factor,
         sent=_sent_seconds(architecture, work, cluster, share) * factor,
         host=base * (HOST_FACTOR if host_factor is None else host_factor),
@@ -261,7 +263,7 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         ce_by_entropy=work.ce_by_entropy,
         kl_by_entropy=work.kl_by_entropy,
     )
-    num = rows * length
+    num = round(rows * length * work.head_share)
     batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)
     return micro_batch_traffic(spread, batch)
 

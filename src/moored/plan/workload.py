@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moored.config import Config
 
@@ -25,10 +25,12 @@ class DataGlance:
     Attributes:
         num_samples: of one epoch.
         mean_tokens: of a sample, by characters: within a quarter.
+        learned: share of these that is learned, likewise; 1 where it cannot be told.
     """
 
     num_samples: int
     mean_tokens: float
+    learned: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,8 @@ class Workload:
         max_length: tokens of a row at most.
         packing: several samples in a row.
         has_kl: a reference pass and the divergence.
-        holds_prompt: the divergence also where nothing is learned; else every token counts as
-            learned, so that the head's rows are an upper bound.
+        holds_prompt: the divergence also where nothing is learned.
+        anchor_rows: rows beside those of a step on which the policy is held near the base.
         kl_every: in one of so many steps.
         direction: of the divergence.
         is_warm: its temperature is not 1.
@@ -82,6 +84,7 @@ class Workload:
     packing: bool
     has_kl: bool
     holds_prompt: bool
+    anchor_rows: int
     kl_every: int
     direction: str
     is_warm: bool
@@ -115,6 +118,11 @@ class Workload:
         # A micro-batch is as long as its longest sample, about 1.5 times the mean of many.
         longest = self.data.mean_tokens * (1 + 0.5 * (1 - 1 / self.micro_batch_size))
         return min(float(self.max_length), max(1.0, longest))
+
+    @property
+    def head_share(self) -> float:
+        """Part of the tokens that are rows of the head: what is learned, if that can be seen."""
+        return 1.0 if self.holds_prompt or self.data is None else self.data.learned
 
     def recomputed(self, num_layers: int) -> int:
         """Layers of which only the input is kept."""
@@ -150,6 +158,9 @@ class Workload:
             packing=config.data.packing,
             has_kl=config.regularizer.is_divergent,
             holds_prompt=config.regularizer.holds_prompt,
+            anchor_rows=math.ceil(anchors.fraction * rows / config.regularizer.every)
+            if (anchors := config.regularizer.anchors) and config.regularizer.is_divergent
+            else 0,
             kl_every=config.regularizer.every,
             direction=config.regularizer.direction,
             is_warm=config.regularizer.temperature != 1.0,
@@ -191,7 +202,7 @@ class Workload:
 
 def glance(config: Config) -> DataGlance | None:
     """Samples and their mean length, if every source is a local file of JSON lines."""
-    samples = tokens = 0.0
+    samples = tokens = learned = 0.0
     for source in config.data.train:
         path = Path(source.path) if source.path is not None else None
         if path is None or path.suffix != ".jsonl" or not path.is_file():
@@ -201,9 +212,14 @@ def glance(config: Config) -> DataGlance | None:
             return None
         num = min(seen.num_samples, source.limit or seen.num_samples) * source.weight
         samples, tokens = samples + num, tokens + num * seen.mean_tokens
+        learned += num * seen.mean_tokens * seen.learned
     if samples < 1:
         return None
-    return DataGlance(num_samples=round(samples), mean_tokens=tokens / samples)
+    return DataGlance(
+        num_samples=round(samples),
+        mean_tokens=tokens / samples,
+        learned=learned / tokens if tokens else 1.0,
+    )
 
 
 def _glance_at(path: Path) -> DataGlance | None:
@@ -216,14 +232,33 @@ def _glance_at(path: Path) -> DataGlance | None:
     if not rows:
         return None
     try:
-        characters = [sum(map(len, _texts(json.loads(row)))) for row in rows]
+        values = [json.loads(row) for row in rows]
+        characters = [sum(map(len, _texts(value))) for value in values]
+        learned = [_learned(v, all_of) for v, all_of in zip(values, characters, strict=True)]
     except ValueError:
         return None
     read = sum(len(line) + 1 for line in whole)
     num = len(rows) if len(start) == size else round(len(rows) * size / read)
     return DataGlance(
-        num_samples=num, mean_tokens=sum(characters) / len(rows) / CHARACTERS_PER_TOKEN
+        num_samples=num,
+        mean_tokens=sum(characters) / len(rows) / CHARACTERS_PER_TOKEN,
+        learned=sum(learned) / max(1, sum(characters)),
     )
+
+
+def _learned(value: Any, characters: int) -> int:
+    """Characters that are learned: of answers, where they can be told; else all."""
+    if not isinstance(value, dict):
+        return characters
+    row = cast("dict[str, Any]", value)
+    messages: Any = row.get("messages")
+    if isinstance(messages, list):
+        said = [m for m in cast("list[Any]", messages) if isinstance(m, dict)]
+        answers = [m for m in cast("list[dict[str, Any]]", said) if m.get("role") == "assistant"]
+        return sum(map(len, _texts([m.get("content") for m in answers])))
+    if "prompt" in row and "completion" in row:
+        return sum(map(len, _texts(row["completion"])))
+    return characters
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import cycle, islice
+from itertools import cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ import torch
 import transformers
 
 from moored.config import Config, Corpus
+from moored.config.regularizer import Anchors
 from moored.data import pad_token_id
-from moored.data.base_samples import QUESTIONS, SEED, BaseIdentity, drawn_folder, write_drawn
+from moored.data.base_samples import (
+    ANCHOR_QUESTIONS,
+    QUESTIONS,
+    BaseIdentity,
+    drawn_folder,
+    seed_of,
+    write_drawn,
+)
 from moored.data.batch import left_padded
 from moored.data.chat import ChatEncoder
 from moored.distributed.mesh import alone
@@ -36,7 +44,9 @@ def draw(config: Config, located: BaseFiles) -> list[Path]:
 
     At temperature 1 and from the whole vocabulary, so that they are what the base says, not what is
     likeliest. A base with a chat template answers everyday questions; another one writes from its
-    start token. A text is cut at `window_tokens`, prompt included; `max_tokens` are drawn in all.
+    start token. Anchors have other questions, and every second one is a chat that the base writes
+    from its start, the question too. A text is cut at `window_tokens`, prompt included;
+    `max_tokens` are drawn in all.
 
     Args:
         config: the recipe.
@@ -90,7 +100,7 @@ def _rows(
     """Prompts and texts until there are enough tokens; the last text is cut."""
     chat = ChatEncoder(located.tokenizer)
     dtype = resolve_dtype(config.model, model.device)
-    prompts = cycle(_prompts(chat, corpus.window_tokens))
+    prompts = cycle(_prompts(chat, corpus))
     devices = [model.device] if model.device.type == "cuda" else []
     left = corpus.max_tokens
     with (
@@ -100,7 +110,7 @@ def _rows(
         torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
         Phase("drawing texts from the base", corpus.max_tokens, "tokens") as phase,
     ):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed_of(corpus))
         while left > 0:
             asked = list(islice(prompts, ROWS))
             texts = _texts(model, asked, chat, corpus, phase)
@@ -111,13 +121,27 @@ def _rows(
                 phase.advance(len(text))
 
 
-def _prompts(chat: ChatEncoder, window_tokens: int) -> list[list[int]]:
+def _prompts(chat: ChatEncoder, corpus: Corpus) -> list[list[int]]:
     """What the base is given: questions that leave room for an answer, else its start token."""
     short: list[list[int]] = []
+    is_anchors = isinstance(corpus, Anchors)
     if chat.templates:
-        asked = [chat.prompt_ids([{"role": "user", "content": text}]) for text in QUESTIONS]
-        short = [ids for ids in asked if 2 * len(ids) <= window_tokens]
+        asked = [_asked(chat, text) for text in (ANCHOR_QUESTIONS if is_anchors else QUESTIONS)]
+        short = [ids for ids in asked if 2 * len(ids) <= corpus.window_tokens]
+        if is_anchors:
+            start = _start(chat)
+            short = [ids for question in short for ids in (start, question)] or [start]
     return short or [chat.prefix or [chat.eos]]
+
+
+def _asked(chat: ChatEncoder, text: str) -> list[int]:
+    return chat.prompt_ids([{"role": "user", "content": text}])
+
+
+def _start(chat: ChatEncoder) -> list[int]:
+    """The start of any chat, up to where the user's own words begin."""
+    pairs = zip(_asked(chat, "A"), _asked(chat, "zebra"), strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)] or [chat.eos]
 
 
 def _texts(
@@ -129,13 +153,15 @@ def _texts(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=corpus.window_tokens - min(map(len, prompts)),
-        eos_token_id=chat.eos,
+        eos_token_id=None if isinstance(corpus, Anchors) else chat.eos,
         pad_token_id=pad,
         use_cache=True,
         stopping_criteria=each_token(phase),
     )[:, ids.shape[1] :].tolist()
     texts: list[list[int]] = []
+    start = _start(chat) if isinstance(corpus, Anchors) and chat.templates else None
     for prompt, row in zip(prompts, tokens, strict=True):
-        end = row.index(chat.eos) + 1 if chat.eos in row else len(row)
+        ends = chat.eos in row and prompt != start  # behind its question the base answers it
+        end = row.index(chat.eos) + 1 if ends else len(row)
         texts.append(row[: min(end, corpus.window_tokens - len(prompt))])
     return texts

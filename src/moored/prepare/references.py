@@ -7,7 +7,8 @@ import contextlib
 import torch
 
 from moored.config import Config
-from moored.data import TrainStream, load_samples
+from moored.data import BaseIdentity, TrainStream, load_samples
+from moored.data.heldout import anchor_samples
 from moored.distributed.mesh import alone
 from moored.models.base_files import BaseFiles
 from moored.models.forward import probe_batch
@@ -54,12 +55,20 @@ def fill(config: Config, located: BaseFiles, *, num_ranks: int) -> ReferenceCach
     cache = open_cache(config, located.source.revision, mesh, probe)
     samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
     ranks = [TrainStream(config, located.tokenizer, samples) for _ in range(num_ranks)]
+    steps = range(ranks[0].total_steps())
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    windows = anchor_samples(config, located.tokenizer, base)
+    anchors = [
+        TrainStream.of_anchors(config, located.tokenizer, windows, len(steps))
+        for _ in range(num_ranks if windows else 0)
+    ]
     with contextlib.ExitStack() as stack:
         stack.callback(cache.flush)  # also when it is broken off
-        steps = range(ranks[0].total_steps())
         phase = stack.enter_context(Phase("hidden states of the base", len(steps), "steps"))
-        for _ in phase.over(steps):
-            for rank, stream in enumerate(ranks):
+        for step in phase.over(steps):
+            # Anchors are drawn where there is a divergence.
+            drawn = anchors if (step + 1) % config.regularizer.every == 0 else []
+            for rank, stream in (*enumerate(ranks), *enumerate(drawn)):
                 for batch in stream.next_step(dp_rank=rank, dp_size=num_ranks):
                     if not cache.has(batch):
                         cache.keep(batch, of_base(policy, batch.to(mesh.device)))

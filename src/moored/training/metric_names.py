@@ -42,6 +42,8 @@ def of_step(
         values[f"train/{kind}_nats_per_token"] = held.kl
     if held.kl_prompt is not None:
         values["train/kl_prompt_nats_per_token"] = held.kl_prompt
+    if held.kl_anchors is not None:
+        values["train/kl_anchors_nats_per_token"] = held.kl_anchors
     if held.penalty is not None:
         unit = "squared_norm" if kind == "l2" else "nats_per_token"
         values[f"train/{kind}_{unit}"] = held.penalty

@@ -12,8 +12,16 @@ from pathlib import Path
 
 from moored.config import Config
 from moored.config.regularizer import LEAST_WEIGHT
-from moored.data import DataReader, Prefetcher, TrainStream, load_samples, turn_ends
+from moored.data import (
+    BaseIdentity,
+    DataReader,
+    Prefetcher,
+    TrainStream,
+    load_samples,
+    turn_ends,
+)
 from moored.data.batch import Batch
+from moored.data.heldout import anchor_samples
 from moored.data.samples import SampleSet
 from moored.distributed.mesh import Mesh
 from moored.evaluation.evaluate import Suite, build_suite
@@ -49,6 +57,7 @@ class Run:
     engine: Engine
     stream: Prefetcher
     replay: TrainStream | None
+    anchors: TrainStream | None
     suite: Suite
     controller: Controller | None
     probe_references: list[Reference] = field(default_factory=list)  # of the budget's probe
@@ -85,6 +94,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         replay = TrainStream.of_replay(
             config, base_files.tokenizer, base_files.vocab_size, num_steps, reader
         )
+    anchors = _anchors(config, base_files, num_steps, reader)
     del reader  # all is tokenised, and what it holds would stay beside the model
     controller = _controller(config, num_steps)
     require_same(
@@ -92,6 +102,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         config=config.fingerprint(),
         data=stream.fingerprint(),
         replay=replay.fingerprint() if replay else "",
+        anchors=anchors.fingerprint() if anchors else "",
     )
     tracker.dataset(
         name=samples.name,
@@ -102,6 +113,8 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     tracker.event("sources", sources=samples.describe())
     if replay is not None:
         tracker.event("replayed_sources", sources=replay.samples.describe())
+    if anchors is not None:
+        tracker.event("anchors", sources=anchors.samples.describe())
 
     ends = turn_ends(samples, base_files.tokenizer, config.data.max_length)
     if mesh.is_main:
@@ -128,6 +141,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
         engine=engine,
         stream=Prefetcher(stream, num_steps, prepare=_read_ahead(engine, config)),
         replay=replay,
+        anchors=anchors,
         suite=suite,
         controller=controller,
         num_steps=num_steps,
@@ -135,6 +149,17 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     if newest is not None:
         _resume(run, newest)
     return run
+
+
+def _anchors(
+    config: Config, base_files: BaseFiles, num_steps: int, reader: DataReader
+) -> TrainStream | None:
+    """The anchors' rows, if the recipe has any."""
+    base = BaseIdentity(model=config.model, revision=base_files.source.revision)
+    samples = anchor_samples(config, base_files.tokenizer, base, reader)
+    if not samples:
+        return None
+    return TrainStream.of_anchors(config, base_files.tokenizer, samples, num_steps)
 
 
 def _require_prompts(samples: SampleSet) -> None:
@@ -220,6 +245,8 @@ def _resume(run: Run, folder: Path) -> None:
     run.stream.load_state_dict(state["cursor"])
     if run.replay is not None:
         run.replay.load_state_dict(state["replay_cursor"])
+    if run.anchors is not None:
+        run.anchors.load_state_dict(state["anchors_cursor"])
     if run.controller is not None:
         run.controller.load_state_dict(state["controller"])
     run.step = run.saved_step = state["step"]

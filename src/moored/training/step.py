@@ -25,12 +25,13 @@ class StepStats:
 
     Attributes:
         loss: what was descended, nats per token: weighted ce + weight * (kl or penalty), and
-            kl_prompt by its own.
+            kl_prompt and kl_anchors by their own.
         ce: cross-entropy, nats per target token.
         kl: the regulariser's divergence, nats per KL position with a target; None when the step
             needs none.
         kl_prompt: that from the base at positions without a target, nats per position; None when
             the step needs none, or the recipe.
+        kl_anchors: that on the anchors, nats per position; None when there are none.
         penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
             the replayed text, nats per token (replay); None without one.
         weight: of the divergence or penalty in this update.
@@ -45,6 +46,7 @@ class StepStats:
     ce: float
     kl: float | None
     kl_prompt: float | None
+    kl_anchors: float | None
     penalty: float | None
     weight: float
     num_targets: int
@@ -113,6 +115,7 @@ def train_step(
     seed: int,
     weight: float | None = None,
     replayed: Sequence[Batch] = (),
+    anchored: Sequence[Batch] = (),
 ) -> StepStats:
     """Forward, backward and update over this rank's micro-batches of one global batch.
 
@@ -126,7 +129,11 @@ def train_step(
         seed: of the adapter's dropout.
         weight: of the regulariser in this update; None: the recipe's.
         replayed: this rank's micro-batches of replayed text, of which the same holds.
+        anchored: likewise, of text on which the policy is held near the base; passed over in a
+            step without a divergence.
     """
+    with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
+    anchored = anchored if with_kl else ()
     # 1. Denominators over the whole global batch, before any forward.
     counts = torch.tensor(
         [
@@ -135,15 +142,15 @@ def train_step(
             sum(batch.num_tokens for batch in batches),
             sum(batch.num_targets for batch in replayed),
             sum(batch.num_prompt for batch in batches),
+            sum(batch.num_prompt for batch in anchored),
         ],
         dtype=torch.float64,
         device=mesh.device,
     )
-    num_targets, num_kl, num_tokens, num_replayed, num_prompt = (
+    num_targets, num_kl, num_tokens, num_replayed, num_prompt, num_anchored = (
         int(n) for n in mesh.dp.sum(counts).tolist()
     )
     weight = regularizer.weight if weight is None else weight
-    with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
     objective = objective_of(regularizer)
@@ -153,26 +160,31 @@ def train_step(
         prompt=regularizer.prompt_weight_beside(kl_weight) / max(1, num_prompt),
     )
     of_replay = Scales(ce=weight / max(1, num_replayed))
+    anchors_weight = regularizer.anchors_weight_beside(kl_weight)
+    of_anchors = Scales(ce=0.0, prompt=anchors_weight / max(1, num_anchored))
     l2_scale = weight / (len(batches) * mesh.dp.size) if is_l2 else 0.0
-    work = [(batch, of_task) for batch in batches] + [(batch, of_replay) for batch in replayed]
-    totals = torch.zeros(5, dtype=torch.float64, device=mesh.device)
+    work = [(batch, of_task) for batch in batches]
+    work += [(batch, of_anchors) for batch in anchored]
+    work += [(batch, of_replay) for batch in replayed]
+    totals = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     for i, (host_batch, scales) in enumerate(work):
-        batch, is_task = host_batch.to(mesh.device), scales is of_task
+        batch = host_batch.to(mesh.device)
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
-        reference_hidden = engine.reference(host_batch) if with_kl and is_task else None
+        is_compared = with_kl and scales is not of_replay
+        reference_hidden = engine.reference(host_batch) if is_compared else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
         loss, sums = engine.forward(batch, reference_hidden, objective, scales, l2_scale)
         engine.backward(loss, last=i == len(work) - 1)
         found = torch.stack([sums.loss, sums.ce_sum, sums.kl_sum, sums.kl_prompt_sum]).to(totals)
-        if is_task:
+        if scales is of_task:
             totals[:4] += found
         else:
             totals[0] += found[0]
-            totals[4] += found[1]
+            totals[4 if scales is of_replay else 5] += found[1 if scales is of_replay else 3]
     penalty = engine.policy.product_norm() if is_l2 else None
     # 4. A poisoned update is refused on every rank alike.
-    loss_sum, ce_sum, kl_sum, kl_prompt_sum, replay_sum = mesh.dp.sum(totals).tolist()
+    loss_sum, ce_sum, kl_sum, kl_prompt_sum, replay_sum, anchors_sum = mesh.dp.sum(totals).tolist()
     grad_norm = engine.step(learning_rate)
     if replayed:
         penalty = replay_sum / max(1, num_replayed)
@@ -181,6 +193,7 @@ def train_step(
         ce=ce_sum / max(1, num_targets),
         kl=kl_sum / max(1, num_kl) if with_kl else None,
         kl_prompt=kl_prompt_sum / max(1, num_prompt) if with_kl and num_prompt else None,
+        kl_anchors=anchors_sum / num_anchored if num_anchored else None,
         penalty=penalty,
         weight=kl_weight if regularizer.is_divergent else weight,
         num_targets=num_targets,

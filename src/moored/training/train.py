@@ -37,7 +37,7 @@ from moored.training.lifecycle import (
     start_tracking,
 )
 from moored.training.setup import Run, assemble
-from moored.training.step import StepStats, learning_rate_at, train_step, weight_at
+from moored.training.step import StepStats, learning_rate_at, needs_kl, train_step, weight_at
 from moored.utils.errors import (
     EvaluationFailedError,
     PeerLostError,
@@ -134,6 +134,7 @@ def _train(run: Run) -> None:
                 seed=config.train.seed,
                 weight=_weight(run),
                 replayed=run.replay.next_step(**share) if run.replay else (),
+                anchored=_anchored(run, share),
             )
             seconds = time.perf_counter() - started
             run.step += 1
@@ -156,6 +157,13 @@ def _train(run: Run) -> None:
             _stop_if_asked(run)
             if _evaluates_now(run):
                 _evaluate(run)
+
+
+def _anchored(run: Run, share: dict[str, int]) -> Sequence[Batch]:
+    """The anchors beside the next update: where it has a divergence, else none are drawn."""
+    if run.anchors is None or not needs_kl(run.step, run.config.regularizer):
+        return ()
+    return run.anchors.next_step(**share)
 
 
 def _stop_if_asked(run: Run) -> None:
@@ -274,6 +282,7 @@ def _save(run: Run) -> None:
         state={
             "cursor": run.stream.state_dict(),
             "replay_cursor": run.replay.state_dict() if run.replay else None,
+            "anchors_cursor": run.anchors.state_dict() if run.anchors else None,
             "controller": run.controller.state_dict() if run.controller else None,
             "train_seconds": run.train_seconds,
             "train_tokens": run.train_tokens,

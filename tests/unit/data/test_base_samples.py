@@ -12,7 +12,16 @@ import torch
 import transformers
 
 from moored.config import Config, load_config
-from moored.data.base_samples import FILE, QUESTIONS, BaseIdentity, drawn_folder
+from moored.config.regularizer import Anchors
+from moored.data import TrainStream
+from moored.data.base_samples import (
+    ANCHOR_QUESTIONS,
+    FILE,
+    QUESTIONS,
+    BaseIdentity,
+    drawn_folder,
+)
+from moored.data.heldout import anchor_samples
 from moored.evaluation.evaluate import build_suite
 from moored.models.base_files import resolve_base
 from moored.prepare import prepare_command
@@ -94,6 +103,36 @@ def test_they_are_drawn_once_and_the_same_again(config, tmp_path, capsys):
         build_suite(config, located, ALONE)
     draw(config, located)
     assert (folder / FILE).read_bytes() == written[1]
+
+
+def test_anchors_are_drawn_apart(config, tmp_path):
+    """Other questions, another seed, and every second one a chat from its bare start."""
+    anchors = Anchors(builtin="base-samples", max_tokens=TOKENS, window_tokens=WINDOW)
+    regularizer = config.regularizer.model_copy(update={"anchors": anchors})
+    data = config.data.model_copy(update={"max_length": 256})
+    both = config.model_copy(update={"regularizer": regularizer, "data": data})
+    located = resolve_base(config.model, ALONE)
+    measured, held = (rows_in(folder) for folder in draw(both, located))
+    tokenizer = tiny_tokenizer()
+    prompts = [tokenizer.decode(prompt) for prompt, _ in held]
+    assert set(prompts[::2]) == {"<|im_start|>user\n"}
+    asked = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert set(prompts[1::2]) <= {asked.format(question) for question in ANCHOR_QUESTIONS}
+    assert len(prompts) > 10
+    assert not set(QUESTIONS) & set(ANCHOR_QUESTIONS)
+    assert not {tuple(text[:20]) for _, text in measured} & {tuple(text[:20]) for _, text in held}
+    # Behind its own question's end the base goes on; an answer ends where it ends.
+    window = anchors.window_tokens
+    assert all(len(p) + len(t) == window for p, t in held[:-1:2])
+    assert all(tokenizer.eos_token_id not in text[:-1] for _, text in held[1::2])
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    samples = anchor_samples(both, located.tokenizer, base)
+    assert [len(s) for s in samples] == [len(p) + len(t) for p, t in held]
+    stream = TrainStream.of_anchors(both, located.tokenizer, samples, 4)
+    batches = stream.next_step(dp_rank=0, dp_size=1)
+    assert sum(batch.num_targets for batch in batches) == 0
+    tokens = sum(batch.num_tokens for batch in batches)
+    assert sum(batch.num_prompt for batch in batches) == tokens - 3  # the last of each of three
 
 
 def test_what_changes_them_gives_them_another_place(config):

@@ -786,6 +786,25 @@ def test_a_card_names_what_was_replayed_and_no_folder(run, tmp_path):
     assert "at the start, moved by a forgetting budget" in page
 
 
+def test_a_card_says_what_else_was_held(run, tmp_path):
+    config = load_config(
+        write_recipe(tmp_path, tiny_recipe(tmp_path)),
+        ["regularizer.positions=all", "regularizer.prompt_weight=0.5",
+         "regularizer.target_weight=0.25", "regularizer.token_fraction=0.5",
+         "regularizer.anchors={builtin: base-samples, window_tokens: 64, weight: 2}"],
+    )  # fmt: skip
+    training, data, _ = gather.of_run(RunDirectory(run), config)
+    page = " ".join(markdown.page(a_card(training=training, data=data)).split())
+    for words in (
+        "with 0.25 of the target against the rest",
+        "on prompts by a plain KL of weight 0.5",
+        "beside the base's own texts by a plain KL of weight 2",
+        "on 0.5 of the positions",
+    ):
+        assert words in page, words
+    assert "on prompts" not in markdown.page(a_card())
+
+
 def test_the_bases_of_randlora_are_not_counted_as_trained(tmp_path):
     config = {"peft_type": "RANDLORA", "r": 2, "randlora_alpha": 40, "randlora_dropout": 0.1}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

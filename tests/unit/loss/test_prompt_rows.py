@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moored.loss.chunks
 from dense_reference import dense_logits, dense_loss, dense_with_prompt
@@ -201,6 +202,40 @@ def test_rows_without_either_cost_nothing_and_get_no_gradient() -> None:
     grad, sums = head(h, None, y, scales=Scales(0.7, 0.0, 0.0), kl_mask=kl_mask, **how)
     assert grad.any(1).tolist() == (y >= 0).tolist()
     assert (sums.num_kl, sums.num_prompt, float(sums.kl_prompt_sum)) == (0, 0, 0.0)
+
+
+class Work(TorchDispatchMode):
+    """Notes the rows of every matrix product, and the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "addmm_"):
+            self.rows += args[-2].shape[0]
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_work_grows_with_what_is_drawn_and_memory_not_at_all() -> None:
+    """Of three products a row with a KL: h W and (h0 - h) W in one, and G W."""
+    v, chunk, largest = 4096, 16, []
+    weight = torch.randn(v, D)
+    head = Head(nn.Parameter(weight, requires_grad=False), chunk_tokens=chunk)
+    for n, share in ((64, 1.0), (512, 1.0), (512, 0.25)):
+        h, y = torch.randn(n, D), torch.full((n,), -100)
+        y[: n // 8] = 5
+        kl_mask = torch.rand(n, generator=torch.Generator().manual_seed(0)) < share
+        how: dict[str, Any] = {"objective": Objective(), "scales": Scales(1.0, 1.0, 1.0)}
+        with Work() as work:
+            head(h, h, y, use=Head.loss, kl_mask=kl_mask, num_targets=n // 8, **how)
+        num_kl = int(kl_mask.sum())
+        assert work.rows == 3 * num_kl + 2 * int((~kl_mask & (y >= 0)).sum())
+        largest.append(work.largest)
+    assert largest[0] == largest[1] == largest[2] <= 4 * chunk * v
 
 
 def test_prompts_alone_and_nothing_at_all() -> None:

@@ -22,7 +22,7 @@ from moored.plan.gpus import GPUS, gpu_named, gpu_of_device
 from moored.plan.known_models import known_config, known_names
 from moored.plan.memory_terms import GIB, adapter_size, gpu_memory, held, total
 from moored.plan.planning import best_layout, changes, fits, layouts, needs
-from moored.plan.step_time import step_time, tensor_parallel_traffic
+from moored.plan.step_time import counted, step_time, tensor_parallel_traffic
 from moored.plan.workload import Workload
 from moored.utils.errors import UserError
 
@@ -330,6 +330,31 @@ def test_rows_that_are_short_cost_less_and_are_warned_of(no_hub, tmp_path):
     assert not any("data.packing is off" in line for line in packed.warnings)
     assert loose.time.gpu < 0.1 * packed.time.gpu
     assert total(loose.memory) == total(packed.memory)  # the longest row may still come
+
+
+def test_rows_of_the_head_are_what_is_learned_or_held(no_hub, tmp_path):
+    with open(tmp_path / "asked.jsonl", "w") as file:
+        for _ in range(200):
+            said = {"user": "w" * 900, "assistant": "w" * 100}
+            chat = [{"role": role, "content": text} for role, text in said.items()]
+            file.write(json.dumps({"messages": chat}) + "\n")
+    rows = {"train": [{"path": str(tmp_path / "asked.jsonl")}], "max_length": 512, "packing": True}
+
+    def planned(**regularizer):
+        found = plan(tmp_path, "1xh100-80gb", L8, data=rows, regularizer=regularizer)
+        with_kl = counted(found.architecture, found.work, reference=True)
+        return found, with_kl
+
+    (few, targets), (_, every) = planned(), planned(positions="all")
+    assert few.work.data.learned == pytest.approx(0.1, abs=0.02)  # roles are characters, too
+    assert targets.head == pytest.approx(few.work.data.learned * every.head)
+    assert targets.logits < 0.2 * every.logits
+    assert targets.linear == every.linear
+    anchors = {"path": str(tmp_path / "a.txt"), "window_tokens": 128, "fraction": 0.5}
+    (held, _) = planned(anchors=anchors)
+    assert held.time.micro_batches == 1.5 * few.time.micro_batches
+    (seldom, _) = planned(anchors=anchors, every=4)
+    assert seldom.time.micro_batches == 1.125 * few.time.micro_batches
 
 
 def test_epochs_are_steps_where_the_data_can_be_seen(no_hub, tmp_path):

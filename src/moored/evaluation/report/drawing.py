@@ -334,6 +334,8 @@ def panels(report: Report, curves: Curves) -> list[tuple[str, Drawing]]:
     plans = [
         ("Cross-entropy", nats, ["train/ce_nats_per_token"]),
         ("Divergence from the base", nats, divergences),
+        ("Divergence where nothing is learned", nats, ["train/kl_prompt_nats_per_token"]),
+        ("Divergence on the anchors", nats, ["train/kl_anchors_nats_per_token"]),
         ("Replayed text", nats, ["train/replay_nats_per_token"]),
         ("L2 penalty", "squared norm", ["train/l2_squared_norm"]),
         ("Loss", nats, ["train/loss"]),
