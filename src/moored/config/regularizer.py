@@ -77,7 +77,7 @@ class Budget(Section):
 class Anchors(Corpus):
     """Text on which the policy is held near the base, and of which nothing is learned."""
 
-    builtin: Annotated[
+    builtin: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
         Literal["base-samples"] | None,
         about(
             "base-samples: texts of the base itself, drawn by `moored prepare` apart from those "
