@@ -145,6 +145,8 @@ def recipe_config(folder: Path, *overrides: str) -> Config:
 
 def assert_same(run: dict, expected: dict) -> None:
     for key in ("loss", "kl", "kl_prompt", "kl_anchors", "grad_norm"):
+        if key not in expected:  # by who trained without them
+            continue
         np.testing.assert_allclose(run[key], expected[key], rtol=1e-5, atol=1e-7, err_msg=key)
     for name, tensor in expected["adapter"].items():
         distance = (run["adapter"][name] - tensor).norm() / tensor.norm()
