@@ -214,6 +214,52 @@ def test_every_mesh_trains_as_one_process(spread, one_process, case):
                 assert distance <= 1e-5 * tensor.norm() + 1e-9, name
 
 
+# ---------------------------------------------------------------- what its ranks share
+
+
+def summed_otherwise(rank: int, world_size: int, configs: dict[Case, Config]) -> dict[Case, dict]:
+    """Ranks that sum gradients over their data-parallel groups in orders of their own.
+
+    As NCCL's groups may, and gloo's here do not: so each rank's gradients get the rounding of
+    another order.
+    """
+    results = {}
+    for case, config in configs.items():
+        mesh, engine = build(config)
+        for parameter in engine.policy.trainable().values():
+            parameter.register_hook(lambda grad, by=1 + mesh.tp.rank * 2**-21: grad * by)
+        norms = [step_once(engine, mesh, config, step).grad_norm for step in range(STEPS)]
+        engine.require_equal_replicas()
+        results[case] = {"norms": norms, "adapter": engine.adapter_tensors()}
+        engine.close()
+    return results
+
+
+SHARED = [
+    *(("llama", "nf4", "forward", 2, 2, stage, "none") for stage in range(4)),
+    ("llama", "nf4", "forward", 2, 2, 0, "none", "optim.max_grad_norm=0.02"),
+    ("llama", "nf4", "forward", 2, 2, 1, "none", "parallel.offload=optimizer"),
+    ("llama", "nf4", "forward", 2, 2, 3, "none", "parallel.offload=optimizer"),
+]
+
+
+@pytest.fixture(scope="module")
+def otherwise(folder, chosen) -> dict[Case, list[dict]]:
+    configs = {case: config_of(folder, case) for case in chosen(SHARED)}
+    return by_case(run_distributed(summed_otherwise, 4, configs)) if configs else {}
+
+
+@pytest.mark.parametrize("case", mostly_long(SHARED, SHARED[0], SHARED[2], SHARED[3]), ids=str)
+def test_what_ranks_share_is_equal_by_construction(otherwise, case):
+    first, *others = otherwise[case]
+    assert all(norm > 0 for norm in first["norms"])
+    for other in others:
+        if case[5] == 0:  # ZeRO's own norm is of partitions, which no other rank has
+            assert other["norms"] == first["norms"]
+        for name, tensor in first["adapter"].items():
+            assert torch.equal(other["adapter"][name], tensor), name
+
+
 # ---------------------------------------------------------------- gradients against fp64
 
 

@@ -36,7 +36,7 @@ from moored.models.engine import Engine
 from moored.models.engine import adamw as plain_adamw
 from moored.models.policy import load_policy
 from moored.training import checkpoint
-from moored.training.step import StepStats, train_step
+from moored.training.step import StepStats, objective_of, train_step
 from tiny import tiny_recipe, write_recipe
 
 STEPS = 3
@@ -384,11 +384,65 @@ def test_a_poisoned_update_is_refused_on_all_ranks_alike(tmp_path):
             assert steps == {2.0}, f"{case}: a refused update must not count for Adam"
 
 
-def fused_adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+def rehearsed(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, list[dict]]:
+    """Two updates without a rehearsal, and with one before the first and one before the second."""
+    results: dict[Any, list[dict]] = {}
+    for case, config in configs.items():
+        for rehearses in (False, True):
+            mesh, engine = build(config)
+            largest = batches_of(
+                [global_batch(7)[3]] * 2, micro_batch_size=2, dp_rank=0, dp_size=1, pad_token_id=0
+            )[0]
+            losses, states = [], []
+            for step in range(2):
+                if rehearses:
+                    torch.manual_seed(step)
+                    before = torch.get_rng_state()
+                    kind = config.regularizer.kind
+                    objective = objective_of(config.regularizer)
+                    engine.rehearse(
+                        largest, objective, with_kl=kind == "tmkl", l2_scale=float(kind == "l2")
+                    )
+                    assert torch.equal(torch.get_rng_state(), before)
+                    assert all(p.grad is None for p in engine.policy.trainable().values())
+                losses.append(step_once(engine, mesh, config, step).loss)
+                states.append(engine.optimizer_tensors())
+            engine.close()
+            results.setdefault(case, []).append({"losses": losses, "states": states})
+    return results
+
+
+REHEARSED = {
+    **{f"stage {stage}": (f"parallel.zero_stage={stage}",) for stage in range(4)},
+    "offload": ("parallel.zero_stage=2", "parallel.offload=optimizer"),
+    "l2": BASELINES["l2"],
+    "dropout": ("parallel.zero_stage=2", "adapter.dropout=0.2"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_rehearsal(tmp_path_factory, chosen) -> dict[Any, list[dict]]:
+    folder = tmp_path_factory.mktemp("rehearsed")
+    configs = {name: recipe_config(folder, *REHEARSED[name]) for name in chosen(REHEARSED)}
+    return run_distributed(rehearsed, 2, configs)[0]
+
+
+@pytest.mark.parametrize("name", mostly_long(REHEARSED, "stage 0", "stage 2", "stage 3"))
+def test_a_rehearsal_leaves_no_trace(with_rehearsal, name):
+    without, with_one = with_rehearsal[name]
+    assert without["losses"] == with_one["losses"]
+    for before, after in zip(without["states"], with_one["states"], strict=True):
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), key
+
+
+def fused_adamw(groups: list[list[torch.nn.Parameter]], config: Config) -> torch.optim.AdamW:
     """As on a GPU: torch has the same kernel for a CPU."""
-    plain = plain_adamw(parameters, config)
+    plain = plain_adamw(groups, config)
     assert not plain.defaults["fused"]
     names = ("lr", "betas", "eps", "weight_decay")
+    parameters = [{"params": group} for group in groups]
     return torch.optim.AdamW(parameters, fused=True, **{n: plain.defaults[n] for n in names})
 
 

@@ -108,6 +108,10 @@ def _run(args: list[str], *, debug: bool) -> int:
     # Threads that spin while they wait starve each other where other processes run too: on two busy
     # cores training was two to four times slower. Read by OpenMP when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Micro-batches of many lengths leave holes in a GPU's memory that no later one fits into.
+    older = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+    if not any(name in os.environ for name in older):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if not {"-h", "--help", "--version"} & set(args):
             setup(own_rank(), None)

@@ -66,6 +66,7 @@ _COSMETIC: tuple[Key, ...] = (
     ("train", "save_every"),
     ("train", "keep_checkpoints"),
     ("train", "log_every"),
+    ("train", "rehearse"),
 )
 # What changes them by the order of sums at most, so that a run may go on on another mesh.
 _MESH: tuple[Key, ...] = (("parallel",), ("model", "cache_quantized"), ("reference",))

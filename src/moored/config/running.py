@@ -211,6 +211,10 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[Positive, about("checkpoints kept, the newest")] = 2
     log_every: Annotated[Positive, about("steps between logged points")] = 1
     seed: Annotated[int, Field(ge=0, lt=2**63, description="of data order and adapter")] = 0
+    rehearse: Annotated[
+        Literal["auto", "always", "never"],
+        about("try the largest micro-batch before the first update; auto: on a GPU"),
+    ] = "auto"
 
     def ignored(self) -> Iterator[Ignored]:
         """Nothing is recomputed."""

@@ -313,6 +313,38 @@ class TrainStream:
             all_positions=self._all_positions,
         )
 
+    def largest(self, *, dp_size: int) -> Batch:
+        """A micro-batch as large as any of the run's, of ids without meaning, all to be learned."""
+        longest, held = self._data.max_length, self.samples.held
+        if len(held) == len(self.samples.sources):
+            if self._data.packing:
+                longest = min(longest, sum(source.num_tokens for source in held))
+            else:
+                longest = max(int(np.diff(source.flat.offsets).max(initial=1)) for source in held)
+        lengths = [longest]
+        if self._data.packing and longest > 1:  # so that it is seen to be packed
+            lengths = [longest // 2, longest - longest // 2]
+        row = [
+            Sample(
+                sample_id="rehearsal",
+                input_ids=(np.arange(length) % (self.samples.vocab_size or 1)).astype(np.int32),
+                label_mask=np.ones(length, dtype=bool),
+            )
+            for length in lengths
+        ]
+        size, rows = self._train.micro_batch_size, self._train.global_batch_sequences
+        if rows is not None:
+            size = min(size, -(-rows // dp_size))
+        [batch] = batches_of(
+            [row] * size,
+            micro_batch_size=size,
+            dp_rank=0,
+            dp_size=1,
+            pad_token_id=self._pad,
+            flatten=self._flatten,
+        )
+        return batch
+
     def _thinned(self, sample: Sample) -> Sample:
         """The sample with the divergence on a part of its tokens, drawn for this step."""
         text = f"{self._train.seed}:{self.step}:{sample.sample_id}"
@@ -480,6 +512,10 @@ class Prefetcher:
         if self._state["step"] < self._num_steps:
             self._next = self._thread.submit(self._make, share)
         return batches
+
+    def largest(self, *, dp_size: int) -> Batch:
+        """See `TrainStream.largest`."""
+        return self._stream.largest(dp_size=dp_size)
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor after the last step that was given out."""

@@ -92,6 +92,17 @@ class Axis:
             dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
         return low, high
 
+    def take_first_(self, values: torch.Tensor) -> torch.Tensor:
+        """Overwrite `values` (any shape, contiguous) by those of the axis's first rank."""
+        if self.size > 1:
+            dist.broadcast(values, src=self._first, group=self.group)
+        return values
+
+    @property
+    def _first(self) -> int:
+        """The first rank of the axis, as all processes count."""
+        return dist.get_global_rank(self.group, 0) if self.group is not None else 0
+
     def max(self, value: float, device: torch.device | None = None) -> float:
         """Largest `value` over the axis, the same on every rank."""
         if self.size == 1:
@@ -133,13 +144,12 @@ class Axis:
             if fault is not None:
                 raise fault
             return value
-        source = dist.get_global_rank(self.group, 0) if self.group is not None else 0
         length = self._length(data)
-        dist.broadcast(length, src=source, group=self.group)
+        dist.broadcast(length, src=self._first, group=self.group)
         size = int(length.item())
         _require_sent(size, 0, fault)
         sent = _tensor(data, self._carrier()) if self.rank == 0 else length.new_empty(size).byte()
-        dist.broadcast(sent, src=source, group=self.group)
+        dist.broadcast(sent, src=self._first, group=self.group)
         return value if self.rank == 0 else decoded(_raw(sent), "rank 0")
 
     def _all(self, mine: torch.Tensor) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What tensor parallelism sends: collectives and bytes of one micro-batch, by where they arise.
+"""What tensor parallelism sends: collectives and bytes of a micro-batch and an update, by place.
 
 A pure function of sizes, without torch, so that it can be asked before anything is started; a test
 holds it against what a training step really sends.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,11 @@ class Sent:
     """Collectives of one kind and size.
 
     Attributes:
-        where: `embedding`, `layers`, `sequence`, `adapters` or `head`.
+        where: `embedding`, `layers`, `sequence`, `adapters`, `head` or `update`.
         kind: what is done; over the ranks of one tensor-parallel group.
         count: how many.
         bytes_each: the whole tensor: what an all-reduce sums, an all-gather makes, a
-            reduce-scatter takes.
+            reduce-scatter takes, a broadcast gives.
     """
 
     where: str
@@ -136,6 +136,17 @@ def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
         for size in sorted(set(spread.shared_adapter_sizes))
     ]
     return [*sent, *_head_traffic(spread, batch)]
+
+
+def update_traffic(spread: Spread, dp_size: int = 1) -> list[Sent]:
+    """One update: the first rank's gradients of what all hold, of its data-parallel part of them.
+
+    Args:
+        spread: of the model.
+        dp_size: parts into which ZeRO 1 to 3 cut them; 1 at stage 0.
+    """
+    size = 4 * math.ceil(sum(spread.shared_adapter_sizes) / dp_size)
+    return [Sent("update", "broadcast", 1, size)] if spread.degree > 1 and size else []
 
 
 def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:

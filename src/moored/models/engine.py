@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,13 +52,18 @@ class Engine:
         self._trainable = policy.trainable()
         if not self._trainable:
             raise UserError("adapter: no module matches adapter.target_modules: nothing to train")
-        optimizer = adamw(list(self._trainable.values()), config)
-        self._fused = bool(optimizer.defaults["fused"])
         self._sharding = sharding = policy.sharding
         self._cut = {name for name in self._trainable if sharding and sharding.split_of(name)}
         for name in self._cut:
             # DeepSpeed counts what is cut once per rank in the norm, what is shared once in all.
             self._trainable[name].model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        cut = [parameter for name, parameter in self._trainable.items() if name in self._cut]
+        rest = [parameter for name, parameter in self._trainable.items() if name not in self._cut]
+        optimizer = adamw([group for group in (cut, rest) if group], config)
+        self._fused = bool(optimizer.defaults["fused"])
+        if sharding is not None and rest:
+            optimizer.param_groups[-1]["is_shared"] = True
+            optimizer.register_step_pre_hook(self._take_first_gradients)
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
         if policy.partition is not None:
@@ -70,6 +76,9 @@ class Engine:
             dist_init_required=False,
             mpu=unit,
         )[0]
+        if len(optimizer.param_groups) > 1:
+            # DeepSpeed looks for it once the first group has taken its first step.
+            self._create_optimizer_state(0.0)
         self._traces = Traces(self._engine.optimizer)
         if self.stage == 3:
             for module, parameter in read_outside(policy):
@@ -162,6 +171,52 @@ class Engine:
         norm = float(self._engine.get_global_grad_norm())
         return norm if self._engine.was_step_applied() else float("nan")
 
+    def rehearse(
+        self, batch: Batch, objective: Objective, *, with_kl: bool, l2_scale: float = 0.0
+    ) -> None:
+        """A forward, a backward and an update that is refused: the memory of a step, and no trace.
+
+        The loss is made no number, and what comes of that changes nothing (`step`). The optimizer's
+        state is there afterwards, as it is after a first update. Collective.
+
+        Args:
+            batch: as large as any of the run's.
+            objective: what the run descends.
+            with_kl: whether its steps run the base.
+            l2_scale: as of `forward`.
+        """
+        device = self.mesh.device
+        kept, self.references = self.references, None
+        if not self._adam_state.get(self._flat_parameters[0]):
+            self._create_optimizer_state(0.0)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                reference = self.reference(batch) if with_kl else None
+                scales = Scales(1.0, float(with_kl))
+                loss, _ = self.forward(batch.to(device), reference, objective, scales, l2_scale)
+                self.backward(loss * float("nan"), last=True)
+            norm = self.step(0.0)
+        finally:
+            self.references = kept
+        assert not math.isfinite(norm)
+
+    def _take_first_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Give a tensor-parallel group one gradient of what it shares: its first rank's.
+
+        Each of its ranks has summed that with the ranks of its own data-parallel group, of which
+        none promises the order of another; and where a gradient is nothing but rounding, Adam makes
+        steps of the whole learning rate of it.
+        """
+        shared = [group for group in optimizer.param_groups if group.get("is_shared")]
+        parameters = (parameter for group in shared for parameter in group["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).to(self.mesh.device)
+        parts = self.mesh.tp.take_first_(flat).split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def _step_unpartitioned(self) -> float:
         norm = self._grad_norm()
         if not torch.isfinite(norm):
@@ -183,7 +238,8 @@ class Engine:
         cut = [grad for name, grad in grads.items() if name in self._cut]
         shared = [grad for name, grad in grads.items() if name not in self._cut]
         norms = [torch.nn.utils.get_total_norm(part).double() for part in (cut, shared)]
-        return (self.mesh.tp.sum(norms[0] ** 2) + norms[1] ** 2).sqrt()
+        norm = (self.mesh.tp.sum(norms[0] ** 2) + norms[1] ** 2).sqrt()
+        return self.mesh.world.take_first_(norm)  # sums of other groups may be rounded otherwise
 
     # -- evaluation -------------------------------------------------------------------------
 
@@ -331,11 +387,12 @@ class Engine:
     def _create_optimizer_state(self, steps: float) -> None:
         # DeepSpeed has none before its first step, and its setters need it to exist.
         for flat in self._flat_parameters:
-            where = flat.device if self._fused else None
-            self._adam_state[flat] = {
-                "step": torch.tensor(steps, dtype=torch.float32, device=where),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
+            state = self._adam_state[flat]
+            if not state:
+                where = flat.device if self._fused else None
+                state["step"] = torch.tensor(0.0, dtype=torch.float32, device=where)
+                state.update({key: torch.zeros_like(flat) for key in MOMENTS})
+            state["step"].fill_(steps)
         if self.stage in (1, 2):
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -371,14 +428,14 @@ class Engine:
         self._engine.destroy()
 
 
-def adamw(parameters: list[torch.nn.Parameter], config: Config) -> torch.optim.AdamW:
+def adamw(groups: list[list[torch.nn.Parameter]], config: Config) -> torch.optim.AdamW:
     """The recipe's optimizer: on a GPU one kernel for all, elsewhere parameter by parameter.
 
     What is offloaded is stepped on the CPU, whose numbers are then those of every stage.
     """
-    on_gpu = all(parameter.is_cuda for parameter in parameters)
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group)
     return torch.optim.AdamW(
-        parameters,
+        [{"params": group} for group in groups],
         lr=config.optim.learning_rate,
         betas=config.optim.betas,
         eps=config.optim.eps,

@@ -10,6 +10,7 @@ Two ways lead to the same base: weights are streamed from safetensors tensor by 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,9 +115,13 @@ def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
+        _require_mapped(label, error)
         raise UserError(
             f"{label}: cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
         ) from error
+    except MemoryError as error:  # of safetensors, which maps a file before torch does
+        _require_mapped(label, error)
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{label}: does not fit into the memory of {device} "
@@ -125,10 +130,23 @@ def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]
     except (SafetensorError, RuntimeError) as error:
         if is_lost_peer(error):
             raise
+        _require_mapped(label, error)
         raise UserError(
             f"{label}: its weights are broken or not those of its config.json "
             f"({str(error).splitlines()[0]}): copy or download the model again"
         ) from error
+
+
+def _require_mapped(label: str, error: Exception) -> None:
+    """Say of a file that the machine would not map that it is too large for it, not broken."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if getattr(error, "errno", None) != errno.ENOMEM and "Cannot allocate memory" not in text:
+        return
+    raise UserError(
+        f"{label}: this machine does not map a file of that size into memory ({text[:200]}): raise "
+        "the limit of the job's memory (ulimit -v, SLURM's --mem) or allow overcommitment "
+        "(vm.overcommit_memory=1), or save the model in parts (save_pretrained with max_shard_size)"
+    ) from error
 
 
 # ---------------------------------------------------------------- streamed

@@ -134,14 +134,9 @@ def failures_named(mesh: Mesh) -> Iterator[None]:
     """Say in words that a device is full, or what gloo and NCCL say of a broken connection."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"rank {mesh.world.rank}: {str(error).splitlines()[0][:160]} Lower "
-            "train.micro_batch_size (or evaluation.micro_batch_size), then data.max_length; set "
-            "train.gradient_checkpointing to non_reentrant and checkpointed_layers to 1, "
-            "model.quantization to nf4, parallel.zero_stage to 3"
-        ) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(mesh, error) from error
         if mesh.world.size == 1 or not is_lost_peer(error):
             raise
         raise PeerLostError(
@@ -149,6 +144,23 @@ def failures_named(mesh: Mesh) -> Iterator[None]:
             f"({str(error).splitlines()[0][-120:]}): its own log, logs/rank-*.log, says why; start "
             "the same command again to go on from the newest checkpoint"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is what torch and Python say where memory is not to be had, on GPU or CPU."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(mesh: Mesh, error: BaseException) -> UserError:
+    said = (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".:")
+    return UserError(
+        f"rank {mesh.world.rank}: {said}. Lower train.micro_batch_size (or "
+        "evaluation.micro_batch_size), then data.max_length; set train.gradient_checkpointing to "
+        "non_reentrant and checkpointed_layers to 1, model.quantization to nf4; spread the model "
+        "over the GPUs of a machine by parallel.tensor_parallel_degree with sequence_parallel, or "
+        "over all ranks by parallel.zero_stage=3 (`moored plan` says what fits)"
+    )
 
 
 @contextlib.contextmanager

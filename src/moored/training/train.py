@@ -16,6 +16,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from moored.config import Config
 from moored.data.batch import Batch
 from moored.distributed.mesh import peak_memory_bytes
@@ -31,13 +33,21 @@ from moored.training.lifecycle import (
     asked_to_stop,
     ending,
     failures_named,
+    is_out_of_memory,
     join_mesh,
     open_run_on_all_ranks,
     signals_seen,
     start_tracking,
 )
 from moored.training.setup import Run, assemble
-from moored.training.step import StepStats, learning_rate_at, needs_kl, train_step, weight_at
+from moored.training.step import (
+    StepStats,
+    learning_rate_at,
+    needs_kl,
+    objective_of,
+    train_step,
+    weight_at,
+)
 from moored.utils.errors import (
     EvaluationFailedError,
     PeerLostError,
@@ -100,12 +110,47 @@ def run(
         run.base_answered, run.signals = base_answered, signals
         stack.callback(run.engine.close)
         stack.callback(run.stream.close)
+        _rehearse(run)
         _train(run)
         _export(run)
         _evaluate_and_report(run, arm or config.regularizer.kind)
         _tell_references(run)
         _require_budget(run)
     return path
+
+
+def _rehearse(run: Run) -> None:
+    """Try the largest micro-batch before anything is trained, so that no later one is too large."""
+    config, mesh = run.config, run.mesh
+    choice = config.train.rehearse
+    if choice == "never" or (choice == "auto" and mesh.device.type != "cuda"):
+        return
+    batch = run.stream.largest(dp_size=mesh.dp.size)
+    rows, length = batch.input_ids.shape
+    regularizer = config.regularizer
+    try:
+        run.engine.rehearse(
+            batch,
+            objective_of(regularizer),
+            with_kl=regularizer.is_divergent,
+            l2_scale=float(regularizer.kind == "l2"),
+        )
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"the largest micro-batch, {rows} x {length} tokens, does not fit, and nothing was "
+            f"trained ({str(error).splitlines()[0][:120]})"
+        ) from error
+    peak = peak_memory_bytes(mesh.device)
+    run.tracker.event("rehearsal", rows=rows, length=length, peak_memory_bytes=peak)
+    log.info(
+        "the largest micro-batch, %d x %d tokens, fits: %.1f GiB of %s at most",
+        rows,
+        length,
+        peak / 2**30,
+        "GPU memory" if mesh.device.type == "cuda" else "memory",
+    )
 
 
 def _train(run: Run) -> None:
