@@ -63,6 +63,8 @@ def as_one(case: Case) -> Case:
     return (case[0], case[1], 1, 1, 0, "none", *ours)
 
 
+BOTH = "adapter.target_modules=[q_proj,o_proj,experts.gate_up_proj,experts.down_proj]"
+DOWN = "adapter.target_modules=[experts.down_proj]"
 SEQUENCE = "parallel.sequence_parallel=true"
 CASES: dict[int, list[Case]] = {
     2: [
@@ -83,8 +85,20 @@ CASES: dict[int, list[Case]] = {
         ("mixtral", "none", 2, 1, 3, "reentrant"),
         ("deepseek_v3", "nf4", 2, 1, 3, "reentrant"),
         ("qwen3_moe", "nf4", 2, 1, 2, "none"),
+        ("mixtral", "nf4", 1, 2, 0, "none", BOTH),
+        ("mixtral", "nf4", 1, 2, 2, "none", BOTH, "optim.max_grad_norm=0.02"),
+        ("qwen2_moe", "nf4", 1, 2, 1, "non_reentrant", DOWN, SEQUENCE),
+        ("qwen3_moe", "nf4", 1, 2, 3, "reentrant", BOTH),
+        ("mixtral", "nf4", 2, 1, 3, "non_reentrant", BOTH),
+        ("gpt_oss", "nf4", 2, 1, 3, "none", BOTH),
+        ("gpt_oss", "nf4", 2, 1, 2, "none", DOWN),
+        ("mixtral", "none", 2, 1, 2, "none", BOTH),
     ],
-    4: [("mixtral", "nf4", 2, 2, 3, "non_reentrant"), ("qwen2_moe", "nf4", 1, 4, 1, "none")],
+    4: [
+        ("mixtral", "nf4", 2, 2, 3, "non_reentrant"),
+        ("mixtral", "nf4", 2, 2, 2, "none", BOTH),
+        ("qwen2_moe", "nf4", 1, 4, 1, "none"),
+    ],
 }
 ALL = [case for cases in CASES.values() for case in cases]
 
@@ -116,6 +130,8 @@ def spread(folder, chosen) -> dict[Case, list[dict[str, Any]]]:
         ("mixtral", "nf4", 1, 2, 0, "none"),
         ("qwen2_moe", "nf4", 1, 2, 0, "none", SEQUENCE),
         ("mixtral", "nf4", 2, 1, 3, "non_reentrant"),
+        ("mixtral", "nf4", 1, 2, 0, "none", BOTH),
+        ("gpt_oss", "nf4", 2, 1, 3, "none", BOTH),
     ),
     ids=lambda case: "-".join(map(str, case)),
 )
@@ -136,6 +152,8 @@ GRADIENTS: list[Case] = [
     ("qwen2_moe", "nf4", 1, 2, 0, "non_reentrant"),
     ("qwen2_moe", "nf4", 1, 2, 0, "none", SEQUENCE),
     ("deepseek_v3", "nf4", 1, 2, 0, "none"),
+    ("mixtral", "nf4", 1, 2, 0, "none", BOTH),
+    ("qwen2_moe", "nf4", 1, 2, 0, "reentrant", BOTH, SEQUENCE),
 ]
 
 
@@ -146,7 +164,9 @@ def gradients(folder, chosen) -> dict[Case, list[dict[str, torch.Tensor]]]:
 
 
 @pytest.mark.parametrize(
-    "case", mostly_long(GRADIENTS, GRADIENTS[0]), ids=lambda case: "-".join(map(str, case))
+    "case",
+    mostly_long(GRADIENTS, GRADIENTS[0], GRADIENTS[4]),
+    ids=lambda case: "-".join(map(str, case)),
 )
 def test_gathered_gradients_are_those_of_dense_experts_in_fp64(folder, gradients, case):
     expected = dense.in_fp64(config_of(folder, as_one(case)))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import ParamWrapper
 from torch import nn
 
 from dense_reference import dense_with_prompt
@@ -26,6 +27,7 @@ from moored.config import Config, load_config
 from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
 from moored.loss.divergence import Objective, Scales
+from moored.models.adapters import ExpertLora
 from moored.models.experts import Experts4bit
 from moored.models.forward import final_hidden
 from moored.models.nf4 import FrozenLinear4bit
@@ -338,6 +340,8 @@ def in_fp64(config: Config) -> dict[str, torch.Tensor]:
     for module in base.modules():
         if isinstance(module, Experts4bit):
             in_full(module)
+        if isinstance(module, ExpertLora):
+            module.__class__ = ParamWrapper  # PEFT's own, which adds to the weights
     policy.double()
     batch, head = batch_of(config), policy.head
 

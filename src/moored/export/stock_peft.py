@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
 import peft
 import torch
 import transformers
@@ -55,6 +56,8 @@ def main(task: dict[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loaded[kind] and (kind != "unexpected_keys" or task["adapter"] is None):
             raise SystemExit(f"{kind.replace('_', ' ')}: {sorted(map(str, loaded[kind]))[:3]}")
+    if task["double"] is not None:
+        round_experts(model, double=task["double"])
     if task["adapter"] is not None:
         model = peft.PeftModel.from_pretrained(model, task["adapter"])
         require_exact(model, task["adapter"])
@@ -76,6 +79,28 @@ def main(task: dict[str, Any]) -> None:
         ids = tokenizer(task["text"], add_special_tokens=False)["input_ids"]
         facts = {"ids": json.dumps(ids), "template": tokenizer.chat_template or ""}
     save_file(out, task["out"], metadata=facts)
+
+
+@torch.no_grad()
+def round_experts(model: Any, *, double: bool) -> None:
+    """Give experts, which transformers leaves unquantised, the values that NF4 has for them.
+
+    Args:
+        model: loaded with its linear layers in NF4.
+        double: whether scales are quantised, too.
+    """
+    for module in model.modules():
+        if not all(hasattr(module, flag) for flag in ("is_transposed", "has_gate", "num_experts")):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() != 3:
+                continue
+            for stored in parameter:
+                matrix = stored.t() if module.is_transposed else stored
+                packed, state = bnb_functional.quantize_4bit(
+                    matrix.contiguous(), compress_statistics=double, quant_type="nf4"
+                )
+                matrix.copy_(bnb_functional.dequantize_4bit(packed, state))
 
 
 def require_exact(model: Any, adapter: str) -> None:

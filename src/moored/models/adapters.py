@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 
 from moored.config import AdapterConfig
-from moored.models.experts import experts_of, matrices_of
+from moored.models.experts import Experts4bit, Routed, experts_of, matrices_of
 from moored.models.tensor_parallel import Sharding, whole_adapters
 from moored.sinelora import SineLayer, SineLoraConfig
 from moored.utils.errors import UserError
@@ -84,6 +84,79 @@ class FusedLinear4bit(_Fused, lora.Linear4bit):  # pyright: ignore[reportGeneral
     """LoRA on a linear layer of bitsandbytes in 4 bits."""
 
 
+class ExpertLora(lora.ParamWrapper):
+    """PEFT's LoRA on a projection of experts, each with its own A and B, beside packed weights.
+
+    PEFT itself adds the product of A and B to the weights before they are used, which packed ones
+    cannot be; here each expert's two products are added to its output.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The experts' output, with what the active adapters add."""
+        experts: Any = self.get_base_layer()
+        if self.disable_adapters or not self._active():
+            return self.base_layer(x, *args, **kwargs)
+        experts.added[self.parameter_name] = self.added
+        try:
+            return self.base_layer(x, *args, **kwargs)
+        finally:
+            del experts.added[self.parameter_name]
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def added(self, x: Tensor, routed: Routed) -> Tensor:
+        """What is added to the product of x [S, I], in its dtype: [S, O]."""
+        parts = [self._added_by(name, x, routed) for name in self._active()]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def _added_by(self, name: str, x: Tensor, routed: Routed) -> Tensor:
+        A, B = self.factors(name)
+        A, B = A.to(x.dtype) * self.scaling[name], B.to(x.dtype)
+        a, b = A.unbind(), B.unbind()
+        pieces = [x[start:stop] @ a[e].t() @ b[e].t() for e, start, stop in routed.groups]
+        if pieces:
+            return torch.cat(pieces)
+        # No token came to the experts held here: their gradients are zeros, not absent.
+        return x.new_zeros(0, B.shape[1]) + 0 * (A.sum() + B.sum())
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [E, r, I] and B [E, O, r] of each expert, as PEFT lays them out; views."""
+        A: Any = self.lora_A[name].weight  # [E r, I]
+        B: Any = self.lora_B[name].weight  # [O, r E]
+        num, rank = self.num_experts, self.r[name]
+        by_expert = B.view(B.shape[0], rank, num).permute(2, 0, 1)
+        return A.view(num, rank, A.shape[1]), by_expert
+
+
+@contextlib.contextmanager
+def experts_shown_whole(causal_lm: nn.Module) -> Iterator[None]:
+    """Show PEFT packed experts in the sizes that they stand for, while it puts adapters on them.
+
+    Afterwards its layers on them are such as compute beside packed weights.
+    """
+    packed = [m for m in causal_lm.modules() if isinstance(m, Experts4bit)]
+    held = [{kind: getattr(m, kind) for kind in m.matrices} for m in packed]
+    for module in packed:
+        device = getattr(module, module.matrices[0]).device
+        for kind in module.matrices:
+            rows, columns = module.shape_of(kind)
+            own: Any = module
+            sizes = (columns, rows) if own.is_transposed else (rows, columns)
+            hollow = torch.zeros((), device=device).expand(module.num_experts, *sizes)
+            module.register_parameter(kind, nn.Parameter(hollow, requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, parameters in zip(packed, held, strict=True):
+            for kind, parameter in parameters.items():
+                module.register_parameter(kind, parameter)
+    layers: Iterator[Any] = causal_lm.modules()
+    for layer in layers:
+        if type(layer) is lora.ParamWrapper and isinstance(layer.get_base_layer(), Experts4bit):
+            layer.__class__ = ExpertLora
+
+
 _FUSED: dict[type, type] = {lora.Linear: FusedLinear, lora.Linear4bit: FusedLinear4bit}
 
 
@@ -124,11 +197,12 @@ def add_adapters(
     Raises:
         UserError: PEFT refuses the settings, or the head or the embedding would be adapted.
     """
-    targets, parameters = _targets(causal_lm, config)
+    targets, parameters = _targets(causal_lm, config, sharding)
     try:
         settings = _settings(config, targets, parameters, seed)
         torch.manual_seed(seed)
-        model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
+        with experts_shown_whole(causal_lm):
+            model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, ImportError, TypeError, KeyError, RuntimeError) as error:
@@ -147,7 +221,9 @@ def add_adapters(
     return for_training(model)
 
 
-def _targets(causal_lm: Any, config: AdapterConfig) -> tuple[Any, list[str]]:
+def _targets(
+    causal_lm: Any, config: AdapterConfig, sharding: Sharding | None
+) -> tuple[Any, list[str]]:
     """PEFT's target_modules and target_parameters: linear layers, and experts if they are named.
 
     "all-linear" is the linear layers; PEFT would add experts and routers in some mixtures of
@@ -196,12 +272,27 @@ def _targets(causal_lm: Any, config: AdapterConfig) -> tuple[Any, list[str]]:
     _require_known(causal_lm, modules)
     _refuse_head(causal_lm, modules)
     if parameters:
-        _require_expert_lora(causal_lm, config, parameters)
+        _require_expert_lora(config, experts.values(), sharding)
     return modules, parameters
 
 
-def _require_expert_lora(causal_lm: Any, config: AdapterConfig, parameters: list[str]) -> None:
-    raise UserError("adapter.target_modules: experts cannot be adapted")
+def _require_expert_lora(
+    config: AdapterConfig, experts: Iterable[nn.Module], sharding: Sharding | None
+) -> None:
+    """Experts take plain LoRA; where they are not packed, PEFT's own, on whole weights only."""
+    if config.method != "lora" or config.dropout:
+        raise UserError(
+            "adapter.target_modules: experts take LoRA without dropout only: set adapter.method to "
+            "lora and adapter.dropout to 0, or leave the experts out"
+        )
+    is_cut = any(hasattr(p, "ds_shape") for m in experts for p in m.parameters(recurse=False))
+    is_packed = all(isinstance(module, Experts4bit) for module in experts)
+    if (sharding is not None or is_cut) and not is_packed:
+        raise UserError(
+            "adapter.target_modules: experts in full precision are adapted on whole weights only: "
+            "set model.quantization to nf4, or parallel.tensor_parallel_degree to 1 and "
+            "parallel.zero_stage to 2"
+        )
 
 
 def _named(target: str, names: list[str]) -> list[str]:
@@ -288,6 +379,9 @@ def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         if isinstance(module, (RandLoraLayer, SineLayer)):
             assert isinstance(module, nn.Module)
             yield from ((module, p) for p in module.parameters() if p.requires_grad)
+        elif isinstance(module, ExpertLora):
+            for parts in (module.lora_A, module.lora_B):
+                yield from ((module, p) for p in parts.parameters())
 
 
 def for_training(model: PeftModel) -> PeftModel:
@@ -416,10 +510,17 @@ def product_norm(causal_lm: Any) -> torch.Tensor:
     for layer in causal_lm.modules():
         if isinstance(layer, LoraLayer):
             for name in (name for name in layer.active_adapters if name in layer.lora_A):
-                a: Any = layer.lora_A[name].weight  # [r, D_in]
-                b: Any = layer.lora_B[name].weight  # [D_out, r]
-                norms.append(layer.scaling[name] ** 2 * product_squares(a, b))
+                norms.append(layer.scaling[name] ** 2 * _layer_squares(layer, name))
     return torch.stack(norms).sum()
+
+
+def _layer_squares(layer: Any, name: str) -> torch.Tensor:
+    if isinstance(layer, lora.ParamWrapper) and layer.num_experts > 1:
+        pairs = zip(*ExpertLora.factors(layer, name), strict=True)  # pyright: ignore
+        return torch.stack([product_squares(a, b) for a, b in pairs]).sum()
+    a: Any = layer.lora_A[name].weight  # [r, D_in]
+    b: Any = layer.lora_B[name].weight  # [D_out, r]
+    return product_squares(a, b)
 
 
 def product_squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

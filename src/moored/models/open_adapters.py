@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from moored.loss.head import Head
-from moored.models.adapters import for_training
+from moored.models.adapters import experts_shown_whole, for_training
 from moored.models.reference import Replaced, on_with_adapters
 from moored.models.tensor_parallel import Sharding
 from moored.utils.errors import UserError
@@ -190,7 +190,11 @@ def open_adapter(causal_lm: Any, folder: Path, sharding: Sharding | None = None)
         owned = _base_tensors(causal_lm, tensors) if sharding is None else {}
         head = causal_lm.get_output_embeddings()
         if sharding is None:
-            with _plain_head(causal_lm), warnings.catch_warnings():
+            with (
+                _plain_head(causal_lm),
+                experts_shown_whole(causal_lm),
+                warnings.catch_warnings(),
+            ):
                 # What is missing is looked for below; biases are off with the adapter here.
                 warnings.filterwarnings("ignore", "Found missing adapter keys")
                 is_prompt = PeftConfig.from_pretrained(str(folder)).is_prompt_learning
@@ -324,7 +328,8 @@ def _open_parts(
     """As `PeftModel.from_pretrained`, of a base whose layers have this rank's sizes."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    model = get_peft_model(causal_lm, config, autocast_adapter_dtype=True)
+    with experts_shown_whole(causal_lm):
+        model = get_peft_model(causal_lm, config, autocast_adapter_dtype=True)
     assert isinstance(model, PeftModel)
     sharding.adopt(causal_lm)
     parts = {name: sharding.local(name, tensor) for name, tensor in tensors.items()}

@@ -63,7 +63,8 @@ class Architecture:
         key_size: K.
         mlp_size: I, or what the experts of one token have together.
         linears: of a layer, those that are held in 4 bits.
-        expert_size: elements of all experts' matrices of a layer; they are one tensor each.
+        num_experts: E, of a layer; 0 without.
+        expert_size: elements of all experts' matrices of a layer.
         active_expert_size: of those that one token goes through.
         other_size: elements beside linears, experts, embedding and head: norms, biases, routers.
         stored_bytes: of a parameter in the files.
@@ -84,6 +85,7 @@ class Architecture:
     key_size: int
     mlp_size: int
     linears: Sequence[LinearSize]
+    num_experts: int = 0
     expert_size: int = 0
     active_expert_size: int = 0
     other_size: int = 0
@@ -107,6 +109,22 @@ class Architecture:
         """All of them."""
         experts = self.num_layers * self.expert_size
         return self.linear_size + experts + self.embedding_size + self.other_size
+
+    def experts_of(self, degree: int) -> float:
+        """Elements of a layer's experts that the fullest of so many ranks holds; they are dealt whole."""
+        if not self.num_experts:
+            return 0.0
+        return self.expert_size / self.num_experts * -(-self.num_experts // degree)
+
+    @property
+    def expert_width(self) -> int:
+        """I of one expert, which has a gate, an up and a down projection."""
+        return self.expert_size // (3 * self.hidden_size * max(1, self.num_experts))
+
+    @property
+    def experts_per_token(self) -> int:
+        """K: how many of a layer's experts a token goes through."""
+        return self.active_expert_size * self.num_experts // max(1, self.expert_size)
 
     def part(self, size: int, cut: Cut, linear: LinearSize, degree: int) -> float:
         """`size` inputs or outputs of a linear layer, or this rank's share where they are cut."""
@@ -284,6 +302,7 @@ def read_architecture(config: Mapping[str, Any], origin: str) -> Architecture:
         key_size=K,
         mlp_size=I,
         linears=linears,
+        num_experts=num_experts,
         expert_size=experts,
         active_expert_size=active,
         other_size=_others(kind, config, linears, D, Q, K, V, head_dim, num_experts, L),

@@ -24,7 +24,6 @@ CONTEXT, NCCL = 0.6 * GIB, 0.3 * GIB
 FRAGMENTATION = 0.06  # of what is allocated and freed in every step
 IMPORTS = 1.0 * GIB  # of the host, per process: torch, transformers, peft, deepspeed
 CUDA_HOST = 2.0 * GIB  # likewise: CUDA's libraries and pinned buffers
-EXPERTS_IN_4_BITS = False  # whether loading.py quantises fused tensors of experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +55,15 @@ def doubt(terms: Sequence[Term]) -> float:
 
 def adapter_size(architecture: Architecture, work: Workload, degree: int = 1) -> float:
     """P: parameters of the adapter that one rank of a tensor-parallel group holds."""
-    return architecture.num_layers * sum(
+    linear = sum(
         _adapter_of(linear, architecture, work, degree)
         for linear in adapted(architecture, work)
     )  # fmt: skip
+    here = -(-architecture.num_experts // degree)
+    D, I = architecture.hidden_size, architecture.expert_width  # noqa: E741
+    sizes = {"gate_up_proj": D + 2 * I, "down_proj": I + D}
+    experts = here * work.r * sum(sizes[kind] for kind in adapted_experts(architecture, work))
+    return architecture.num_layers * (linear + experts)
 
 
 def adapted(architecture: Architecture, work: Workload) -> list[LinearSize]:
@@ -67,6 +71,16 @@ def adapted(architecture: Architecture, work: Workload) -> list[LinearSize]:
     if work.targets is None:
         return list(architecture.linears)
     return [linear for linear in architecture.linears if linear.name in work.targets]
+
+
+def adapted_experts(architecture: Architecture, work: Workload) -> list[str]:
+    """The projections of experts that get an adapter: where they are named."""
+    if not architecture.num_experts or work.targets is None:
+        return []
+    linear = {each.name for each in architecture.linears}
+    names = [name.rpartition(".")[::2] for name in work.targets]
+    of_experts = {leaf for place, leaf in names if "experts" in place or leaf not in linear}
+    return [kind for kind in ("gate_up_proj", "down_proj") if kind in of_experts]
 
 
 def _adapter_of(
@@ -98,11 +112,8 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
     cut = d if work.zero_stage == 3 else 1  # ZeRO-3 parts weights over data-parallel ranks
     adapters = adapter_size(architecture, work, t)
     terms = [_base(architecture, work, t, cut)]
-    if architecture.expert_size:
-        bits = _bits(work) if EXPERTS_IN_4_BITS else 8.0 * work.compute_bytes
-        size = architecture.num_layers * architecture.expert_size * bits / 8 / t / cut
-        how = "4 bits" if EXPERTS_IN_4_BITS else "16 bits: fused experts are not quantised"
-        terms.append(Term(name="experts", bytes=size, within=0.02, why=f"in {how}"))
+    if architecture.num_experts:
+        terms.append(_experts(architecture, work, t, cut))
     words = architecture.embedding_size * work.compute_bytes / t / cut
     if architecture.other_size:
         words += architecture.other_size * work.compute_bytes
@@ -133,10 +144,10 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
     return terms
 
 
-def _bits(work: Workload) -> float:
-    """Bytes of a parameter of the quantised base, with its share of the scales."""
-    # Of a slice the scales are those of the whole, cut in fp32.
-    nested = work.double_quantization and work.tensor_parallel_degree == 1
+def _bits(work: Workload, *, whole: bool = False) -> float:
+    """Bits of a parameter of the quantised base, with its share of the scales."""
+    # Of a slice the scales are those of the whole, cut in fp32; experts are held whole.
+    nested = work.double_quantization and (whole or work.tensor_parallel_degree == 1)
     return 4 + (8 / 64 + 32 / (64 * 256) if nested else 32 / 64)
 
 
@@ -153,6 +164,17 @@ def _base(architecture: Architecture, work: Workload, t: int, cut: int) -> Term:
     if cut > 1:
         why += "; scales whole on every rank"
     return Term(name="base", bytes=size / 2 / cut + scales, within=0.01, why=why)
+
+
+def _experts(architecture: Architecture, work: Workload, t: int, cut: int) -> Term:
+    size = architecture.num_layers * architecture.experts_of(t)
+    if not work.nf4:
+        return Term(name="experts", bytes=size * work.compute_bytes / cut, within=0.02,
+                    why=f"in {work.compute_bytes * 8} bits")  # fmt: skip
+    bits = _bits(work, whole=True)
+    scales = (bits - 4) / 8 * size
+    why = f"in NF4, {bits:.2f} bits a parameter" + ", whole experts" * (t > 1)
+    return Term(name="experts", bytes=size / 2 / cut + scales, within=0.02, why=why)
 
 
 # ---------------------------------------------------------------- of a step
@@ -185,6 +207,7 @@ def of_a_step(
         size, why = float(BUCKET), "DeepSpeed's bucket of gradients"
         if work.zero_stage == 3:
             per_layer = architecture.linear_size / architecture.num_layers / t
+            per_layer += architecture.experts_of(t)
             size += 2 * per_layer * (0.5 if work.nf4 else work.compute_bytes)
             why += ", two gathered layers (one at work, one ahead)"
         terms.append(Term(name="ZeRO's buffers", bytes=size, within=0.5, why=why))
@@ -222,7 +245,11 @@ def _layer(architecture: Architecture, work: Workload) -> float:
     wide = (6 * Q + 12 * I) / t
     size = T * (12 * D + wide) * work.compute_bytes / 2
     if work.nf4:
-        size += work.compute_bytes * max(linear.size for linear in architecture.linears) / t
+        largest = max(linear.size for linear in architecture.linears) / t
+        size += work.compute_bytes * max(largest, 2 * D * architecture.expert_width)
+    if architecture.num_experts:
+        # A row for each expert of a token: its output, and three such in fp32 around the sum.
+        size += T * architecture.experts_per_token * D * (work.compute_bytes + 12) / t
     if work.eager_attention or architecture.eager:
         rows, heads = work.micro_batch_size, architecture.num_heads / t
         size += rows * heads * work.max_length**2 * (8 + work.compute_bytes)
@@ -264,7 +291,8 @@ def host_memory(architecture: Architecture, work: Workload, gpus_per_node: int) 
     widest = max(
         architecture.vocab_size * architecture.hidden_size,
         max(linear.size for linear in architecture.linears),
-        architecture.expert_size,
+        # One expert's matrix at a time where they are packed, else those of a layer.
+        architecture.expert_size // (3 * max(1, architecture.num_experts) if work.nf4 else 3),
     )
     terms = [
         Term(name="processes", bytes=(IMPORTS + CUDA_HOST) * gpus_per_node, within=0.4,
@@ -293,6 +321,7 @@ def on_disk(architecture: Architecture, work: Workload, targets_per_step: float)
     ]  # fmt: skip
     if work.cache_quantized and work.nf4:
         linear = architecture.linear_size * _bits(work) / 8
+        linear += architecture.num_layers * architecture.expert_size * _bits(work, whole=True) / 8
         size = linear + architecture.embedding_size * work.compute_bytes
         terms.append(
             Term(name="quantised base", bytes=size, within=0.1, why="model.cache_quantized")

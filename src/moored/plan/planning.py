@@ -15,10 +15,10 @@ from moored.plan.architecture import Architecture, find_architecture
 from moored.plan.calibration import kept
 from moored.plan.gpus import GPUS, Cluster, cluster_of, gpu_named, gpu_of_device
 from moored.plan.memory_terms import (
-    EXPERTS_IN_4_BITS,
     GIB,
     Term,
     adapted,
+    adapted_experts,
     adapter_size,
     doubt,
     gpu_memory,
@@ -210,8 +210,9 @@ def why_not_degree(architecture: Architecture, work: Workload, degree: int) -> s
             f"the model has {architecture.num_kv_heads} key/value heads, and {degree} ranks would "
             f"share them: at most {architecture.num_kv_heads}"
         )
-    if architecture.expert_size:
-        return "experts are not spread over ranks: 1"
+    if architecture.num_experts and degree > architecture.num_experts:
+        few = architecture.num_experts
+        return f"layers have {few} experts, which are dealt out whole: at most {few}"
     if work.family == "randlora":
         return "randlora is not spread over ranks: 1"
     return None
@@ -246,7 +247,8 @@ def changes(work: Workload, other: Workload) -> list[str]:
 
 
 def _require_targets(architecture: Architecture, work: Workload) -> None:
-    if work.targets is not None and not adapted(architecture, work):
+    found = [*adapted(architecture, work), *adapted_experts(architecture, work)]
+    if work.targets is not None and not found:
         names = ", ".join(linear.name for linear in architecture.linears)
         raise UserError(
             f"adapter.target_modules: none of {', '.join(work.targets)} is a linear layer of a "
@@ -433,8 +435,6 @@ def _warnings(
             f"it fits, but only just: with all doubts to one side {most / GIB:.1f} of "
             f"{cluster.gpu.memory_bytes / GIB:.1f} GiB: `moored doctor` on the machine knows more"
         )
-    if architecture.expert_size and work.nf4 and not EXPERTS_IN_4_BITS:
-        yield "the experts are not quantised, and are most of what is held"
     data = work.data
     if data is not None and not work.packing and data.mean_tokens < SHORT * work.max_length:
         times = work.max_length / max(data.mean_tokens, 1.0)

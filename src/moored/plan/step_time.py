@@ -88,9 +88,9 @@ def counted(architecture: Architecture, work: Workload, *, reference: bool) -> C
         moved += 0.75 * architecture.num_layers * T * _moved(architecture, work, t)
     decoded = 0.0
     if work.nf4:
-        decoded = (
-            (0.5 + 2 * work.compute_bytes) * architecture.linear_size / t * (passes + reference)
-        )
+        # All experts of a layer: with thousands of tokens each of them gets some.
+        held = architecture.linear_size / t + architecture.num_layers * architecture.experts_of(t)
+        decoded = (0.5 + 2 * work.compute_bytes) * held * (passes + reference)
     return Counted(linear=linear, attention=attention, head=head, moved=moved,
                    decoded=decoded, logits=logits)  # fmt: skip
 
@@ -275,7 +275,7 @@ def gathered_bytes(architecture: Architecture, work: Workload, d: int) -> float:
     passes = 2 + (work.recomputed(architecture.num_layers) > 0) + work.has_kl
     per = 0.5 if work.nf4 else work.compute_bytes
     linear = per * architecture.linear_size + 4 * adapter_size(architecture, work)
-    experts = work.compute_bytes * architecture.num_layers * architecture.expert_size
+    experts = per * architecture.num_layers * architecture.expert_size
     words = architecture.embedding_size * work.compute_bytes
     whole = passes * (linear + experts) + (1 + work.has_kl) * words
     return whole / work.tensor_parallel_degree * (d - 1) / d

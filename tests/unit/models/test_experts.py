@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import transformers
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
 
 from adapterkit import in_nf4
 from expertskit import (
@@ -22,11 +25,13 @@ from expertskit import (
     rewrite,
     tensors_of,
 )
-from moored.config import ModelConfig, ParallelConfig
+from moored.config import Config, ModelConfig, ParallelConfig, load_config
+from moored.models.adapters import ExpertLora
 from moored.models.experts import Experts4bit, Routed, experts_of
 from moored.models.loading import load_base, require_architecture
+from moored.models.policy import load_policy
 from moored.utils.errors import UserError
-from tiny import ALONE
+from tiny import ALONE, tiny_recipe, write_recipe
 
 IDS = (torch.arange(24)[None] * 7919 + 3) % 300
 
@@ -332,3 +337,146 @@ def test_a_mixture_in_full_precision_is_streamed_and_equal_to_transformers(tmp_p
     stock = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     ours, theirs = base.state_dict(), stock.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# ---------------------------------------------------------------- adapters
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def recipe_of(folder: Path, kind: str, targets: list[str] | str, **settings: Any) -> Config:
+    recipe = tiny_recipe(folder)
+    source = experts(folder / "experts", kind, **settings)
+    recipe["model"]["name_or_path"] = str(source)
+    recipe["adapter"]["target_modules"] = targets
+    return load_config(write_recipe(folder, recipe))
+
+
+def policy_of(config: Config, adapter: Path | None = None) -> Any:
+    return load_policy(Path(config.model.name_or_path), config, ALONE, adapter=adapter)
+
+
+def fill(policy: Any) -> None:
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapted_experts_are_pefts_on_decoded_weights(tmp_path, kind):
+    """Hidden states, and the gradients of every A and B; PEFT adds their product to the weights."""
+    config = recipe_of(tmp_path, kind, ["o_proj", *EXPERTS])
+    policy = policy_of(config)
+    fill(policy)
+    model = policy.causal_lm
+    assert sum(isinstance(module, ExpertLora) for module in model.modules()) >= 2
+    twin = dense_twin(Path(config.model.name_or_path))
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["o_proj"], target_parameters=list(EXPERTS)
+    )
+    dense = peft.get_peft_model(twin, settings).double()
+    ours, theirs = dict(model.named_parameters()), dict(dense.named_parameters())
+    trained = [name for name, parameter in theirs.items() if parameter.requires_grad]
+    assert set(trained) == {name for name, p in ours.items() if p.requires_grad}
+    with torch.no_grad():
+        for name in trained:
+            theirs[name].copy_(ours[name])
+    found = [m.base_model.model.model(IDS).last_hidden_state for m in (model, dense)]
+    assert (found[0] - found[1]).abs().max() <= 3e-5 * found[1].abs().max()
+    up = torch.randn(found[1].shape, dtype=torch.float64)
+    for hidden in found:
+        hidden.backward(up.to(hidden.dtype))
+    for name in trained:
+        grad, expected = ours[name].grad, theirs[name].grad
+        assert grad is not None
+        assert (grad.double() - expected).norm() <= 3e-5 * expected.norm(), name
+    with model.disable_adapter(), torch.no_grad():
+        off = model.base_model.model.model(IDS).last_hidden_state
+    base = base_of(Path(config.model.name_or_path))
+    with torch.no_grad():
+        assert torch.equal(off, base.model(IDS).last_hidden_state)
+
+
+def test_a_saved_adapter_of_experts_is_opened_again_and_by_stock_peft(tmp_path):
+    config = recipe_of(tmp_path, "qwen3_moe", ["q_proj", *EXPERTS])
+    policy = policy_of(config)
+    fill(policy)
+    policy.causal_lm.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    again = policy_of(config, adapter=tmp_path / "adapter")
+    ours, theirs = policy.trainable(), again.trainable()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with torch.no_grad():
+        hidden = [
+            p.causal_lm.base_model.model.model(IDS).last_hidden_state for p in (policy, again)
+        ]
+    assert torch.equal(*hidden)
+    twin = dense_twin(Path(config.model.name_or_path)).float()
+    stock = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = stock.base_model.model.model(IDS).last_hidden_state
+    assert (hidden[0] - expected).abs().max() <= 3e-5 * expected.abs().max()
+
+
+def test_the_norm_of_what_is_added_is_summed_over_experts(tmp_path):
+    policy = policy_of(recipe_of(tmp_path, "gpt_oss", ["q_proj", *EXPERTS]))
+    fill(policy)
+    total = 0.0
+    for layer in policy.causal_lm.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_A:
+            a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+            if isinstance(layer, ExpertLora):
+                for e in range(4):
+                    product = b[:, e::4] @ a[4 * e : 4 * e + 4]  # r = 4 of each of 4 experts
+                    total += float((2 * product).square().sum())
+            else:
+                total += float((2 * b @ a).square().sum())
+    assert policy.product_norm() == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_is_linear_layers_and_nothing_else(tmp_path, kind, caplog):
+    policy = policy_of(recipe_of(tmp_path, kind, "all-linear"))
+    adapted = {path for path, m in policy.causal_lm.named_modules() if isinstance(m, LoraLayer)}
+    assert adapted
+    assert not any(isinstance(m, lora.ParamWrapper) for m in policy.causal_lm.modules())
+    names = {path.rpartition(".")[2] for path in adapted}
+    assert names >= ({"o_proj"} if kind.startswith("deepseek") else {"q_proj", "k_proj", "o_proj"})
+    # PEFT takes these names for experts of an older transformers, where experts are alike.
+    assert ("down_proj" in names) == (kind == "qwen2_moe")
+    assert ("all-linear leaves down_proj" in caplog.text) == kind.startswith("deepseek")
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "said"),
+    [
+        ("mixtral", ["q_proj", "w1"], r"w1 is taken by PEFT .* name experts\.down_proj and"),
+        ("qwen3_moe", ["up_proj"], r"up_proj is taken by PEFT .* experts\.gate_up_proj"),
+        ("mixtral", ["gate"], "gate is taken by PEFT for a part of the experts or their router"),
+        ("deepseek_v3", ["gate_proj"], "gate_proj is taken by PEFT"),
+        ("qwen2_moe", ["expert.down"], "no module is named expert.down"),
+    ],
+)
+def test_names_that_peft_would_take_for_something_else_are_refused(tmp_path, kind, targets, said):
+    with pytest.raises(UserError, match=said):
+        policy_of(recipe_of(tmp_path, kind, targets))
+
+
+@pytest.mark.parametrize("change", [{"method": "dora"}, {"method": "sinelora"}, {"dropout": 0.1}])
+def test_experts_take_plain_lora_only(tmp_path, change):
+    config = recipe_of(tmp_path, "mixtral", ["q_proj", "experts.down_proj"])
+    adapter = config.adapter.model_copy(update=change)
+    with pytest.raises(UserError, match="experts take LoRA without dropout only"):
+        policy_of(config.model_copy(update={"adapter": adapter}))
+
+
+def test_a_name_of_shared_and_routed_experts_means_the_shared_one_until_it_says_experts(tmp_path):
+    def adapted(targets: list[str], folder: str) -> set[str]:
+        config = recipe_of(tmp_path / folder, "qwen2_moe", targets)
+        modules = policy_of(config).causal_lm.named_modules()
+        return {path.split(".mlp.")[-1] for path, m in modules if isinstance(m, LoraLayer)}
+
+    assert adapted(["down_proj"], "a") == {"shared_expert.down_proj"}
+    assert adapted(["experts.down_proj"], "b") == {"experts"}
+    assert adapted(["gate_up_proj"], "c") == {"experts"}

@@ -22,7 +22,12 @@ from moored.plan.gpus import GPUS, gpu_named, gpu_of_device
 from moored.plan.known_models import known_config, known_names
 from moored.plan.memory_terms import GIB, adapter_size, gpu_memory, held, total
 from moored.plan.planning import best_layout, changes, fits, layouts, needs
-from moored.plan.step_time import counted, step_time, tensor_parallel_traffic
+from moored.plan.step_time import (
+    counted,
+    gathered_bytes,
+    step_time,
+    tensor_parallel_traffic,
+)
 from moored.plan.workload import Workload
 from moored.utils.errors import UserError
 
@@ -270,13 +275,51 @@ def test_offload_checkpointing_and_quantisation_move_their_own_terms(no_hub, tmp
 
 
 def test_experts_count_whole_in_memory_and_by_token_in_time(no_hub, tmp_path):
-    from moored.plan.memory_terms import EXPERTS_IN_4_BITS
-
     found = plan(tmp_path, "1xh200-141gb", "mistralai/Mixtral-8x7B-v0.1")
     experts = next(term.bytes for term in found.memory if term.name == "experts")
-    assert experts == pytest.approx(45.1e9 * (0.516 if EXPERTS_IN_4_BITS else 2), rel=0.01)
+    assert experts == pytest.approx(45.1e9 * 0.516, rel=0.01)
     dense = plan(tmp_path, "1xh200-141gb", L70)
     assert found.time.gpu < 0.4 * dense.time.gpu
+
+
+def test_experts_are_dealt_out_whole_and_gathered_in_4_bits(no_hub, tmp_path):
+    """Mixtral: 8 experts of 3 x 4,096 x 14,336 in 32 layers."""
+    name = "mistralai/Mixtral-8x7B-v0.1"
+    layers = find_architecture(ModelConfig(name_or_path=name))
+    size = 32 * 8 * 3 * 4096 * 14336
+    assert layers.num_layers * layers.expert_size == size
+    assert (layers.expert_width, layers.experts_per_token) == (14336, 2)
+    assert layers.num_layers * layers.experts_of(3) == size * 3 / 8
+
+    def work(**settings: object) -> Workload:
+        config = load_config(recipe(tmp_path, name))
+        return replace(Workload.of(config), **settings)
+
+    def experts(**settings: object) -> float:
+        terms = held(layers, work(**settings), 8)
+        return next(term.bytes for term in terms if term.name == "experts")
+
+    nested = 4 + 8 / 64 + 32 / (64 * 256)
+    assert experts() == pytest.approx(size * nested / 8)
+    assert experts(tensor_parallel_degree=2) == pytest.approx(size * nested / 16)
+    assert experts(zero_stage=3) == pytest.approx(size * (4 / 8 + nested - 4) / 8)
+    assert experts(nf4=False) == 2 * size
+
+    def gathered(**settings: object) -> float:
+        return gathered_bytes(layers, work(zero_stage=3, **settings), 8)
+
+    difference = gathered(nf4=False) - gathered()
+    passes = 2 + 1 + 1
+    linear = layers.linear_size + size
+    assert difference == pytest.approx(passes * 1.5 * linear * 7 / 8)
+
+    plain = adapter_size(layers, work())
+    named = work(targets=("q_proj", "experts.down_proj", "experts.gate_up_proj"))
+    with_experts = adapter_size(layers, named)
+    q_proj = adapter_size(layers, work(targets=("q_proj",)))
+    rank = work().r
+    assert with_experts - q_proj == 32 * 8 * rank * (2 * 4096 + 3 * 14336)
+    assert plain < 32 * 8 * rank * 4096  # all-linear has none on experts
 
 
 # ---------------------------------------------------------------- time and traffic

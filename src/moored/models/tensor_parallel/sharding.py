@@ -66,26 +66,56 @@ def whole_adapters(
     """
     torch.manual_seed(seed)
     drawn: dict[str, Tensor] = {}
-    for path, module in causal_lm.named_modules():
-        if not isinstance(module, lora.LoraLayer):
-            continue
+    for path, module in _as_created(causal_lm):
         base: Any = module.get_base_layer()
-        sizes = [base.out_features, base.in_features]
-        layer = layout.layers.get(path)
-        if layer is not None:
-            sizes[layer.split.dim] = layer.split.whole
-        hollow: Any = nn.utils.skip_init(nn.Linear, sizes[1], sizes[0], bias=False, device="meta")
-        dtype = base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32
-        hollow.weight = nn.Parameter(
-            torch.zeros((), dtype=dtype).expand(sizes), requires_grad=False
-        )
-        whole = lora.Linear(
-            hollow, "default", config=config, r=config.r, lora_alpha=config.lora_alpha
-        )
+        layer = layout.layers.get(_plain(path))
+        options: dict[str, Any] = {"config": config, "r": config.r, "lora_alpha": config.lora_alpha}
+        if isinstance(module, lora.ParamWrapper):
+            num = base.num_experts if layer is None else layer.split.whole
+            holder: Any = nn.Module()
+            holder.is_transposed = base.is_transposed
+            sizes = [num, module.in_features, module.out_features]
+            if not base.is_transposed:
+                sizes = [num, module.out_features, module.in_features]
+            hollow = nn.Parameter(torch.zeros(()).expand(sizes), requires_grad=False)
+            holder.register_parameter(module.parameter_name, hollow)
+            options["parameter_name"] = module.parameter_name
+            whole: Any = lora.ParamWrapper(holder, "default", **options)
+        else:
+            whole = lora.Linear(_hollow(base, layer), "default", **options)
         for part in ("lora_A", "lora_B"):
             matrix: Any = getattr(whole, part)["default"].weight
             drawn[f"{path}.{part}"] = matrix.detach()
     return drawn
+
+
+def _as_created(causal_lm: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers in the order in which it makes them: those around parameters last, inside out.
+
+    By their paths.
+    """
+    layers = [(p, m) for p, m in causal_lm.named_modules() if isinstance(m, lora.LoraLayer)]
+    yield from (pair for pair in layers if not isinstance(pair[1], lora.ParamWrapper))
+    around = [pair for pair in layers if isinstance(pair[1], lora.ParamWrapper)]
+    places = {_plain(path): place for place, (path, _) in reversed(list(enumerate(around)))}
+    yield from sorted(around, key=lambda pair: (places[_plain(pair[0])], -len(pair[0])))
+
+
+def _hollow(base: Any, layer: Sharded | None) -> nn.Linear:
+    """A linear layer of the whole size, which takes no memory."""
+    sizes = [base.out_features, base.in_features]
+    if layer is not None:
+        sizes[layer.split.dim] = layer.split.whole
+    hollow: Any = nn.utils.skip_init(nn.Linear, sizes[1], sizes[0], bias=False, device="meta")
+    dtype = base.weight.dtype if base.weight.dtype.is_floating_point else torch.float32
+    zeros = torch.zeros((), dtype=dtype).expand(sizes)
+    hollow.weight = nn.Parameter(zeros, requires_grad=False)
+    return hollow
+
+
+def _plain(path: str) -> str:
+    """A module's own path; PEFT puts several layers around one module into one another."""
+    return path.replace(".base_layer", "")
 
 
 class SlicedDropout(nn.Module):
@@ -134,6 +164,9 @@ class Sharding:
         self.layout, self.axis, self.sequence_parallel = layout, axis, sequence_parallel
         self._sequence = regions.Sequence(axis)
         self._handles: list[RemovableHandle] = []
+        self._ranks: dict[
+            str, int
+        ] = {}  # of the adapters of experts, by the paths of PEFT's layers
 
     # -- the base ---------------------------------------------------------------------------
 
@@ -270,16 +303,27 @@ class Sharding:
         Args:
             name: as in the policy, in the PEFT model or in a saved adapter.
         """
-        layer, part = self._adapted(name)
+        layer, path, part = self._adapted(name)
+        if layer is not None and layer.style == "experts":
+            bounds = tuple(self._ranks[path] * bound for bound in layer.split.bounds)
+            return Split(0 if part == "A" else 1, bounds)
         if layer is None or layer.sums_output != (part == "A"):
             return None
         return layer.split
 
-    def _adapted(self, name: str) -> tuple[Sharded | None, str]:
+    def _adapted(self, name: str) -> tuple[Sharded | None, str, str]:
         match = _ADAPTER.match(name)
         if match is None:
             raise ValueError(f"{name} is no parameter of a LoRA adapter")
-        return self.layout.layers.get(match["path"]), match["part"]
+        path = match["path"]
+        return self.layout.layers.get(_plain(path)), path, match["part"]
+
+    def _by_expert(self, name: str, tensor: Tensor) -> tuple[Tensor, Split] | None:
+        """B of experts [O, r E] as [O, r, E], whose last dimension is cut; None for any other."""
+        layer, path, part = self._adapted(name)
+        if layer is None or layer.style != "experts" or part != "B":
+            return None
+        return tensor.view(len(tensor), self._ranks[path], -1), layer.split
 
     def local(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor of the adapter.
@@ -292,13 +336,23 @@ class Sharding:
             return whole
         if whole.shape[split.dim] != split.whole:
             raise ValueError(f"{name} has shape {tuple(whole.shape)}, not {split.whole} wide")
+        if (found := self._by_expert(name, whole)) is not None:
+            by_expert, experts = found
+            start, stop = experts.range_of(self.axis.rank)
+            return by_expert[..., start:stop].reshape(len(whole), -1)
         start, stop = split.range_of(self.axis.rank)
         return whole.narrow(split.dim, start, stop - start).contiguous()
 
     def whole(self, name: str, local: Tensor) -> Tensor:
         """The whole tensor from every rank's part. Collective."""
         split = self.split_of(name)
-        return local if split is None else self.axis.concatenate(local, split.dim, split.sizes)
+        if split is None:
+            return local
+        if (found := self._by_expert(name, local)) is not None:
+            by_expert, experts = found
+            joined = self.axis.concatenate(by_expert.contiguous(), 2, experts.sizes)
+            return joined.reshape(len(local), -1)
+        return self.axis.concatenate(local, split.dim, split.sizes)
 
     def adopt(self, causal_lm: nn.Module) -> None:
         """Take up the adapters that PEFT has put in, which have this rank's sizes already.
@@ -320,21 +374,23 @@ class Sharding:
                     "adapter: lora_bias cannot be spread over ranks: leave it out, or use "
                     "parallel.tensor_parallel_degree 1"
                 )
-            layer = self.layout.layers.get(path)
+            if isinstance(module, lora.ParamWrapper):
+                self._ranks[path] = module.r["default"]
+            layer = self.layout.layers.get(_plain(path))
             if layer is not None and layer.sums_output:
                 adopt_row_layer(module, self.axis, layer.split)
             parameters: Any = module
             for name, parameter in parameters.named_parameters():
                 full = f"base_model.model.{path}.{name}"
+                if name.startswith("base_layer."):
+                    continue  # of a layer that is visited by itself
                 if "lora_" in name and self._has_partial_gradient(full):
                     parameter.register_hook(self.axis.sum)
         self.connect(causal_lm)
 
     def _has_partial_gradient(self, name: str) -> bool:
-        layer, _ = self._adapted(name)
+        layer, path, _ = self._adapted(name)
         if layer is None:
-            match = _ADAPTER.match(name)
-            assert match is not None
             # It has seen this rank's tokens only.
-            return self.sequence_parallel and not self.layout.in_block(match["path"])
+            return self.sequence_parallel and not self.layout.in_block(path)
         return self.split_of(name) is None
