@@ -77,7 +77,8 @@ class Budget(Section):
 class Anchors(Corpus):
     """Text on which the policy is held near the base, and of which nothing is learned."""
 
-    builtin: Annotated[
+    # Fewer than a corpus has; the section is frozen, so that none can be put in later.
+    builtin: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
         Literal["base-samples"] | None,
         about(
             "base-samples: texts of the base itself, drawn by `moored prepare` apart from those "
