@@ -77,6 +77,7 @@ class Budget(Section):
 class Anchors(Corpus):
     """Text on which the policy is held near the base, and of which nothing is learned."""
 
+    # Fewer than a corpus has; the section is frozen, so that none can be put in later.
     builtin: Annotated[  # pyright: ignore[reportIncompatibleVariableOverride]
         Literal["base-samples"] | None,
         about(

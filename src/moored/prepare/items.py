@@ -20,6 +20,7 @@ from moored.data import (
     resolve_text,
 )
 from moored.data.base_samples import drawn_folder
+from moored.data.heldout import anchor_samples
 from moored.data.token_cache import content_of_texts
 from moored.distributed.mesh import alone
 from moored.evaluation.evaluate import build_suite
@@ -82,6 +83,7 @@ def find_everything(config: Config) -> list[Item]:
             TrainStream(config, located.tokenizer, samples).total_steps()
     build_suite(config, located, mesh, reader)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
+    anchor_samples(config, located.tokenizer, base, reader)
     return items + [_corpus(place, c, base, reader) for place, c in config.corpora().items()]
 
 

@@ -26,6 +26,7 @@ from moored.evaluation.evaluate import build_suite
 from moored.models.base_files import resolve_base
 from moored.prepare import prepare_command
 from moored.prepare.base_generation import draw
+from moored.prepare.items import find_everything
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, tiny_tokenizer, write_recipe
 
@@ -105,13 +106,19 @@ def test_they_are_drawn_once_and_the_same_again(config, tmp_path, capsys):
     assert (folder / FILE).read_bytes() == written[1]
 
 
-def test_anchors_are_drawn_apart(config, tmp_path):
+def test_anchors_are_drawn_apart(config, capsys):
     """Other questions, another seed, and every second one a chat from its bare start."""
     anchors = Anchors(builtin="base-samples", max_tokens=TOKENS, window_tokens=WINDOW)
     regularizer = config.regularizer.model_copy(update={"anchors": anchors})
     data = config.data.model_copy(update={"max_length": 256})
     both = config.model_copy(update={"regularizer": regularizer, "data": data})
     located = resolve_base(config.model, ALONE)
+    draw(config, located)
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    with pytest.raises(UserError, match=r"^regularizer.anchors.builtin=base-samples: they are not"):
+        find_everything(both)
+    prepare_command.run(both)  # which proves in a process of its own that a run finds them
+    assert str(drawn_folder(anchors, base)) in capsys.readouterr().out
     measured, held = (rows_in(folder) for folder in draw(both, located))
     tokenizer = tiny_tokenizer()
     prompts = [tokenizer.decode(prompt) for prompt, _ in held]
@@ -125,7 +132,6 @@ def test_anchors_are_drawn_apart(config, tmp_path):
     window = anchors.window_tokens
     assert all(len(p) + len(t) == window for p, t in held[:-1:2])
     assert all(tokenizer.eos_token_id not in text[:-1] for _, text in held[1::2])
-    base = BaseIdentity(model=config.model, revision=located.source.revision)
     samples = anchor_samples(both, located.tokenizer, base)
     assert [len(s) for s in samples] == [len(p) + len(t) for p, t in held]
     stream = TrainStream.of_anchors(both, located.tokenizer, samples, 4)
