@@ -55,7 +55,10 @@ FULL: dict[str, Any] = {
     "evaluation": {"exact_match": True, "every": 50},
     "track": {"tags": {"team": "a"}},
     "output": {"dir": "out"},
-    "compare": [{"kind": "none"}, {"kind": "tmkl", "direction": "jsd"}],
+    "compare": [
+        {"kind": "none"},
+        {"kind": "tmkl", "direction": "jsd", "anchors": {"path": "anchors.txt"}},
+    ],
 }
 
 
