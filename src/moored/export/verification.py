@@ -25,6 +25,8 @@ from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
 from moored.models.base_files import BaseFiles, resolve_dtype
+from moored.models.experts import routers_of
+from moored.models.loading import require_architecture
 from moored.models.open_adapters import read_settings
 from moored.models.policy import load_policy
 from moored.models.reference import adapters_off, dropout_off
@@ -190,6 +192,7 @@ def stock_outputs(
         "device": str(device),
         "attention": None if config.model.attention == "auto" else config.model.attention,
         "double": double,
+        "plain": None if double is None else _plain(config, model),
         "trust_remote_code": config.model.trust_remote_code,
         "imports": None if adapter is None else needed_import(adapter),
         "out": str(out),
@@ -208,6 +211,16 @@ def stock_outputs(
                 "template)"
             )
     return Outputs(on=tensors["on"], off=tensors.get("off"))
+
+
+def _plain(config: Config, model: Path) -> list[str] | None:
+    """Linear layers that the run has unquantised beside experts, and the head, as a list for it."""
+    causal_lm = require_architecture(model, config.model)
+    routers = routers_of(causal_lm)
+    if not routers:
+        return None
+    head = causal_lm.get_output_embeddings()
+    return [*routers, *(path for path, module in causal_lm.named_modules() if module is head)]
 
 
 def _run_stock(task: dict[str, Any], what: str) -> None:
