@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from adapterkit import adapter_on
 from distributed.runner import mostly_long, run_distributed
-from expertskit import KINDS, dense_twin, experts, tensors_of
+from expertskit import KINDS, dense_twin, experts, is_expert, tensors_of
 from moored.config import Config, ModelConfig, ParallelConfig, load_config
 from moored.export import merge, run_command
+from moored.export.verification import experts_bytes
 from moored.models.experts import experts_of
-from moored.models.loading import load_base
+from moored.models.loading import load_base, require_architecture
 from moored.training import train
 from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
 
@@ -124,6 +125,13 @@ def test_files_that_are_no_safetensors_are_converted_first(tmp_path):
     merge.renamed(source, config, tmp_path / "renamed")
     out = merged(tmp_path / "renamed", tmp_path / "adapter", tmp_path / "merged")
     assert (logits_of(out) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_stock_transformers_holds_of_experts_is_counted_in_16_bits(tmp_path):
+    source = experts(tmp_path, "mixtral")
+    config = ModelConfig(name_or_path=str(source))
+    size = experts_bytes(require_architecture(source, config), torch.bfloat16)
+    assert size == 2 * sum(t.numel() for name, t in tensors_of(source).items() if is_expert(name))
 
 
 RUNS = {
