@@ -1,9 +1,8 @@
 """The base with the adapter merged into it, from safetensors to safetensors, a shard at a time.
 
 What the adapter does to a tensor is `adapter_changes.py`'s; what the result is worth is measured
-elsewhere. A tensor has a name in the files and one in the model: mostly the same, and where they
-are not (experts one by one in the files and in one tensor in the model), transformers' own
-conversions lead there and back.
+elsewhere, and how files name and lay out tensors otherwise than the model is
+`models/conversions.py`'s.
 """
 
 from __future__ import annotations

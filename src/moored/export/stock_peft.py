@@ -26,7 +26,8 @@ def main(task: dict[str, Any]) -> None:
     Args:
         task: `model` (folder), `adapter` (folder or null), `tokenizer` (folder or null), `text`,
             `rows` (lists of token ids), `dtype`, `device`, `attention` (or null), `double` (null:
-            not quantised here; else whether NF4 scales are quantised, too), `trust_remote_code`,
+            not quantised here; else whether NF4 scales are quantised, too), `plain` (what stays
+            unquantised, or null for what transformers leaves so), `trust_remote_code`,
             `imports` (a module to import first, or null), `out` (a file: logits fp32 [tokens, V] as
             `on`, with an adapter the base's as `off`; the token ids of `text` and the chat template
             in its header).
@@ -41,6 +42,7 @@ def main(task: dict[str, Any]) -> None:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=task["double"],
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=task["plain"],
         )
     if task["attention"] is not None:
         options["attn_implementation"] = task["attention"]

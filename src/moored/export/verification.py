@@ -25,6 +25,8 @@ from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
 from moored.models.base_files import BaseFiles, resolve_dtype
+from moored.models.experts import experts_of, matrices_of, routers_of
+from moored.models.loading import require_architecture
 from moored.models.open_adapters import read_settings
 from moored.models.policy import load_policy
 from moored.models.reference import adapters_off, dropout_off
@@ -179,6 +181,10 @@ def stock_outputs(
         UserError: it does not load, tensors are not exact, or the tokenizer is another.
     """
     what = "the merged model" if adapter is None else "the adapter"
+    dtype, plain = resolve_dtype(config.model, device), None
+    if double is not None:
+        causal_lm = require_architecture(model, config.model)
+        plain, device = _plain(causal_lm), _device_for(causal_lm, dtype, device)
     out = work / "logits.safetensors"
     task = {
         "model": str(model),
@@ -186,10 +192,11 @@ def stock_outputs(
         "tokenizer": None if tokenizer_folder is None else str(tokenizer_folder),
         "text": TEXT,
         "rows": probe.rows,
-        "dtype": dtype_name(resolve_dtype(config.model, device)),
+        "dtype": dtype_name(dtype),
         "device": str(device),
         "attention": None if config.model.attention == "auto" else config.model.attention,
         "double": double,
+        "plain": plain,
         "trust_remote_code": config.model.trust_remote_code,
         "imports": None if adapter is None else needed_import(adapter),
         "out": str(out),
@@ -208,6 +215,34 @@ def stock_outputs(
                 "template)"
             )
     return Outputs(on=tensors["on"], off=tensors.get("off"))
+
+
+def _plain(causal_lm: Any) -> list[str] | None:
+    """Linear layers that the run has unquantised beside experts, and the head, as a list for it."""
+    routers = routers_of(causal_lm)
+    if not routers:
+        return None
+    head = causal_lm.get_output_embeddings()
+    return [*routers, *(path for path, module in causal_lm.named_modules() if module is head)]
+
+
+def experts_bytes(causal_lm: Any, dtype: torch.dtype) -> int:
+    """Size of all experts of a model as stock transformers holds them beside 4-bit layers."""
+    stacks = (getattr(m, kind) for m in experts_of(causal_lm).values() for kind in matrices_of(m))
+    return dtype.itemsize * sum(stack.numel() for stack in stacks)
+
+
+def _device_for(causal_lm: Any, dtype: torch.dtype, device: torch.device) -> torch.device:
+    """Where stock transformers can hold experts that the run had in 4 bits."""
+    if device.type != "cuda":
+        return device
+    size, total = experts_bytes(causal_lm, dtype), torch.cuda.get_device_properties(device)
+    if size < 0.6 * total.total_memory:
+        return device
+    log.warning(
+        "stock transformers has experts in 16 bits, %.0f GB: verifying on the CPU", size / 1e9
+    )
+    return torch.device("cpu")
 
 
 def _run_stock(task: dict[str, Any], what: str) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import Tensor, nn
@@ -302,23 +301,29 @@ def hold_in_4_bits(model: nn.Module) -> int:
     Returns:
         How many layers have experts.
     """
+    for path in routers_of(model):
+        layer: Any = model.get_submodule(path)
+        plain = nn.Linear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+        )
+        model.set_submodule(path, plain.requires_grad_(False))
     found = experts_of(model)
-    for path, module in found.items():
+    for module in found.values():
         _without_weights(module)
-        parent = path.rpartition(".")[0]
-        for name, layer in list(model.get_submodule(parent).named_modules()):
-            if isinstance(layer, bnb.nn.Linear4bit) and _chooses(name, layer, module):
-                plain: Any = nn.Linear(
-                    layer.in_features, layer.out_features, layer.bias is not None, device="meta"
-                )
-                model.set_submodule(f"{parent}.{name}", plain.requires_grad_(False))
     return len(found)
 
 
-def _chooses(name: str, layer: nn.Linear, experts: nn.Module) -> bool:
-    """Whether a linear layer beside experts is a router, or the gate of a shared expert."""
-    is_small = layer.out_features in (1, experts.num_experts)
-    return is_small and not re.search(r"attn|attention|(gate|up|down)_proj$", name)
+def routers_of(model: nn.Module) -> list[str]:
+    """Paths of linear layers beside experts that choose them, or weigh the shared one."""
+    found: dict[str, None] = {}
+    for path, experts in experts_of(model).items():
+        block = path.rpartition(".")[0]
+        for name, layer in model.get_submodule(block).named_modules(prefix=block):
+            is_linear = isinstance(layer, nn.Linear)
+            is_other = re.search(r"attn|attention|(gate|up|down)_proj$", name)
+            if is_linear and not is_other and layer.out_features in (1, experts.num_experts):
+                found[name] = None
+    return list(found)
 
 
 def _without_weights(module: nn.Module) -> None:

@@ -111,7 +111,7 @@ class Architecture:
         return self.linear_size + experts + self.embedding_size + self.other_size
 
     def experts_of(self, degree: int) -> float:
-        """Elements of a layer's experts on the fullest of so many ranks; they are dealt whole."""
+        """Elements of the experts of a layer on the fullest of so many ranks; none is cut."""
         if not self.num_experts:
             return 0.0
         return self.expert_size / self.num_experts * -(-self.num_experts // degree)

@@ -11,12 +11,15 @@ import transformers
 from safetensors.torch import load_file
 
 from adapterkit import adapter_on
-from expertskit import KINDS, dense_twin, experts, tensors_of
-from moored.config import ModelConfig, ParallelConfig
-from moored.export import merge
+from distributed.runner import mostly_long, run_distributed
+from expertskit import KINDS, dense_twin, experts, is_expert, tensors_of
+from moored.config import Config, ModelConfig, ParallelConfig, load_config
+from moored.export import merge, run_command
+from moored.export.verification import experts_bytes
 from moored.models.experts import experts_of
-from moored.models.loading import load_base
-from tiny import ALONE, tiny_model
+from moored.models.loading import load_base, require_architecture
+from moored.training import train
+from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.usefixtures("forked_verification")
 
@@ -122,3 +125,45 @@ def test_files_that_are_no_safetensors_are_converted_first(tmp_path):
     merge.renamed(source, config, tmp_path / "renamed")
     out = merged(tmp_path / "renamed", tmp_path / "adapter", tmp_path / "merged")
     assert (logits_of(out) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_stock_transformers_holds_of_experts_is_counted_in_16_bits(tmp_path):
+    source = experts(tmp_path, "mixtral")
+    config = ModelConfig(name_or_path=str(source))
+    size = experts_bytes(require_architecture(source, config), torch.bfloat16)
+    assert size == 2 * sum(t.numel() for name, t in tensors_of(source).items() if is_expert(name))
+
+
+RUNS = {
+    "mixtral": ["q_proj", "experts.gate_up_proj", "experts.down_proj"],
+    "gpt_oss": ["o_proj", "experts.down_proj"],
+    "qwen2_moe": "all-linear",
+}
+
+
+def trained(rank: int, world_size: int, config: Config, path: Path) -> None:
+    train.run(config, path=path, parent=path.parent)
+
+
+@pytest.mark.parametrize("kind", mostly_long(RUNS, "mixtral"))
+def test_a_run_over_packed_experts_is_exported_verified_and_merged(tmp_path, kind):
+    """Stock transformers leaves experts in 16 bits; what it is compared with has decoded ones."""
+    recipe = tiny_recipe(tmp_path)
+    source = experts(tmp_path / "experts", kind)
+    recipe["model"]["name_or_path"] = str(source)
+    recipe["adapter"]["target_modules"] = RUNS[kind]
+    recipe["optim"]["learning_rate"] = 0.05  # so that the adapter's effect stands out
+    recipe["train"]["gradient_checkpointing"] = "non_reentrant"
+    config = load_config(write_recipe(tmp_path, recipe))
+    run = tmp_path / "run"
+    run_distributed(trained, 1, config, run)
+    run_command(run, tmp_path / "adapter")
+    run_command(run, tmp_path / "merged", merged=True, base="nf4")
+
+    twin = dense_twin(source).float()
+    with torch.no_grad():
+        on = peft.PeftModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
+    off = dense_twin(source)(IDS).logits
+    difference = (logits_of(tmp_path / "merged") - on).abs().max()
+    assert difference <= 1e-4 * on.abs().max()
+    assert (on - off).abs().max() > 10 * difference
