@@ -23,6 +23,15 @@ WEIGHTS = {
 }
 SETS = tuple(WEIGHTS)
 STEPS, LONG_STEPS = 40, 100
+# Of the target-masked KL, where more is held than the targets.
+HELD_WEIGHTS = (0.03, 0.1, 0.3)
+ANCHORS = {
+    "builtin": "base-samples",
+    "max_tokens": 4800,
+    "window_tokens": 100,
+    "fraction": 0.5,
+    "weight": 1.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +65,12 @@ def specs() -> Iterator[Spec]:
 
 def _all() -> Iterator[Spec]:
     for runs, data, seed in (
+        (_held, "headers-long", 0),
+        (_held, "gsm8k", 0),
+        (_held, "german", 0),
+        (_held, "headers", 0),
+        (_held, "headers-long", 1),
+        (_held, "gsm8k", 1),
         (_weights, "headers", 0),
         (_weights, "headers-long", 0),
         (_weights, "gsm8k", 0),
@@ -83,6 +98,21 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
         for weight in WEIGHTS[data]:
             label = f"{kind}-{weight:g}"
             yield Spec(data=data, label=label, seed=seed, overrides=_kind(kind, weight))
+
+
+def _held(data: str, seed: int) -> Iterator[Spec]:
+    """The prompt held as well, texts of the base's own, and both; after plain and masked alone."""
+    yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
+    prompt = {"positions": "all", "prompt_weight": 1.0}
+    ways: dict[str, dict[str, Any]] = {
+        "prompt": prompt,
+        "anchors": {"anchors": ANCHORS},
+        "both": prompt | {"anchors": ANCHORS},
+    }
+    for weight in HELD_WEIGHTS:
+        for label, more in ({"": {}} | {f"-{way}": more for way, more in ways.items()}).items():
+            overrides = _kind("tmkl", weight, **more)
+            yield Spec(data=data, label=f"tmkl-{weight:g}{label}", seed=seed, overrides=overrides)
 
 
 def _budgets(data: str, seed: int) -> Iterator[Spec]:

@@ -64,6 +64,13 @@ def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
     started = time.time()
     log = work / f"{spec.name}.log"
     with log.open("a") as stream:
+        if "regularizer.anchors" in spec.overrides:  # the base writes them once, for all runs
+            subprocess.run(
+                [sys.executable, "-m", "moored", "prepare", str(path)],
+                stdout=stream,
+                stderr=stream,
+                check=False,
+            )
         ended = subprocess.run(
             [sys.executable, "-m", "moored", "train", str(path), f"output.dir={work / 'runs'}"],
             stdout=stream,
