@@ -51,7 +51,7 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scales:
+class ExpertScales:
     """The scales of the blocks of all experts of one projection.
 
     Attributes:
@@ -101,7 +101,7 @@ def pack(
     device: torch.device,
     *,
     double: bool,
-) -> tuple[Tensor, Scales]:
+) -> tuple[Tensor, ExpertScales]:
     """Quantise the matrices of a projection, one expert after the other.
 
     Args:
@@ -132,8 +132,8 @@ def pack(
         else:
             absmax[expert] = codes.scales
     if double:
-        return packed, Scales(absmax=absmax, nested_absmax=outer, offset=offset)
-    return packed, Scales(absmax=absmax)
+        return packed, ExpertScales(absmax=absmax, nested_absmax=outer, offset=offset)
+    return packed, ExpertScales(absmax=absmax)
 
 
 # ---------------------------------------------------------------- the layer
@@ -216,7 +216,7 @@ class Experts4bit(nn.Module):
     num_experts: int
     compute_dtype: torch.dtype | None
     matrices: tuple[str, str]
-    scales: dict[str, Scales]
+    scales: dict[str, ExpertScales]
     added: dict[str, Any]
     _shapes: dict[str, tuple[int, int]]
     _states: dict[str, list[Any]]
@@ -225,7 +225,7 @@ class Experts4bit(nn.Module):
         """Size [O, I] of an expert's matrix."""
         return self._shapes[kind]
 
-    def install(self, kind: str, packed: Tensor, scales: Scales, dtype: torch.dtype) -> None:
+    def install(self, kind: str, packed: Tensor, scales: ExpertScales, dtype: torch.dtype) -> None:
         """Fill a projection: codes [E, O I / 2] and their scales; `dtype` is what they decode to.
 
         Raises:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from moored.distributed.mesh import Axis
 from moored.models import nf4
 from moored.models.conversions import Part, index_of
-from moored.models.experts import Experts4bit, Scales, matrices_of, pack
+from moored.models.experts import Experts4bit, ExpertScales, matrices_of, pack
 from moored.models.tensor_parallel import ShardLayout, Split
 from moored.utils.progress import Phase
 
@@ -238,7 +238,7 @@ class Loader:
                 for what, key in pieces.items()
                 if key in self.files.names
             }
-            packed, scales = self.files.whole(name).to(self.device), Scales(**found)
+            packed, scales = self.files.whole(name).to(self.device), ExpertScales(**found)
         else:
             rows, columns = module.shape_of(kind)
             own: Any = module
