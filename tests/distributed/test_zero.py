@@ -35,6 +35,7 @@ from moored.models.base_files import resolve_base
 from moored.models.engine import Engine
 from moored.models.engine import adamw as plain_adamw
 from moored.models.policy import load_policy
+from moored.models.zero import zero_config
 from moored.training import checkpoint
 from moored.training.step import StepStats, objective_of, train_step
 from tiny import tiny_recipe, write_recipe
@@ -493,9 +494,17 @@ def leave_bitsandbytes_layers(model: torch.nn.Module, dtype: torch.dtype) -> int
     return 1
 
 
+def ahead_of_one_weight(config: Config) -> dict[str, Any]:
+    settings = zero_config(config)
+    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = 1
+    return settings
+
+
 def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
     """Bytes of gathered 4-bit weights that are alive after a forward, beside this rank's shards."""
     results = {}
+    # What DeepSpeed fetches ahead, 5e7 elements, would be all of so small a model.
+    engines.zero_config = ahead_of_one_weight
     for case, config in configs.items():
         if case == "bitsandbytes' own layer":
             loading.make_zero_safe = leave_bitsandbytes_layers
