@@ -39,8 +39,8 @@ def config_of(folder: Path, method: str, *overrides: str) -> Config:
     return load_config(write_recipe(folder, recipe), list(overrides))
 
 
-def all_in_parts(config: Config) -> dict[str, Any]:
-    settings = zero.zero_config(config)
+def all_in_parts(config: Config, model: torch.nn.Module) -> dict[str, Any]:
+    settings = zero.zero_config(config, model)
     if config.parallel.zero_stage == 3:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings

@@ -35,7 +35,6 @@ from moored.models.base_files import resolve_base
 from moored.models.engine import Engine
 from moored.models.engine import adamw as plain_adamw
 from moored.models.policy import load_policy
-from moored.models.zero import zero_config
 from moored.training import checkpoint
 from moored.training.step import StepStats, objective_of, train_step
 from tiny import tiny_recipe, write_recipe
@@ -494,17 +493,9 @@ def leave_bitsandbytes_layers(model: torch.nn.Module, dtype: torch.dtype) -> int
     return 1
 
 
-def ahead_of_one_weight(config: Config) -> dict[str, Any]:
-    settings = zero_config(config)
-    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = 1
-    return settings
-
-
 def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, dict]:
     """Bytes of gathered 4-bit weights that are alive after a forward, beside this rank's shards."""
     results = {}
-    # What DeepSpeed fetches ahead, 5e7 elements, would be all of so small a model.
-    engines.zero_config = ahead_of_one_weight
     for case, config in configs.items():
         if case == "bitsandbytes' own layer":
             loading.make_zero_safe = leave_bitsandbytes_layers
@@ -545,6 +536,7 @@ def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -
             "alive": sum(n for place, n in alive.items() if place not in shards and n in sizes),
             "layer": sum(p.ds_numel for p in packed) // config_layers(engine),
             "whole": sum(p.ds_numel for p in packed),
+            "weight": max(sizes),
         }
         engine.backward(loss, last=True)
         engine.close()
@@ -556,7 +548,8 @@ def config_layers(engine: Engine) -> int:
 
 
 @pytest.mark.long
-def test_packed_bytes_alive_under_zero_3_are_at_most_one_layers(tmp_path):
+def test_packed_bytes_alive_under_zero_3_are_at_most_two_layers(tmp_path):
+    """One at work and one ahead, and the weight with which DeepSpeed sees that it is enough."""
     # Wide enough for no weight to be below ZeRO-3's threshold of 1e5, under which it stays whole.
     wide = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 128}
     recipe = tiny_recipe(tmp_path, num_key_value_heads=4, **wide)
@@ -572,6 +565,6 @@ def test_packed_bytes_alive_under_zero_3_are_at_most_one_layers(tmp_path):
     for kind in CHECKPOINTING:
         for result in results[kind]:
             assert result["whole"] == 4 * result["layer"] > 0
-            assert result["alive"] <= result["layer"], (kind, result)
+            assert result["alive"] <= 2 * result["layer"] + result["weight"], (kind, result)
     for result in results["bitsandbytes' own layer"]:
-        assert result["alive"] > result["layer"], result
+        assert result["alive"] > 3 * result["layer"], result

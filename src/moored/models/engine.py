@@ -72,7 +72,7 @@ class Engine:
         self._engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
-            config=zero_config(config),
+            config=zero_config(config, policy),
             dist_init_required=False,
             mpu=unit,
         )[0]

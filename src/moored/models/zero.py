@@ -51,11 +51,15 @@ with contextlib.suppress(ImportError, AttributeError):
 REDUCE_BUCKET = 2**24
 
 
-def zero_config(config: Config) -> dict[str, Any]:
+def zero_config(config: Config, model: nn.Module | None = None) -> dict[str, Any]:
     """DeepSpeed's configuration for a recipe (pure).
 
     Micro-batch and accumulation are fixed at 1: the step sets the boundary itself, because the
     number of micro-batches differs from step to step.
+
+    Args:
+        config: the recipe.
+        model: whose layers are gathered at stage 3; None: it is not known yet.
     """
     stage = config.parallel.zero_stage
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
@@ -64,6 +68,9 @@ def zero_config(config: Config) -> dict[str, Any]:
     if stage == 3:
         # Let go of a layer after its use: by default up to 1e9 elements stay gathered for reuse.
         zero["stage3_max_reuse_distance"] = 0
+        if model is not None:
+            # One layer at work and one ahead. DeepSpeed would fetch ahead up to 1e9 elements.
+            zero["stage3_max_live_parameters"] = 2 * _largest_layer(model)
     if stage in (1, 2):
         zero |= {"overlap_comm": False, "contiguous_gradients": True}
     return {
@@ -79,6 +86,16 @@ def zero_config(config: Config) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # which waits for the device
     }
+
+
+def _largest_layer(model: nn.Module) -> int:
+    """Elements of the largest decoder layer, as they are stored and whole."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if (layer := re.match(r".*?\.\d+\.", name)) is not None:
+            size = int(getattr(parameter, "ds_numel", parameter.numel()))
+            sizes[layer[0]] = sizes.get(layer[0], 0) + size
+    return max(sizes.values(), default=1)
 
 
 class Traces:
