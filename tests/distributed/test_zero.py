@@ -303,8 +303,8 @@ def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected,
         assert (min(found[key][1:]) > 0) == (name == of)
     pairs = [(found["adapter"][n], tensor) for n, tensor in expected["adapter"].items()]
     distance = sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5
-    # A hundred times what the order of sums explains.
-    assert distance > 1e-3 * sum(float(b.norm() ** 2) for _, b in pairs) ** 0.5
+    # Fifty times what the order of sums explains.
+    assert distance > 5e-4 * sum(float(b.norm() ** 2) for _, b in pairs) ** 0.5
 
 
 def gradients(rank: int, world_size: int, configs: dict[int, Config]) -> dict[int, dict]:

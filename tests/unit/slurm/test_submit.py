@@ -331,9 +331,9 @@ def test_what_a_chain_consists_of(recipe: Path) -> None:
     ]
     assert len({j.label for j in jobs.values()}) == 2
     assert len({j.script for j in jobs.values()}) == 2
-    with pytest.raises(UserError, match=r"--stages trian: there are prepare, train"):
+    with pytest.raises(UserError, match=r"--stages trian: there are prepare, probe, train"):
         room.jobs_of(config, site, run, nodes=1, stages=["trian"])
-    with pytest.raises(UserError, match=r"--stages names none: there are prepare, train"):
+    with pytest.raises(UserError, match=r"--stages names none: there are prepare, probe, train"):
         room.jobs_of(config, site, run, nodes=1, stages=[])
 
 
