@@ -8,6 +8,8 @@ does the same in 60 digits, with the gradients written down as the paper defines
 
 from __future__ import annotations
 
+import math
+
 import mpmath
 import torch
 from torch import Tensor
@@ -141,6 +143,15 @@ def dense_logits(
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     return logits
+
+
+def gradient_bound(hidden: Tensor, reference_hidden: Tensor, weight: Tensor) -> float:
+    """Relative error of the head's whole gradient in units of u; derived in test_head.py."""
+    h, h0, w = hidden.detach().double(), reference_hidden.double(), weight.double()
+    products = h.norm(dim=1).max() * w.norm(dim=1).max()
+    logits = h @ w.T
+    spread = (logits.amax(1) - logits.amin(1)).amax() + 3 * ((h0 - h) @ w.T).abs().amax()
+    return float(2 * products + spread + 32 + math.sqrt(len(w)))
 
 
 def many_digits(

@@ -31,6 +31,16 @@ ARCHITECTURES = {
 }
 
 
+SMALLEST = {  # that NF4's blocks let two tensor-parallel ranks share
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of about 300 tokens with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())

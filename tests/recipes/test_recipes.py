@@ -21,7 +21,7 @@ from moored.config.inputs import KNOWN_TEXTS
 from moored.data import check_data
 from moored.data.reading import resolve_text
 from moored.plan.architecture import find_config
-from tiny import tiny_tokenizer, write_chats, write_text
+from tiny import SMALLEST, tiny_tokenizer, write_chats, write_text
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -87,16 +87,6 @@ def test_the_table_of_what_is_planned_is_the_plan(monkeypatch: pytest.MonkeyPatc
     assert listed == large
 
 
-SHRUNKEN = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-}
-
-
 def shrunken(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Overrides that make a recipe small: a model of its architecture, data of its layout."""
     monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
@@ -106,7 +96,7 @@ def shrunken(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     model = folder / "model"
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(model)
-    sizes = sizes | SHRUNKEN | {"vocab_size": len(tokenizer)}
+    sizes = sizes | SMALLEST | {"vocab_size": len(tokenizer)}
     (model / "config.json").write_text(json.dumps(sizes))
     is_chat = config.data.train[0].format == "messages"
     sources = [write_chats(folder / "train.jsonl"), write_chats(folder / "eval.jsonl", 6, start=90)]

@@ -84,6 +84,11 @@ class Probed:
         """Seconds of a whole step of the recipe."""
         return self.micro_batches * self.micro_batch_seconds + self.update_seconds
 
+    @property
+    def is_gpu_bound(self) -> bool:
+        """Whether the processor keeps the GPU busy."""
+        return self.micro_batch_seconds > GPU_BOUND * self.host_seconds
+
 
 def run(
     config: Config, *, steps: int = 10, out: Path | None = None, profile: Path | None = None
@@ -275,8 +280,9 @@ def calibration_of(
         recipe: its name.
     """
     planned = step_time(architecture, _whole_rows(work), cluster, host_factor=1.0)
-    gpu_bound = probed.micro_batch_seconds > GPU_BOUND * probed.host_seconds
-    on_gpu = probed.micro_batch_seconds / (planned.gpu + planned.sent) if gpu_bound else 1.0
+    on_gpu = (
+        probed.micro_batch_seconds / (planned.gpu + planned.sent) if probed.is_gpu_bound else 1.0
+    )
     return Calibration(
         gpu=cluster.gpu.name,
         gpu_factor=round(on_gpu, 4),
@@ -335,30 +341,29 @@ def _cluster(mesh: Mesh) -> Cluster | None:
 
 def _table(probed: Probed, planned: StepTime | None, memory: float | None) -> list[str]:
     """Measured beside planned, in the order of a step."""
-    on_gpu = None if planned is None else planned.gpu + planned.sent
     micro = None if planned is None else max(planned.gpu + planned.sent, planned.host)
-    rows: list[tuple[str, float, float | None, str]] = [
-        ("loading, s", probed.load_seconds, None, ""),
-        ("after loading, GiB", probed.loaded_bytes / GIB, None, ""),
-        ("peak of a step, GiB", probed.peak_bytes / GIB, memory and memory / GIB, ""),
-        ("a micro-batch, s", probed.micro_batch_seconds, micro, ""),
-        ("  before the backward, s", probed.forward_seconds, None, ""),
-        ("  backward, s", probed.micro_batch_seconds - probed.forward_seconds, None, ""),
-        ("  of it for the base and the KL, s", probed.reference_seconds, None, ""),
-        ("  the processor's part, s", probed.host_seconds, planned and planned.host, ""),
-        ("the update, s", probed.update_seconds, planned and planned.update, ""),
-        ("a step of the recipe, s", probed.step_seconds, planned and planned.seconds(), ""),
+    rows: list[tuple[str, float, float | None]] = [
+        ("loading, s", probed.load_seconds, None),
+        ("after loading, GiB", probed.loaded_bytes / GIB, None),
+        ("peak of a step, GiB", probed.peak_bytes / GIB, memory and memory / GIB),
+        ("a micro-batch, s", probed.micro_batch_seconds, micro),
+        ("  before the backward, s", probed.forward_seconds, None),
+        ("  backward, s", probed.micro_batch_seconds - probed.forward_seconds, None),
+        ("  of it for the base and the KL, s", probed.reference_seconds, None),
+        ("  the processor's part, s", probed.host_seconds, planned and planned.host),
+        ("the update, s", probed.update_seconds, planned and planned.update),
+        ("a step of the recipe, s", probed.step_seconds, planned and planned.seconds()),
     ]
     if probed.reserved_bytes:
-        rows.insert(3, ("reserved by torch, GiB", probed.reserved_bytes / GIB, None, ""))
+        rows.insert(3, ("reserved by torch, GiB", probed.reserved_bytes / GIB, None))
     lines = [f"{'':<36}{'measured':>10}{'planned':>10}"]
-    for name, measured, plan, _ in rows:
+    for name, measured, plan in rows:
         beside = "" if plan is None else f"{plan:>10.3f}"
         lines.append(f"{name:<36}{measured:>10.3f}{beside}")
     rate = probed.tokens / probed.micro_batch_seconds
     lines.append(f"{'tokens/s of a process':<36}{rate:>10,.0f}" + (
         f"{probed.tokens / micro:>10,.0f}" if micro else ""))  # fmt: skip
-    if on_gpu is not None and probed.micro_batch_seconds <= GPU_BOUND * probed.host_seconds:
+    if planned is not None and not probed.is_gpu_bound:
         lines.append(
             "the GPU waited for the processor: more tokens in a micro-batch are nearly free"
         )

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dense_reference import dense_logits, dense_loss, many_digits, per_row
+from dense_reference import dense_logits, dense_loss, gradient_bound, many_digits, per_row
 from moored.loss.divergence import Objective, Scales
 from moored.loss.drift import DriftSums
 from moored.loss.head import Head, LossSums, attach_gradient, linear_tmkl_loss
@@ -97,15 +97,6 @@ def ours(
     return out.loss, out.ce, out.kl, grad
 
 
-def bound(h: Tensor, h0: Tensor, weight: Tensor) -> float:
-    """Relative error of the whole gradient in units of u; see the top of this file."""
-    h, h0, weight = h.detach().double(), h0.double(), weight.double()
-    products = h.norm(dim=1).max() * weight.norm(dim=1).max()
-    logits = h @ weight.T
-    spread = (logits.amax(1) - logits.amin(1)).amax() + 3 * ((h0 - h) @ weight.T).abs().amax()
-    return float(2 * products + spread + 32 + math.sqrt(len(weight)))
-
-
 @pytest.mark.parametrize("dtype", U, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @MASKS
@@ -126,7 +117,7 @@ def test_values_and_gradients(direction: str, mask_target: bool, dtype: torch.dt
         chunk = {"chunk_tokens": (None, 1, 2, 100, 3)[i % 5]}
         loss, ce, kl, grad = ours(h, h0, weight, y, **options, **chunk)
         want_loss, want_ce, want_kl, want = dense(h, h0, weight, y, **options)
-        limit = bound(h, h0, weight) * u
+        limit = gradient_bound(h, h0, weight) * u
         floor = 1e3 * U[torch.float64] * (1 + float(weight.double().norm()))  # the reference's own
         if dtype in HALF:  # stored in fp32, so rounded once
             limit += U[dtype]
@@ -136,7 +127,7 @@ def test_values_and_gradients(direction: str, mask_target: bool, dtype: torch.dt
             assert rel(grad, want) <= 1e-5
         for found, exact in ((loss, want_loss), (ce, want_ce), (kl, want_kl)):
             error = (found.detach().double() - exact).norm()
-            slack = (bound(h, h0, weight) + 100) * u
+            slack = (gradient_bound(h, h0, weight) + 100) * u
             # A logit off by u |h| |W| moves the loss of a row by as much.
             assert error <= slack * (exact.norm() + len(y)) * (
                 1.0 if exact is not want_kl else noise
@@ -176,8 +167,8 @@ def test_the_kl_alone_is_no_worse_than_rounding_the_inputs_explains(
     assert rel(grad, exact) <= max(explained, 1e-5)
     # And better by far than that: the delta product's own rounding, not that of the logits.
     u = U[torch.float32]
-    assert rel(grad, exact) <= (2 * bound(h, h0, weight)) * u
-    assert rel(sums.kl_sum, kl.sum()) <= (2 * bound(h, h0, weight) + 132) * u
+    assert rel(grad, exact) <= (2 * gradient_bound(h, h0, weight)) * u
+    assert rel(sums.kl_sum, kl.sum()) <= (2 * gradient_bound(h, h0, weight) + 132) * u
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
@@ -198,7 +189,7 @@ def test_bias_scale_and_soft_cap(direction: str, mask_target: bool, softcap: flo
         loss, ce, kl, grad = ours(h, h0, weight, y, **options)
         want_loss, want_ce, want_kl, want = dense(h, h0, weight, y, **options)
         u = U[torch.float64 if dtype == torch.float64 else torch.float32]
-        limit = max(1.0, scale) * bound(h, h0, weight) * u
+        limit = max(1.0, scale) * gradient_bound(h, h0, weight) * u
         assert rel(grad, want) <= limit + (U[dtype] if dtype in HALF else 0.0) + 1e-13
         assert rel(ce, want_ce) <= limit
         assert rel(kl, want_kl) <= limit + 100 * u + 1e-11
@@ -217,7 +208,7 @@ def test_a_soft_cap_keeps_small_differences() -> None:
     _, kl, _, kl_grad = many_digits(s, t, y, direction="forward", mask_target=True)
     exact = (kl_grad / torch.cosh(raw / 10.0) ** 2) @ weight.double()
     assert 1e-8 < kl.mean() < 1e-5
-    limit = 2 * bound(h, h0, weight) * U[torch.float32]
+    limit = 2 * gradient_bound(h, h0, weight) * U[torch.float32]
     assert rel(grad, exact) <= limit
     assert rel(sums.kl_sum, kl.sum()) <= limit + 132 * U[torch.float32]
 
@@ -257,7 +248,7 @@ def test_values_and_gradients_of_anything(
     loss, ce, kl, grad = ours(h, h0, weight, y, **options, chunk_tokens=chunk_tokens)
     want_loss, want_ce, want_kl, want = dense(h, h0, weight, y, **options)
     u = U[torch.float64 if torch.float64 in dtypes else torch.float32]
-    size = (bound(h, h0, weight) if t else 1.0) / min(1.0, options["temperature"]) + 100
+    size = (gradient_bound(h, h0, weight) if t else 1.0) / min(1.0, options["temperature"]) + 100
     weights = 1 + options["kl_weight"] * options["temperature"] ** 2 * (1 + 5 * noise)
     absolute = weights * size * u * max(1, t) * (1 + float(weight.double().abs().max()))
     scale = 1 + float(weight.double().norm())
@@ -330,7 +321,7 @@ def test_the_chunk_size_changes_nothing_but_roundings() -> None:
     whole = ours(h, h0, weight, y, chunk_tokens=1000)
     for size in (1, 5, 22):
         for a, b in zip(ours(h, h0, weight, y, chunk_tokens=size), whole, strict=True):
-            assert rel(a, b) <= 2 * bound(h, h0, weight) * U[torch.float32]
+            assert rel(a, b) <= 2 * gradient_bound(h, h0, weight) * U[torch.float32]
 
 
 def test_ignored_rows_are_dropped_before_the_products() -> None:
@@ -396,8 +387,8 @@ def test_a_half_precision_weight_is_upcast_in_blocks(monkeypatch: Any) -> None:
             loss, _, _, grad = ours(h, h0, weight, y, chunk_tokens=1)
         assert seen.nbytes <= 256 * 64 * 4  # a block; W in fp32 would be 1000 * 64 * 4
         want_loss, _, _, want = dense(h, h0, weight, y)
-        assert rel(loss, want_loss) <= bound(h, h0, weight) * U[torch.float32]
-        assert rel(grad, want) <= bound(h, h0, weight) * U[torch.float32] + U[dtype]
+        assert rel(loss, want_loss) <= gradient_bound(h, h0, weight) * U[torch.float32]
+        assert rel(grad, want) <= gradient_bound(h, h0, weight) * U[torch.float32] + U[dtype]
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.01])
@@ -429,7 +420,7 @@ def test_half_precision_products_with_an_fp32_accumulator(noise: float, monkeypa
             grad, sums = Head(nn.Parameter(weight, requires_grad=False))(
                 h, h0, y, use=Head.loss, objective=Objective(), scales=Scales(0.0, 1.0)
             )
-        limit = 2 * bound(h, h0, weight) * U[torch.float32] + 2 * U[dtype]
+        limit = 2 * gradient_bound(h, h0, weight) * U[torch.float32] + 2 * U[dtype]
         assert rel(grad, kl_grad @ weight.double()) <= limit
         assert rel(sums.kl_sum, kl.sum()) <= limit
     assert calls == 4 * [torch.float32]
@@ -654,7 +645,7 @@ def test_drift(dtype: torch.dtype) -> None:
     assert isinstance(rows, DriftSums)
     how: dict[str, Any] = {"bias": bias[:9], "logit_scale": 0.5, "logit_softcap": 4.0}
     s, t = dense_logits(h.detach(), weight, **how), dense_logits(h0, weight, **how)
-    limit = (bound(h, h0, weight) + 132) * U[
+    limit = (gradient_bound(h, h0, weight) + 132) * U[
         torch.float64 if dtype == torch.float64 else torch.float32
     ]
     ce, kl = per_row(s, t, y, mask_target=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moored.loss.chunks
-from dense_reference import dense_logits, dense_loss, dense_with_prompt
+from dense_reference import dense_logits, dense_loss, dense_with_prompt, gradient_bound
 from moored.loss import triton_loss
 from moored.loss.divergence import Objective, Scales
 from moored.loss.head import Head, linear_tmkl_loss
@@ -42,15 +42,6 @@ def make(v: int, dtype: torch.dtype, noise: float = 0.3) -> tuple[Tensor, ...]:
     y[[0, 3, 4, 8]] = -100
     kl_mask = torch.arange(N) % 5 != 0  # leaves out targets, and a row without one
     return h.to(dtype).requires_grad_(), h0.to(dtype), weight.to(dtype), y, kl_mask
-
-
-def bound(h: Tensor, h0: Tensor, weight: Tensor) -> float:
-    """As in test_head.py, in units of u."""
-    h, h0, weight = h.detach().double(), h0.double(), weight.double()
-    logits = h @ weight.T
-    spread = (logits.amax(1) - logits.amin(1)).amax() + 3 * ((h0 - h) @ weight.T).abs().amax()
-    products = h.norm(dim=1).max() * weight.norm(dim=1).max()
-    return float(2 * products + spread + 132 + math.sqrt(len(weight)))
 
 
 def upstream_of(loss: Tensor) -> Tensor:
@@ -80,7 +71,7 @@ def test_both_losses_equal_the_dense_reference(
             "kl_mask": kl_mask,
             "ignore_index": ignore_index,
         }
-        limit = bound(h, h0, weight) * U[dtype] + 1e-12
+        limit = (gradient_bound(h, h0, weight) + 100) * U[dtype] + 1e-12
         out = linear_tmkl_loss(h, h0, weight, y, chunk_tokens=4, **options)
         (grad,) = torch.autograd.grad(out.loss, h, upstream_of(out.loss))
         exact_h = h.detach().double().requires_grad_()

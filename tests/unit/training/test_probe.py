@@ -29,18 +29,9 @@ from moored.plan.workload import Workload
 from moored.training.probe import Probed, _batch, calibration_of
 from moored.training.step import objective_of, train_step
 from moored.utils.errors import UserError
-from tiny import ALONE, ARCHITECTURES
+from tiny import ALONE, ARCHITECTURES, SMALLEST
 
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 256,
-}
+SIZES = SMALLEST | {"vocab_size": 300, "max_position_embeddings": 256}
 
 
 def described(folder: Path, architecture: str = "llama", **settings: object) -> Path:
