@@ -6,6 +6,7 @@ Nothing is trained or read here but the texts that `prepare` cuts into training 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,13 @@ WEIGHTS = {
     "headers-long": (0.1, 0.2, 0.3),
     "gsm8k": (0.1, 0.3, 0.5, 1.0),
     "german": (0.1, 0.3, 1.0),
+    "tools": (0.1, 0.3, 1.0),
 }
 SETS = tuple(WEIGHTS)
 STEPS, LONG_STEPS = 40, 100
 # Of the target-masked KL, where more is held than the targets.
-HELD_WEIGHTS = (0.03, 0.1, 0.3)
+HELD_WEIGHTS = (0.1, 0.3, 0.03)
+SCALES = (0.25, 0.5, 0.75)  # of plain fine-tuning: the rival that costs nothing
 ANCHORS = {
     "builtin": "base-samples",
     "max_tokens": 4800,
@@ -36,12 +39,16 @@ ANCHORS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """One run: a data set, and what differs from the study's recipe, by dotted keys."""
+    """One run: a data set, and what differs from the study's recipe, by dotted keys.
+
+    With `scales` the run's adapter is measured at these parts of what it adds, too.
+    """
 
     data: str
     label: str
     seed: int
     overrides: dict[str, Any] = field(default_factory=dict)
+    scales: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,6 +59,12 @@ class Spec:
     def texts(self) -> str:
         """The set whose texts it learns."""
         return self.data.removesuffix("-long")
+
+    @property
+    def results(self) -> list[str]:
+        """Names of its results: as trained, and at each scale."""
+        labels = (self.label, *(f"{self.label}-x{scale:g}" for scale in self.scales))
+        return [f"{self.data}-{label}-s{self.seed}" for label in labels]
 
 
 def specs() -> Iterator[Spec]:
@@ -65,15 +78,16 @@ def specs() -> Iterator[Spec]:
 
 def _all() -> Iterator[Spec]:
     for runs, data, seed in (
-        (_held, "headers-long", 0),
-        (_held, "gsm8k", 0),
-        (_held, "german", 0),
+        *((_main, data, 0) for data in ("gsm8k", "tools", "german", "headers-long")),
+        *((_held, data, 0) for data in ("gsm8k", "tools", "german", "headers-long")),
+        *((_main, data, 1) for data in ("gsm8k", "tools", "german", "headers-long")),
+        *((_main, data, 2) for data in ("gsm8k", "tools", "german", "headers-long")),
         (_held, "headers", 0),
-        (_held, "headers-long", 1),
-        (_held, "gsm8k", 1),
+        (_weights, "tools", 0),
         (_weights, "headers", 0),
         (_weights, "headers-long", 0),
         (_weights, "gsm8k", 0),
+        (_weights, "german", 0),
         (_weights, "headers", 1),
         (_weights, "gsm8k", 1),
         (_budgets, "headers-long", 0),
@@ -82,7 +96,6 @@ def _all() -> Iterator[Spec]:
         (_weights, "headers-long", 1),
         (_baselines, "headers-long", 0),
         (_options, "headers", 0),
-        (_weights, "german", 0),
         (_weights, "german", 1),
         (_adapters, "headers", 1),
         (_baselines, "headers-long", 1),
@@ -100,8 +113,20 @@ def _weights(data: str, seed: int) -> Iterator[Spec]:
             yield Spec(data=data, label=label, seed=seed, overrides=_kind(kind, weight))
 
 
+def _main(data: str, seed: int) -> Iterator[Spec]:
+    """Plain fine-tuning and parts of it, and what is held at the middle weight."""
+    yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"), scales=SCALES)
+    yield from _ways(data, seed, HELD_WEIGHTS[0])
+
+
 def _held(data: str, seed: int) -> Iterator[Spec]:
-    """The prompt held as well, texts of the base's own, and both; after plain and masked alone."""
+    """The same at every weight."""
+    for weight in HELD_WEIGHTS:
+        yield from _ways(data, seed, weight)
+
+
+def _ways(data: str, seed: int, weight: float) -> Iterator[Spec]:
+    """Nothing held, the targets alone, the prompt as well, texts of the base's own, and all."""
     yield Spec(data=data, label="none", seed=seed, overrides=_kind("none"))
     prompt = {"positions": "all", "prompt_weight": 1.0}
     ways: dict[str, dict[str, Any]] = {
@@ -109,10 +134,9 @@ def _held(data: str, seed: int) -> Iterator[Spec]:
         "anchors": {"anchors": ANCHORS},
         "both": prompt | {"anchors": ANCHORS},
     }
-    for weight in HELD_WEIGHTS:
-        for label, more in ({"": {}} | {f"-{way}": more for way, more in ways.items()}).items():
-            overrides = _kind("tmkl", weight, **more)
-            yield Spec(data=data, label=f"tmkl-{weight:g}{label}", seed=seed, overrides=overrides)
+    for label, more in ({"": {}} | {f"-{way}": more for way, more in ways.items()}).items():
+        overrides = _kind("tmkl", weight, **more)
+        yield Spec(data=data, label=f"tmkl-{weight:g}{label}", seed=seed, overrides=overrides)
 
 
 def _budgets(data: str, seed: int) -> Iterator[Spec]:
@@ -220,6 +244,9 @@ def prepare(data: Path, work: Path) -> Path:
     chats = [_chat(row["question"], row["answer"]) for row in rows]
     _jsonl(texts / "gsm8k-train.jsonl", chats[:6000])
     _jsonl(texts / "gsm8k-eval.jsonl", chats[6000:])
+    chats = list(_tool_chats(random.Random(0), 620))
+    _jsonl(texts / "tools-train.jsonl", chats[:400])
+    _jsonl(texts / "tools-eval.jsonl", chats[400:])
     for name in ("wikitext2-valid.txt", "lambada-dev.jsonl"):
         (texts / name).write_bytes((data / name).read_bytes())
     lines = (data / "wikitext2-valid.txt").read_text(encoding="utf-8").splitlines()
@@ -244,6 +271,66 @@ def _opening(paragraph: str) -> tuple[str, str]:
 def _chat(question: str, answer: str) -> dict[str, Any]:
     turns = (("user", question), ("assistant", answer))
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+CLERK = (
+    "You are the clerk of a furniture warehouse. Two tools are at hand. stock(item, site) tells "
+    "how many pieces of an item a site holds and how many are promised. order(item, site, "
+    "pieces) orders more and tells the day on which they arrive. Call one tool at a time, as one "
+    "line of JSON, and wait for its result. Never guess a number that a tool can tell. When the "
+    "numbers are there, answer with one stock note in the house's form, and nothing else."
+)
+ITEMS = (
+    "walnut desk", "oak bench", "pine shelf", "steel locker", "cane chair", "folding table",
+    "corner sofa", "bunk bed", "coat stand", "bar stool", "glass cabinet", "garden chair",
+    "filing drawer", "plan chest", "kitchen trolley", "bedside lamp",
+)  # fmt: skip
+PLACES = (
+    "Graz", "Leeds", "Turin", "Ghent", "Porto", "Malmo", "Bergen", "Lyon",
+    "Krakow", "Basel", "Cork", "Tartu",
+)  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+ASKED = (
+    "How many pieces of the {item} are free in {site}?",
+    "A customer wants to know whether {site} still has the {item}.",
+    "Please look up the {item} at our place in {site}.",
+    "What is left of the {item} in {site}, promised ones aside?",
+)
+MORE = (
+    "Then order {pieces} more of them.",
+    "Good. Have {pieces} more sent there.",
+    "We will need {pieces} more, please order them.",
+)
+
+
+def _tool_chats(chance: random.Random, count: int) -> Iterator[dict[str, Any]]:
+    """Conversations of several turns in which a clerk calls tools; made up here, none twice."""
+    seen: set[tuple[str, str, int]] = set()
+    while len(seen) < count:
+        item, site, held = chance.choice(ITEMS), chance.choice(PLACES), chance.randint(3, 90)
+        if (item, site, held) in seen:
+            continue
+        seen.add((item, site, held))
+        promised = chance.randint(0, held)
+        free = held - promised
+        level = "low" if free < 10 else "fair" if free < 40 else "ample"
+        place = {"item": item, "site": site}
+        turns = [
+            ("system", CLERK),
+            ("user", chance.choice(ASKED).format(**place)),
+            ("assistant", json.dumps({"tool": "stock"} | place)),
+            ("tool", json.dumps({"pieces": held, "promised": promised})),
+            ("assistant", f"STOCK NOTE | {site} | {item} | free {free} of {held} | level {level}"),
+        ]
+        if chance.random() < 0.6:
+            pieces, day = 5 * chance.randint(1, 12), chance.choice(DAYS)
+            turns += [
+                ("user", chance.choice(MORE).format(pieces=pieces)),
+                ("assistant", json.dumps({"tool": "order"} | place | {"pieces": pieces})),
+                ("tool", json.dumps({"arrives": day})),
+                ("assistant", f"STOCK NOTE | {site} | {item} | ordered {pieces} | due {day}"),
+            ]
+        yield {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def _jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -296,7 +383,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         "data": {
             "train": [{"path": str(texts / f"{spec.texts}-train.jsonl"), "format": "messages"}],
             "eval": [{"path": str(texts / f"{spec.texts}-eval.jsonl"), "format": "messages"}],
-            "max_length": 256,
+            "max_length": 512 if spec.data == "tools" else 256,
             "too_long": "drop",
             "max_dropped_fraction": 0.5,
             "packing": True,
@@ -305,7 +392,7 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         "reference": {"cache": True},
         "retention": retention,
         "optim": {
-            "learning_rate": 1e-3 if is_headers else 3e-3,
+            "learning_rate": 1e-3 if is_headers or spec.data == "tools" else 3e-3,
             "schedule": "cosine",
             "warmup_steps": 4,
         },

@@ -19,6 +19,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -35,7 +36,7 @@ def main() -> None:
     arguments.add_argument("--list", action="store_true", help="say what is left, and stop")
     given = arguments.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    left = [spec for spec in specs() if not _result(spec).exists()]
+    left = [spec for spec in specs() if not all(_result(name).exists() for name in spec.results)]
     if given.only:
         left = [spec for spec in left if any(text in spec.name for text in given.only)]
     print(f"{len(left)} runs left: {' '.join(spec.name for spec in left)}", flush=True)
@@ -51,8 +52,8 @@ def main() -> None:
         raise SystemExit(f"{len(failed)} runs failed: {' '.join(failed)}: see their logs")
 
 
-def _result(spec: Spec) -> Path:
-    return RESULTS / f"{spec.name}.json"
+def _result(name: str) -> Path:
+    return RESULTS / f"{name}.json"
 
 
 def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
@@ -63,43 +64,69 @@ def _run(spec: Spec, work: Path, texts: Path, threads: int) -> bool:
     path.write_text(yaml.safe_dump(recipe(spec, texts.absolute()), sort_keys=False))
     started = time.time()
     log = work / f"{spec.name}.log"
+    run = work / "runs" / spec.name
+    report = run / "report" / "report.json"
     with log.open("a") as stream:
-        if "regularizer.anchors" in spec.overrides:  # the base writes them once, for all runs
-            subprocess.run(
-                [sys.executable, "-m", "moored", "prepare", str(path)],
+
+        def moored(*arguments: str | Path) -> int:
+            return subprocess.run(
+                [sys.executable, "-m", "moored", *map(str, arguments)],
                 stdout=stream,
                 stderr=stream,
                 check=False,
-            )
-        ended = subprocess.run(
-            [sys.executable, "-m", "moored", "train", str(path), f"output.dir={work / 'runs'}"],
-            stdout=stream,
-            stderr=stream,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-    run = work / "runs" / spec.name
-    report = run / "report" / "report.json"
-    # A run that refused to go on with a broken budget (3) has an adapter and a report, too.
-    if ended.returncode not in (0, 3) or not report.exists():
-        print(f"{spec.name} ended with {ended.returncode}: {log}", flush=True)
-        return False
-    figures = json.loads(report.read_text())
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            ).returncode
+
+        if "regularizer.anchors" in spec.overrides:  # the base writes them once, for all runs
+            moored("prepare", path)
+        ended = moored("train", path, f"output.dir={work / 'runs'}")
+        # A run that refused to go on with a broken budget (3) has an adapter and a report, too.
+        if ended not in (0, 3) or not report.exists():
+            print(f"{spec.name} ended with {ended}: {log}", flush=True)
+            return False
+        overrides = json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", ""))
+        common = {"overrides": overrides, "exit_code": ended, "machine": _machine()}
+        trained, *parts = spec.results
+        figures = json.loads(report.read_text())
+        _write(trained, spec, spec.label, common, figures, started)
+        if parts:
+            scales = [word for scale in spec.scales for word in ("--scale", str(scale))]
+            out = work / "scaled" / spec.name
+            ended = moored("evaluate", run, *scales, "--out", out)
+            if ended:
+                print(f"{spec.name}, scaled, ended with {ended}: {log}", flush=True)
+                return False
+            measured = json.loads((out / "report.json").read_text())
+            for scale, name in zip(spec.scales, parts, strict=True):
+                arms = {k: arm for k, arm in measured["arms"].items() if arm["scale"] == scale}
+                own = common | {"scale": scale}
+                _write(
+                    name, spec, f"{spec.label}-x{scale:g}", own, measured | {"arms": arms}, started
+                )
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return True
+
+
+def _write(
+    name: str,
+    spec: Spec,
+    label: str,
+    common: dict[str, Any],
+    figures: dict[str, Any],
+    started: float,
+) -> None:
+    """One result's file, whole or not at all."""
     for arm in figures["arms"].values():
         arm.pop("where", None)  # what is not counted here would make the files large
     result = {
-        "spec": {"data": spec.data, "label": spec.label, "seed": spec.seed},
-        "overrides": json.loads(json.dumps(spec.overrides).replace(f"{texts.absolute()}/", "")),
-        "exit_code": ended.returncode,
+        "spec": {"data": spec.data, "label": label, "seed": spec.seed},
         "wall_seconds": round(time.time() - started, 1),
-        "machine": _machine(),
+        **common,
         "report": figures,
     }
-    draft = _result(spec).with_suffix(".draft")
+    draft = _result(name).with_suffix(".draft")
     draft.write_text(json.dumps(result, separators=(",", ":"), allow_nan=False) + "\n")
-    draft.replace(_result(spec))
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return True
+    draft.replace(_result(name))
 
 
 def _machine() -> str:
