@@ -244,6 +244,8 @@ class Head(nn.Module):
         kl_mask: Tensor | None = None,
         kl_weights: Tensor | None = None,
         num_targets: int | None = None,
+        num_kl: int | None = None,
+        num_prompt: int | None = None,
     ) -> tuple[Tensor, LossSums]:
         """The loss and its gradient, neither with a graph.
 
@@ -259,6 +261,8 @@ class Head(nn.Module):
             kl_mask: bool [N], rows where the KL applies.
             kl_weights: [N], a further weight of each row's KL.
             num_targets: rows that have a target; None: all of them.
+            num_kl: rows of `kl_mask` that have one; None: the device is asked, like for the next.
+            num_prompt: rows of `kl_mask` that have none.
 
         Returns:
             The gradient of `hidden`, [N, D] in at least fp32, and the sums.
@@ -266,7 +270,14 @@ class Head(nn.Module):
         if self.reference is not None:
             raise ValueError("a head of the policy's own can be compared, not trained")
         with_kl = reference_hidden is not None
-        plan = RowPlan.of_batch(targets, kl_mask, with_kl=with_kl, num_targets=num_targets)
+        plan = RowPlan.of_batch(
+            targets,
+            kl_mask,
+            with_kl=with_kl,
+            num_targets=num_targets,
+            num_kl=num_kl,
+            num_prompt=num_prompt,
+        )
         ce_N, kl_N, weighted_N, grad_ND = run_chunks(
             self._logits(),
             hidden.detach(),

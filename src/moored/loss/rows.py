@@ -91,11 +91,7 @@ class RowPlan:
         ]
         if not with_kl:
             parts = [(valid_T, num_targets, False)]
-        groups = tuple(
-            (None if count == num_rows else mask.nonzero().squeeze(1), count, kl)
-            for mask, count, kl in parts
-            if count
-        )
+        groups = _groups(num_rows, *parts)
         prompt_T = alone_T if num_prompt else None
         return RowPlan(num_rows, num_targets, num_kl, groups, counts[:3], num_prompt, prompt_T)
 
@@ -106,8 +102,12 @@ class RowPlan:
         *,
         with_kl: bool,
         num_targets: int | None = None,
+        num_kl: int | None = None,
+        num_prompt: int | None = None,
     ) -> RowPlan:
         """Rows whose targets are known to be in range (at collation).
+
+        Where all counts are given that are needed, the host waits for no device.
 
         Args:
             targets_N: negative where there is none; such rows are computed where `kl_mask_N` is
@@ -115,39 +115,32 @@ class RowPlan:
             kl_mask_N: rows with a KL; None: all of them.
             with_kl: whether there is one at all.
             num_targets: rows with a target; None: all of them.
+            num_kl: those of `kl_mask_N` with a target; None: they are counted here.
+            num_prompt: those of `kl_mask_N` without one; None: likewise.
         """
         num_rows = len(targets_N)
-        if num_targets is not None and num_targets < num_rows:
-            return RowPlan._mixed(targets_N >= 0, kl_mask_N, num_targets, with_kl=with_kl)
-        num_kl = num_rows if with_kl else 0
-        groups: list[tuple[Tensor | None, int, bool]] = [(None, num_rows, with_kl)]
-        if with_kl and kl_mask_N is not None:
-            num_kl = int(kl_mask_N.sum())
-            if num_kl < num_rows:
-                both, ce_only = kl_mask_N.nonzero().squeeze(1), (~kl_mask_N).nonzero().squeeze(1)
-                groups = [(both, num_kl, True), (ce_only, num_rows - num_kl, False)]
-        return RowPlan(num_rows, num_rows, num_kl, tuple(g for g in groups if g[1]))
-
-    @staticmethod
-    def _mixed(
-        target_N: Tensor, kl_mask_N: Tensor | None, num_targets: int, *, with_kl: bool
-    ) -> RowPlan:
-        """Rows of which `num_targets`, those of `target_N`, have a target."""
-        num_rows = len(target_N)
+        num_targets = num_rows if num_targets is None else num_targets
         if not with_kl:
-            groups = ((target_N.nonzero().squeeze(1), num_targets, False),) if num_targets else ()
+            groups = _groups(num_rows, (targets_N >= 0, num_targets, False))
             return RowPlan(num_rows, num_targets, 0, groups)
-        kl_N = torch.ones_like(target_N) if kl_mask_N is None else kl_mask_N
-        both, alone = kl_N.nonzero().squeeze(1), (target_N & ~kl_N).nonzero().squeeze(1)
-        num_kl = num_targets - len(alone)
-        groups = (both, len(both), True), (alone, len(alone), False)
-        return RowPlan(
+        if kl_mask_N is None:
+            num_kl, num_prompt = num_targets, num_rows - num_targets
+        elif num_targets == num_rows:
+            num_prompt = 0
+        if num_kl is None or num_prompt is None:
+            assert kl_mask_N is not None
+            counted = int(kl_mask_N.sum())
+            num_kl = int((kl_mask_N & (targets_N >= 0)).sum()) if num_kl is None else num_kl
+            num_prompt = counted - num_kl
+        kl_N = torch.ones_like(targets_N, dtype=torch.bool) if kl_mask_N is None else kl_mask_N
+        groups = _groups(
             num_rows,
-            num_targets,
-            num_kl,
-            tuple(group for group in groups if group[1]),
-            num_prompt=len(both) - num_kl,
-            prompt_N=kl_N & ~target_N if len(both) > num_kl else None,
+            (kl_N, num_kl + num_prompt, True),
+            (~kl_N & (targets_N >= 0), num_targets - num_kl, False),
+        )
+        prompt_N = kl_N & (targets_N < 0) if num_prompt else None
+        return RowPlan(
+            num_rows, num_targets, num_kl, groups, num_prompt=num_prompt, prompt_N=prompt_N
         )
 
     @property
@@ -209,6 +202,24 @@ class RowPlan:
         num_targets, num_kl, num_prompt = self.counts_3.unbind()
         loss, ce, kl, kl_prompt = (x.to(dtype) for x in (loss, ce, kl, kl_prompt))
         return TMKLOutput(loss, ce, kl, num_targets, num_kl, kl_prompt, num_prompt)
+
+
+def _groups(
+    num_rows: int, *parts: tuple[Tensor, int, bool]
+) -> tuple[tuple[Tensor | None, int, bool], ...]:
+    """Groups of (mask [N], rows that it is set in, with_kl), without asking the device for any.
+
+    A stable sort puts the rows of a mask in front, in their order; how many they are is known.
+    """
+    return tuple(
+        (None if count == num_rows else _front(mask_N)[:count], count, with_kl)
+        for mask_N, count, with_kl in parts
+        if count
+    )
+
+
+def _front(mask_N: Tensor) -> Tensor:
+    return (~mask_N).to(torch.uint8).argsort(stable=True)
 
 
 # ---------------------------------------------------------------- checks

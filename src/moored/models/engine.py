@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,10 +95,14 @@ class Engine:
         Args:
             batch: better with its tensors on the CPU, where a cache looks at them.
         """
-        found = None if self.references is None else self.references.find(batch)
-        if found is not None:
-            found = found.to(self.mesh.device, non_blocking=True)
-        return Reference(batch=batch, hidden=found)
+        return self.references_of([batch])[0]
+
+    def references_of(self, batches: Sequence[Batch]) -> list[Reference]:
+        """`reference` of several batches, over which the ranks agree at once."""
+        if self.references is None:
+            return [Reference(batch=batch) for batch in batches]
+        found = self.references.find_all(batches)
+        return [Reference(batch=b, hidden=h) for b, h in zip(batches, found, strict=True)]
 
     def keep_references(self, config: Config, revision: str, vocab_size: int) -> None:
         """Read the base's hidden states where they are kept, and keep them, if the recipe says so.

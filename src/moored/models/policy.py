@@ -108,7 +108,7 @@ class PolicyModel(nn.Module):
         if reference.hidden is None:
             with self.switches.adapters_off():
                 reference.hidden = self.hidden(batch)
-        return reference.hidden
+        return reference.hidden.to(batch.input_ids.device, non_blocking=True)
 
     def loss(
         self,
@@ -132,7 +132,7 @@ class PolicyModel(nn.Module):
         """
         of_reference = self._of_reference(batch, reference_hidden)
         hidden = self.hidden(batch)
-        everywhere = batch.num_kl == batch.num_targets and not batch.num_prompt
+        everywhere = batch.num_kl == len(batch.targets)
         grad_hidden, sums = self.head(
             hidden,
             of_reference,
@@ -143,6 +143,8 @@ class PolicyModel(nn.Module):
             kl_mask=None if everywhere else batch.kl_mask,
             kl_weights=objective.kl_weights(answer_offsets(batch.target_index, batch.targets)),
             num_targets=batch.num_targets,
+            num_kl=batch.num_kl,
+            num_prompt=batch.num_prompt,
         )
         total = attach_gradient(hidden, grad_hidden, sums)
         if l2_scale:

@@ -27,6 +27,7 @@ class Reference:
     Attributes:
         batch: better with its tensors on the CPU, where a cache looks at them.
         hidden: the base's final hidden states at its N targets, [N, D]; None until they are found.
+            What a cache had is on the CPU.
     """
 
     batch: Batch

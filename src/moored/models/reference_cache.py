@@ -17,7 +17,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moored.config import Config
 from moored.data.batch import Batch
-from moored.distributed.mesh import Mesh
+from moored.distributed.mesh import Axis, Mesh
 from moored.utils.environment import cache_folder, versions_of
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,15 @@ def open_cache(config: Config, revision: str, mesh: Mesh, probe: Tensor) -> Refe
         by_batch=config.reference.match == "batch",
         max_bytes=int(config.reference.max_gib * 2**30),
         writes=mesh.tp.rank == 0,
-        agree=lambda hit: axis.max(float(not hit), mesh.device) == 0.0,
+        agree=partial(_on_all_ranks, axis, mesh.device),
     )
+
+
+def _on_all_ranks(axis: Axis, device: torch.device, hits: list[bool]) -> list[bool]:
+    """Which of the hits every rank of the axis has. Collective."""
+    if axis.size == 1 or not hits:
+        return hits
+    return axis.extremes(torch.tensor(hits, dtype=torch.uint8, device=device))[0].bool().tolist()
 
 
 def facts_of(config: Config, revision: str, device: torch.device, probe: Tensor) -> dict[str, Any]:
@@ -100,7 +107,8 @@ class ReferenceCache:
             by rounding.
         max_bytes: of all folders beside this one; nothing is added beyond it.
         writes: whether this rank adds to it.
-        agree: whether this rank and all that share its forwards have what they need.
+        agree: of which micro-batches this rank and all that share its forwards have what they
+            need, from whether this one has it.
 
     Attributes:
         num_read: micro-batches whose hidden states were read.
@@ -116,7 +124,7 @@ class ReferenceCache:
         by_batch: bool,
         max_bytes: int,
         writes: bool = True,
-        agree: Callable[[bool], bool] = bool,
+        agree: Callable[[list[bool]], list[bool]] = list,
     ):
         self.folder, self._by_batch, self._max_bytes = folder, by_batch, max_bytes
         self._like = torch.empty((0, like.shape[1]), dtype=like.dtype)
@@ -126,6 +134,8 @@ class ReferenceCache:
         self._seen: set[Path] = set()
         self._scanned_at = -1
         self._pending: dict[str, Tensor] = {}
+        # What is on its way from the device: whose records, the copy, and whether it has come.
+        self._arriving: list[tuple[list[tuple[str, slice]], Tensor, torch.cuda.Event | None]] = []
         # What was read ahead, of this step and the next: not every step asks for it.
         self._ahead: deque[dict[tuple[str, ...], Tensor]] = deque([{}, {}], maxlen=2)
         self._lock = threading.Lock()
@@ -146,24 +156,34 @@ class ReferenceCache:
         Args:
             batch: better with its tensors on the CPU.
         """
+        return self.find_all([batch])[0]
+
+    def find_all(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """`find` of several batches, in one collective."""
+        found = [self._find(batch) for batch in batches]
+        agreed = self._agree([hidden is not None for hidden in found])
+        self.num_read += sum(agreed)
+        return [hidden if hit else None for hidden, hit in zip(found, agreed, strict=True)]
+
+    def _find(self, batch: Batch) -> Tensor | None:
         records = list(self._records(batch))
+        key = tuple(name for name, _ in records)
         with self._lock:
-            key = tuple(name for name, _ in records)
-            found = next((step.pop(key) for step in self._ahead if key in step), None)
-            if found is None:
-                found = self._read(records)
-        if not self._agree(found is not None):
-            return None
-        self.num_read += 1
-        return found
+            self._take_arrived()
+            ahead = next((step.pop(key) for step in self._ahead if key in step), None)
+            return self._read(records) if ahead is None else ahead
 
     def keep(self, batch: Batch, hidden: Tensor) -> None:
-        """Add what the base made of a batch, [N, D], unless it is there or the cache is full."""
+        """Add what the base made of a batch, [N, D], unless it is there or the cache is full.
+
+        The host does not wait for a GPU: the copy is waited for once somebody asks for what is
+        kept, or it is written.
+        """
         self.num_computed += 1
         records = list(self._records(batch))
         with self._lock:
             if self._writes and not all(self._knows(name) for name, _ in records):
-                self._add(records, hidden.detach().cpu())
+                self._arriving.append((records, *_begin_copy(hidden.detach())))
 
     def read_ahead(self, batches: Sequence[Batch]) -> None:
         """Bring what is kept of a step into memory (pinned, for a GPU), for `find`.
@@ -175,7 +195,8 @@ class ReferenceCache:
             self._ahead.append(step)
         for batch in batches:
             records = list(self._records(batch))
-            with self._lock:
+            with self._lock:  # for which a step waits, that may not wait for the device
+                self._take_arrived(wait=False)
                 found = self._read(records)
                 if found is not None:
                     key = tuple(name for name, _ in records)
@@ -185,13 +206,26 @@ class ReferenceCache:
         """Whether everything of the batch is kept (unless it proves to be broken)."""
         records = list(self._records(batch))
         with self._lock:
+            self._take_arrived()
             self._rescan(records)
-        return all(self._knows(name) for name, _ in records)
+            return all(self._knows(name) for name, _ in records)
 
     def flush(self) -> None:
         """Write what waits to be written."""
         with self._lock:
+            self._take_arrived()
             self._flush()
+
+    def _take_arrived(self, *, wait: bool = True) -> None:
+        """Take up the copies from the device; all have come, where an update lies between."""
+        arriving, self._arriving = self._arriving, []
+        for records, hidden, copied in arriving:
+            if copied is not None and not wait and not copied.query():
+                self._arriving.append((records, hidden, copied))
+                continue
+            if copied is not None:
+                copied.synchronize()
+            self._add(records, hidden.to("cpu"))
 
     def _flush(self) -> None:
         if not self._pending or not self._writes:
@@ -327,6 +361,17 @@ class ReferenceCache:
         )
         self._writes = False
         self._pending = {}
+
+
+def _begin_copy(hidden: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy on the CPU, and what says that it is whole; elsewhere it is copied later."""
+    if not hidden.is_cuda:
+        return hidden, None
+    copy = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+    copy.copy_(hidden, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return copy, copied
 
 
 def _open(path: Path) -> Any:

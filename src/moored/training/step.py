@@ -134,7 +134,9 @@ def train_step(
     """
     with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     anchored = anchored if with_kl else ()
-    # 1. Denominators over the whole global batch, before any forward.
+    # 1. What is kept of the base's hidden states, and the denominators over the whole global batch:
+    # the ranks meet before the first forward, and the host waits for no device until the update.
+    references = iter(engine.references_of([*batches, *anchored] if with_kl else []))
     counts = torch.tensor(
         [
             sum(batch.num_targets for batch in batches),
@@ -171,7 +173,7 @@ def train_step(
         batch = host_batch.to(mesh.device)
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
         is_compared = with_kl and scales is not of_replay
-        reference_hidden = engine.reference(host_batch) if is_compared else None
+        reference_hidden = next(references) if is_compared else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
         loss, sums = engine.forward(batch, reference_hidden, objective, scales, l2_scale)

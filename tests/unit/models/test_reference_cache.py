@@ -239,9 +239,9 @@ def test_a_rank_that_does_not_write_reads(folder: Path) -> None:
 def test_where_others_lack_something_all_compute(folder: Path) -> None:
     seen: list[bool] = []
 
-    def agree(hit: bool) -> bool:
-        seen.append(hit)
-        return False
+    def agree(hits: list[bool]) -> list[bool]:
+        seen.extend(hits)
+        return [False] * len(hits)
 
     writer = Cached(folder)
     writer([A])
