@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -289,6 +289,25 @@ class Config(Section):
             remove(values, key)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def going_on(self, begun: Config) -> Config:
+        """This recipe as a run goes on with it: what it leaves open is as it was in the beginning.
+
+        Args:
+            begun: the copy in the run's directory.
+        """
+        mine, theirs = self.parallel, begun.parallel
+        is_open = mine.sequence_parallel == "auto"
+        if not is_open or mine.tensor_parallel_degree != theirs.tensor_parallel_degree:
+            return self
+        return self.spread_by_tokens(theirs.sequence_parallel)
+
+    def spread_by_tokens(self, value: bool | Literal["auto"]) -> Config:
+        """This recipe with `parallel.sequence_parallel` said."""
+        if value == self.parallel.sequence_parallel:
+            return self
+        parallel = self.parallel.model_copy(update={"sequence_parallel": value})
+        return self.model_copy(update={"parallel": parallel})
 
     def changed_keys(self, other: Config) -> list[str]:
         """The dotted keys that a run may not go on with, for a message to the user."""

@@ -83,6 +83,11 @@ class PolicyModel(nn.Module):
         assert isinstance(head, Head)
         return head
 
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether each rank of a tensor-parallel group has its share of the tokens."""
+        return self.sharding is not None and self.sharding.sequence_parallel
+
     def forward(self, *inputs: Any, use: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Whatever the method `use` of this class makes of its arguments: `hidden`, if it is None.
 

@@ -99,7 +99,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
             line names what does.
     """
     architecture = find_architecture(config.model)
-    work = Workload.of(config)
+    work = Workload.of(config, by_tokens=architecture.by_tokens)
     _require_targets(architecture, work)
     _require_mesh(architecture, work, cluster)
     _require_fit(config.name, architecture, work, cluster)
@@ -171,7 +171,7 @@ def layouts(architecture: Architecture, work: Workload, cluster: Cluster) -> Ite
                 yield replace(
                     work,
                     tensor_parallel_degree=degree,
-                    sequence_parallel=degree > 1,
+                    sequence_parallel=degree > 1 and architecture.by_tokens,
                     zero_stage=stage,
                     offload=work.offload and stage > 0,
                     micro_batch_size=num,
@@ -234,8 +234,10 @@ def changes(work: Workload, other: Workload) -> list[str]:
         value = getattr(other, name)
         if value == getattr(work, name):
             continue
-        # Without ranks that share a layer the option has no effect, and the recipe refuses it.
-        if name == "sequence_parallel" and other.tensor_parallel_degree == 1:
+        # Without ranks that share a layer the option has no effect, and the recipe refuses it; with
+        # such, where the recipe had none, it is what `auto` comes to.
+        degrees = (work.tensor_parallel_degree, other.tensor_parallel_degree)
+        if name == "sequence_parallel" and 1 in degrees:
             continue
         text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(
             value, float) else str(value)  # fmt: skip
@@ -261,6 +263,11 @@ def _require_mesh(architecture: Architecture, work: Workload, cluster: Cluster) 
     why = why_not_degree(architecture, work, degree)
     if why is not None:
         raise UserError(f"parallel.tensor_parallel_degree={degree}: {why}")
+    if work.sequence_parallel and not architecture.by_tokens:
+        raise UserError(
+            f"parallel.sequence_parallel: layers of a {architecture.model_type} have parts that "
+            "may look at more than one token: set it to false, or leave it out"
+        )
     if cluster.world % degree:
         raise UserError(
             f"parallel.tensor_parallel_degree={degree} does not divide the {cluster.world} GPUs of "
@@ -459,7 +466,7 @@ def _warnings(
             "a tensor-parallel group spans nodes and sends its activations over the network: keep "
             f"parallel.tensor_parallel_degree at {cluster.gpus_per_node} or less"
         )
-    if work.tensor_parallel_degree > 1 and not work.sequence_parallel:
+    if work.tensor_parallel_degree > 1 and architecture.by_tokens and not work.sequence_parallel:
         yield "parallel.sequence_parallel=true would spread the checkpoints, too, for equal traffic"
     if work.zero_stage == 3 and d > 1:
         plain = replace(work, zero_stage=2)
@@ -526,7 +533,8 @@ def site_warning(
     except UserError:
         return None  # nothing to plan with is no fault of the recipe
     try:
-        _require_fit(config.name, architecture, Workload.of(config), cluster)
+        work = Workload.of(config, by_tokens=architecture.by_tokens)
+        _require_fit(config.name, architecture, work, cluster)
     except UserError as error:
         return f"by `moored plan`, {error}"
     return None
@@ -590,7 +598,8 @@ def load_problem(
         architecture = _of_folder(config, folder)
     except UserError:
         return None
-    work = replace(Workload.of(config, on_gpu=on_gpu), tensor_parallel_degree=degree)
+    work = Workload.of(config, on_gpu=on_gpu, by_tokens=architecture.by_tokens)
+    work = replace(work, tensor_parallel_degree=degree)
     # Loading makes the adapter's parameters, and neither gradients nor moments.
     parts = [t.bytes for t in held(architecture, work, world) if t.name != "adapter"]
     size = sum(parts) + 4 * adapter_size(architecture, work, degree)

@@ -262,6 +262,7 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         is_warm=work.is_warm,
         ce_by_entropy=work.ce_by_entropy,
         kl_by_entropy=work.kl_by_entropy,
+        by_kernels=True,  # a plan is of GPUs
     )
     num = round(rows * length * work.head_share)
     batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)

@@ -131,12 +131,13 @@ class Workload:
         return math.ceil(round(self.checkpointed_layers * num_layers, 9))
 
     @classmethod
-    def of(cls, config: Config, *, on_gpu: bool = True) -> Workload:
+    def of(cls, config: Config, *, on_gpu: bool = True, by_tokens: bool = True) -> Workload:
         """That of a recipe.
 
         Args:
             config: the recipe.
             on_gpu: else on a CPU, which computes in fp32 unless the recipe says otherwise.
+            by_tokens: of the architecture: what the recipe gets where it leaves it open.
         """
         model, parallel, train = config.model, config.parallel, config.train
         data = glance(config)
@@ -170,7 +171,8 @@ class Workload:
             cached_by_sample=config.reference.match == "sample",
             zero_stage=parallel.zero_stage,
             tensor_parallel_degree=parallel.tensor_parallel_degree,
-            sequence_parallel=parallel.sequence_parallel,
+            sequence_parallel=parallel.tensor_parallel_degree > 1
+            and (by_tokens if parallel.sequence_parallel == "auto" else parallel.sequence_parallel),
             offload=parallel.offload == "optimizer",
             micro_batch_size=train.micro_batch_size,
             checkpointing=train.gradient_checkpointing,

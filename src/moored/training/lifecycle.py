@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from moored.config import Config
+from moored.config import Config, load_config
 from moored.distributed.mesh import Mesh, is_lost_peer, start_mesh
 from moored.tracking import Tracker, ships_later
 from moored.tracking.run_directory import RunDirectory, locked, open_run
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.environment import launch_id, versions_of
 from moored.utils.errors import (
     EvaluationFailedError,
@@ -77,6 +78,19 @@ def open_run_on_all_ranks(
     mesh.raise_on_all_ranks(error)
     directory = RunDirectory(path)
     return directory, mesh.world.broadcast(directory.state().get("attempt", 1))
+
+
+def as_begun(config: Config, directory: RunDirectory, mesh: Mesh) -> Config:
+    """The recipe with what the run's own copy says of what it leaves open. Collective."""
+    begun = load_config(directory.config).parallel.sequence_parallel if mesh.is_main else None
+    return config.spread_by_tokens(mesh.world.broadcast(begun))
+
+
+def say_layout(config: Config, directory: RunDirectory, mesh: Mesh, *, by_tokens: bool) -> None:
+    """Write into the run's copy of the recipe what was chosen, so that it goes on with that."""
+    if mesh.is_main and mesh.tp.size > 1 and config.parallel.sequence_parallel == "auto":
+        said = config.spread_by_tokens(by_tokens)
+        write_atomically(directory.config, said.dump_yaml().encode())
 
 
 def start_tracking(

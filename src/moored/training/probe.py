@@ -129,7 +129,7 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     engine = Engine(policy, config, mesh)
     load_seconds = _now(mesh) - started
     loaded = _held(mesh)
-    work = Workload.of(config)
+    work = Workload.of(config, by_tokens=policy.sequence_parallel)
     ranks = mesh.dp.size
     micro_batches = math.ceil(math.ceil(work.rows_per_step / ranks) / work.micro_batch_size)
     vocab_size: int = policy.causal_lm.config.get_text_config().vocab_size
@@ -301,7 +301,8 @@ def _whole_rows(work: Workload) -> Workload:
 def _tell(config: Config, probed: Probed, mesh: Mesh, path: Path, profile: Path | None) -> None:
     """The table, the file, and what is kept with the site."""
     cluster = _cluster(mesh)
-    architecture, work = find_architecture(config.model), _whole_rows(Workload.of(config))
+    architecture = find_architecture(config.model)
+    work = _whole_rows(Workload.of(config, by_tokens=architecture.by_tokens))
     planned = None if cluster is None else step_time(architecture, work, cluster)
     memory = None if cluster is None else torch_peak(architecture, work, cluster.world)
     console = Console(markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 
 from moored.config import ModelConfig, load_config
 from moored.plan import cluster_of, load_problem, machine_line, make_plan, site_warning
-from moored.plan.architecture import find_architecture, read_architecture
+from moored.plan.architecture import _WHOLE_ROWS, find_architecture, read_architecture
 from moored.plan.gpus import GPUS, gpu_named, gpu_of_device
 from moored.plan.known_models import known_config, known_names
 from moored.plan.memory_terms import GIB, adapter_size, gpu_memory, held, total
@@ -230,13 +231,70 @@ def test_terms_are_those_of_the_page_on_parallelism(no_hub, tmp_path):
     """Its table: Llama 3.1 70B, 8,192 tokens, two ranks, sequence parallel; without spare terms."""
     found = plan(
         tmp_path, "2xa100-80gb",
-        parallel={"zero_stage": 0, "tensor_parallel_degree": 2, "sequence_parallel": True},
+        parallel={"zero_stage": 0, "tensor_parallel_degree": 2},
     )  # fmt: skip
     terms = {term.name: term.bytes / GIB for term in found.memory}
     assert terms["base"] + terms["embedding, head, norms"] == pytest.approx(19.9, abs=0.06)
     assert terms["adapter"] == pytest.approx(2.1, abs=0.06)
     assert terms["checkpoints"] == pytest.approx(5.0, abs=0.06)
     assert terms["at work"] == pytest.approx(3.2, abs=0.06)
+
+
+def test_tokens_are_spread_by_themselves_where_the_architecture_lets_them(no_hub, tmp_path):
+    sizes = {
+        "hidden_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_key_value_heads": 4,
+    }  # fmt: skip
+    for kind, spreads in (("llama", True), ("olmo_hybrid", False)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(sizes | {"model_type": kind}))
+
+        def of(asked: object, base: str = str(folder)):
+            parallel = {"tensor_parallel_degree": 2, "sequence_parallel": asked}
+            return plan(tmp_path, "2xh100-80gb", base, parallel=parallel)
+
+        if not spreads:
+            with pytest.raises(UserError, match="set it to false, or leave it out"):
+                of(True)
+        open_, off = of("auto"), of(False)
+        assert open_.work.sequence_parallel is spreads
+        assert open_.best.sequence_parallel is (spreads and open_.best.tensor_parallel_degree > 1)
+        assert (total(open_.memory) < total(off.memory)) is spreads
+        assert any("parallel.sequence_parallel=true" in line for line in off.warnings) is spreads
+        alone = load_config(recipe(tmp_path, str(folder)))
+        work = Workload.of(alone, by_tokens=spreads)
+        spread = replace(work, tensor_parallel_degree=2, sequence_parallel=spreads)
+        assert not work.sequence_parallel
+        assert changes(work, spread) == ["parallel.tensor_parallel_degree=2"]
+
+
+@pytest.mark.long
+def test_which_layers_cannot_be_spread_by_tokens_is_known_of_every_architecture():
+    """Of all that transformers has a plan for, in small: by the modules, and by the name alone."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from moored.models.tensor_parallel import layout_of, why_not_by_tokens
+
+    small = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4) | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0,
+        "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    found = {}
+    for config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not getattr(config, "base_model_tp_plan", None):
+            continue
+        with contextlib.suppress(Exception), torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config(**small))
+            layout = layout_of(model, 2, in_blocks=False)  # else it is not spread at all
+            found[config.model_type] = why_not_by_tokens(model, layout) is not None
+    assert sum(found.values()) >= 5
+    assert len(found) >= 50
+    mixing = {kind for kind, mixes in found.items() if mixes}
+    assert mixing | {"gemma3n_text"} == _WHOLE_ROWS  # whose layers want more than sizes in small
 
 
 def test_each_stage_of_zero_holds_less_of_what_is_trained(no_hub, tmp_path):
@@ -352,7 +410,7 @@ def test_a_slow_host_is_a_floor_and_no_more(no_hub, tmp_path):
 
 def test_what_tensor_parallelism_sends_is_what_traffic_says(no_hub, tmp_path):
     """The table of docs/parallelism.md: 70B on 8 ranks, 8,192 tokens: 133 and 143 GB a rank."""
-    for by_token, gb in ((False, 133), (True, 143)):
+    for by_token, gb in ((False, 133), (True, 143), ("auto", 143)):
         spread = {"tensor_parallel_degree": 8, "zero_stage": 0, "sequence_parallel": by_token}
         config = load_config(recipe(tmp_path, parallel=spread))
         sent = tensor_parallel_traffic(find_architecture(config.model), Workload.of(config))
@@ -565,7 +623,7 @@ def test_the_command_gives_json_and_takes_overrides(no_hub, tmp_path):
     path = recipe(tmp_path)
     done = moored(
         "plan", str(path), "--gpus", "8xa100-40gb", "--json", "parallel.tensor_parallel_degree=2",
-        "parallel.sequence_parallel=true", HF_HUB_CACHE=str(no_hub),
+        "parallel.sequence_parallel=false", HF_HUB_CACHE=str(no_hub),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
