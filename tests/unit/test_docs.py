@@ -186,7 +186,7 @@ def estimate(shape, T, zero_stage=2, tensor_parallel_degree=1, gpus=1):
     base += N / t * (0.0625 if t > 1 else 0.016) + (N / layers + 2**26) * zero_3
     cut = sum(D + o / t for o in (D, K, K, I, I)) + sum(i / t + D for i in (D, I))
     adapter = layers * r * cut * {0: 16, 2: 4 + 16 / d, 3: 20 / d}[zero_stage]
-    checkpoints = 2 * layers * T * D / t
+    checkpoints = 2 * T * D * ((layers - 1) / t + 1)
     C = min(T, 4096, 2**27 // int(v) // 128 * 128)
     head = 10 * C * v + 2 * v * D * (1 + zero_3) + 16 * T * D
     layer = T * (12 * D + (6 * D + 12 * I) / t) + 2 * D * I / t + 2**26 * (zero_stage == 2)

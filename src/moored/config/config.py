@@ -377,6 +377,8 @@ def _across_sections(config: Config) -> Iterator[Relation]:
     ):
         involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
         yield Relation(("adapter", field), message, tuple(involves))
+    if parallel.context_parallel_degree > 1:
+        yield from _of_shared_rows(config)
     if len(set(config.compare_seeds)) < len(config.compare_seeds):
         yield Relation(("compare_seeds",), "holds a seed twice: remove one", (("compare_seeds",),))
     for index, arm in enumerate(config.compare):
@@ -386,6 +388,40 @@ def _across_sections(config: Config) -> Iterator[Relation]:
                 ("compare", index),
                 f"is the same regularizer as compare.{first}: change or remove one",
                 (("compare",), ("regularizer",)),
+            )
+
+
+def _of_shared_rows(config: Config) -> Iterator[Relation]:
+    """What looks at more of a row than a rank of several that share it has."""
+    degree = ("parallel", "context_parallel_degree")
+    if config.model.attention not in ("auto", "sdpa"):
+        yield Relation(
+            ("model", "attention"),
+            f"{config.model.attention} is not spread over ranks that share a row: leave it out, or "
+            "set parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    if config.adapter.dropout:
+        yield Relation(
+            ("adapter", "dropout"),
+            "is drawn for a whole row, which no rank has: set it to 0, or "
+            "parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    if config.reference.cache:
+        yield Relation(
+            ("reference", "cache"),
+            "keeps hidden states of whole rows: set it to false, or "
+            "parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    for place, regularizer in config.regularizers():
+        if regularizer.first_tokens is not None:
+            yield Relation(
+                (*place, "first_tokens"),
+                "counts an answer's tokens from its first, which another rank may have: set "
+                "parallel.context_parallel_degree to 1",
+                (degree,),
             )
 
 

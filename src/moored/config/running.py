@@ -146,6 +146,9 @@ class ParallelConfig(Section):
             "architecture lets them"
         ),
     ] = "auto"
+    context_parallel_degree: Annotated[
+        Positive, about("neighbouring data-parallel ranks that share each row, by tokens")
+    ] = 1
     offload: Annotated[Literal["none", "optimizer"], about("what is kept in CPU memory")] = "none"
     rendezvous_seconds: Annotated[
         float,

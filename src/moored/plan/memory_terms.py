@@ -189,7 +189,8 @@ def of_a_step(
     b, T, D = work.compute_bytes, work.tokens, architecture.hidden_size
     again = work.recomputed(architecture.num_layers)
     by_token = t if work.sequence_parallel else 1
-    inputs = b * again * T * D / by_token
+    # Tokens are dealt out within the first layer, which is called with all of them.
+    inputs = b * T * D * ((again - 1) / by_token + 1 if again else 0)
     wide = 6 * architecture.query_size + 8 * architecture.mlp_size
     whole = (architecture.num_layers - again) * T * (12 * D + wide / t) * b / 2
     named = f"inputs of {again} layers" + (

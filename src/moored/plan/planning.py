@@ -29,6 +29,7 @@ from moored.plan.memory_terms import (
 )
 from moored.plan.step_time import (
     StepTime,
+    exchanged_bytes,
     gathered_bytes,
     reduced_bytes,
     step_time,
@@ -156,11 +157,12 @@ def layouts(architecture: Architecture, work: Workload, cluster: Cluster) -> Ite
         if cluster.gpus_per_node % t == 0 and t & (t - 1) == 0
     ]
     for degree in sorted({*degrees, work.tensor_parallel_degree}):
-        if cluster.world % degree or why_not_degree(architecture, work, degree):
+        shared = degree * work.context_parallel_degree
+        if cluster.world % shared or why_not_degree(architecture, work, degree):
             continue
         d = cluster.world // degree
         stages = (0, 1, 2, 3) if d > 1 else (0, work.zero_stage)
-        most = max(1, -(-work.rows_per_step // d))
+        most = max(1, -(-work.rows_per_step // (cluster.world // shared)))
         rows = {2**k for k in range(most.bit_length())} | {work.micro_batch_size}
         for stage in sorted(set(stages)):
             if stage == 3 and work.family == "dora" and work.nf4:
@@ -203,6 +205,12 @@ def best_layout(
 
 def why_not_degree(architecture: Architecture, work: Workload, degree: int) -> str | None:
     """Why a model cannot be spread over so many ranks; None: it can."""
+    shared = degree * work.context_parallel_degree
+    if work.context_parallel_degree > 1 and architecture.num_kv_heads % shared:
+        return (
+            f"with parallel.context_parallel_degree={work.context_parallel_degree} {shared} ranks "
+            f"would share {architecture.num_kv_heads} key/value heads evenly, which they cannot"
+        )
     if degree == 1:
         return None
     if degree > architecture.num_kv_heads:
@@ -263,6 +271,13 @@ def _require_mesh(architecture: Architecture, work: Workload, cluster: Cluster) 
     why = why_not_degree(architecture, work, degree)
     if why is not None:
         raise UserError(f"parallel.tensor_parallel_degree={degree}: {why}")
+    shared = degree * work.context_parallel_degree
+    if cluster.world % shared:
+        raise UserError(
+            f"parallel.context_parallel_degree={work.context_parallel_degree} x "
+            f"tensor_parallel_degree={degree} = {shared} does not divide the {cluster.world} GPUs "
+            f"of {cluster}: take {math.gcd(shared, cluster.world)} in all, or other GPUs"
+        )
     if work.sequence_parallel and not architecture.by_tokens:
         raise UserError(
             f"parallel.sequence_parallel: layers of a {architecture.model_type} have parts that "
@@ -372,6 +387,9 @@ def _sent(
         sent = tensor_parallel_traffic(architecture, work)
         size = sum(each.wire_bytes(degree) for each in sent)
         found.append(("tensor parallelism", size, "per micro-batch"))
+    if work.context_parallel_degree > 1:
+        size = exchanged_bytes(architecture, work)
+        found.append(("context parallelism", size, "per micro-batch"))
     if work.zero_stage == 3 and d > 1:
         size = gathered_bytes(architecture, work, d)
         found.append(("ZeRO-3's gathered layers", size, "per micro-batch"))
@@ -420,7 +438,7 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
         )
     rows = best.micro_batch_size
     more = replace(best, micro_batch_size=2 * rows)
-    if 2 * rows * d > best.rows_per_step:
+    if 2 * rows * d > best.rows_per_step * best.context_parallel_degree:
         why = f"a step has {best.rows_per_step} rows for {d} ranks"
     elif not fits(architecture, more, cluster):
         why = f"{2 * rows} would take {needs(architecture, more, cluster) / GIB:.1f} GiB"
@@ -455,11 +473,12 @@ def _warnings(
             "data.packing is off, and the data are not here to look at: memory and time are those "
             "of full rows; if samples are much shorter, data.packing=true makes full ones"
         )
-    if d > work.rows_per_step:
+    if d > work.rows_per_step * work.context_parallel_degree:
+        idle = d - work.rows_per_step * work.context_parallel_degree
         yield (
-            f"{d} data-parallel ranks share {work.rows_per_step} rows a step, so "
-            f"{d - work.rows_per_step} of them have nothing to do: raise "
-            "train.global_batch_sequences, or parallel.tensor_parallel_degree"
+            f"{d} data-parallel ranks share {work.rows_per_step} rows a step, so {idle} of them "
+            "have nothing to do: raise train.global_batch_sequences, or "
+            "parallel.tensor_parallel_degree"
         )
     if work.tensor_parallel_degree > cluster.gpus_per_node:
         yield (

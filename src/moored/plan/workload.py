@@ -70,6 +70,7 @@ class Workload:
         epochs: passes over the data; None: not known.
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
+        context_parallel_degree: data-parallel ranks that share a row.
     """
 
     nf4: bool
@@ -104,11 +105,12 @@ class Workload:
     epochs: float | None
     keep_checkpoints: int
     data: DataGlance | None
+    context_parallel_degree: int = 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return self.micro_batch_size * self.max_length
+        """Tokens of the largest micro-batch that one rank has."""
+        return -(-self.micro_batch_size * self.max_length // self.context_parallel_degree)
 
     @property
     def row_tokens(self) -> float:
@@ -182,6 +184,7 @@ class Workload:
             epochs=train.epochs,
             keep_checkpoints=train.keep_checkpoints,
             data=data,
+            context_parallel_degree=parallel.context_parallel_degree,
         )
         return found._with_steps()
 

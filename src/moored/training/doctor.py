@@ -52,6 +52,7 @@ def run(config: Config | None) -> None:
             degree_for(config.parallel.tensor_parallel_degree),
             wait_seconds=config.parallel.rendezvous_seconds,
             folder=config.output.dir,
+            context_parallel_degree=degree_for(config.parallel.context_parallel_degree),
         )
     try:
         if mesh.is_main:

@@ -130,12 +130,12 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     load_seconds = _now(mesh) - started
     loaded = _held(mesh)
     work = Workload.of(config, by_tokens=policy.sequence_parallel)
-    ranks = mesh.dp.size
+    rank, ranks = mesh.share.values()
     micro_batches = math.ceil(math.ceil(work.rows_per_step / ranks) / work.micro_batch_size)
     vocab_size: int = policy.causal_lm.config.get_text_config().vocab_size
     num = min(micro_batches, MOST_MICRO_BATCHES)
     rows = (work.micro_batch_size, config.data.max_length)
-    batches = [_batch(rows, vocab_size, mesh.dp.rank + ranks * i) for i in range(num)]
+    batches = [_batch(rows, vocab_size, rank + ranks * i) for i in range(num)]
     timed = _Timed(engine, mesh)
     regularizer = _every_step(config.regularizer)
     step = 0
@@ -175,7 +175,7 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     alone = Regularizer.model_validate({"kind": "none"})
     few = max(2, steps // 3)
     without = median(batches, alone, few)[0] if regularizer.is_divergent else micro
-    short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, mesh.dp.rank)
+    short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, rank)
     host = median([short], regularizer, few)[0]
     return Probed(
         device=torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",

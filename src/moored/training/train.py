@@ -130,8 +130,9 @@ def _rehearse(run: Run) -> None:
     choice = config.train.rehearse
     if choice == "never" or (choice == "auto" and mesh.device.type != "cuda"):
         return
-    batch = run.stream.largest(dp_size=mesh.dp.size)
+    batch = run.stream.largest(dp_size=mesh.share["dp_size"])
     rows, length = batch.input_ids.shape
+    batch = batch.part(mesh.cp.rank, mesh.cp.size)
     regularizer = config.regularizer
     try:
         run.engine.rehearse(
@@ -169,7 +170,7 @@ def _train(run: Run) -> None:
         run.tracker.metrics(run.step, metric_names.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
         _evaluate(run)
-    share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
+    share = mesh.share
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
         while run.step < run.num_steps:
             batches = run.stream.next_step(**share)
