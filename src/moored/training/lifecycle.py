@@ -173,8 +173,8 @@ def _out_of_memory(mesh: Mesh, error: BaseException) -> UserError:
         f"rank {mesh.world.rank}: {said}. Lower train.micro_batch_size (or "
         "evaluation.micro_batch_size), then data.max_length; set train.gradient_checkpointing to "
         "non_reentrant and checkpointed_layers to 1, model.quantization to nf4; spread the model "
-        "over the GPUs of a machine by parallel.tensor_parallel_degree with sequence_parallel, long "
-        "rows over ranks by context_parallel_degree, or the base over all ranks by "
+        "over the GPUs of a machine by parallel.tensor_parallel_degree with sequence_parallel, "
+        "long rows over ranks by context_parallel_degree, or the base over all ranks by "
         "parallel.zero_stage=3 (`moored plan` says what fits)"
     )
 
