@@ -157,27 +157,44 @@ def layouts(architecture: Architecture, work: Workload, cluster: Cluster) -> Ite
         if cluster.gpus_per_node % t == 0 and t & (t - 1) == 0
     ]
     for degree in sorted({*degrees, work.tensor_parallel_degree}):
-        shared = degree * work.context_parallel_degree
-        if cluster.world % shared or why_not_degree(architecture, work, degree):
+        if cluster.world % degree:
             continue
-        d = cluster.world // degree
-        stages = (0, 1, 2, 3) if d > 1 else (0, work.zero_stage)
-        most = max(1, -(-work.rows_per_step // (cluster.world // shared)))
-        rows = {2**k for k in range(most.bit_length())} | {work.micro_batch_size}
-        for stage in sorted(set(stages)):
-            if stage == 3 and work.family == "dora" and work.nf4:
+        for sharers in _sharers(architecture, work, cluster.world // degree):
+            shared = replace(work, context_parallel_degree=sharers)
+            if not why_not_degree(architecture, shared, degree):
+                yield from _of_degree(architecture, shared, cluster, degree)
+
+
+def _sharers(architecture: Architecture, work: Workload, d: int) -> list[int]:
+    """How many data-parallel ranks may share a row: several where a step has too few rows."""
+    found = {work.context_parallel_degree}
+    if work.may_share_rows and not architecture.eager and work.rows_per_step < d:
+        found |= {2**k for k in range(d.bit_length())}
+    return sorted(number for number in found if d % number == 0)
+
+
+def _of_degree(
+    architecture: Architecture, work: Workload, cluster: Cluster, degree: int
+) -> Iterator[Workload]:
+    """Those of one tensor-parallel degree: ZeRO stage, rows of a micro-batch."""
+    d = cluster.world // degree
+    stages = (0, 1, 2, 3) if d > 1 else (0, work.zero_stage)
+    most = max(1, -(-work.rows_per_step // (d // work.context_parallel_degree)))
+    rows = {2**k for k in range(most.bit_length())} | {work.micro_batch_size}
+    for stage in sorted(set(stages)):
+        if stage == 3 and work.family == "dora" and work.nf4:
+            continue
+        for num in sorted(rows):
+            if num > most and num != work.micro_batch_size:
                 continue
-            for num in sorted(rows):
-                if num > most and num != work.micro_batch_size:
-                    continue
-                yield replace(
-                    work,
-                    tensor_parallel_degree=degree,
-                    sequence_parallel=degree > 1 and architecture.by_tokens,
-                    zero_stage=stage,
-                    offload=work.offload and stage > 0,
-                    micro_batch_size=num,
-                )
+            yield replace(
+                work,
+                tensor_parallel_degree=degree,
+                sequence_parallel=degree > 1 and architecture.by_tokens,
+                zero_stage=stage,
+                offload=work.offload and stage > 0,
+                micro_batch_size=num,
+            )
 
 
 def best_layout(
@@ -197,6 +214,7 @@ def best_layout(
         key=lambda w: (
             w.zero_stage == 3,
             w.tensor_parallel_degree,
+            w.context_parallel_degree,
             needs(architecture, w, cluster),
             w.micro_batch_size,
         ),
@@ -231,6 +249,7 @@ def changes(work: Workload, other: Workload) -> list[str]:
     keys = {
         "tensor_parallel_degree": "parallel.tensor_parallel_degree",
         "sequence_parallel": "parallel.sequence_parallel",
+        "context_parallel_degree": "parallel.context_parallel_degree",
         "zero_stage": "parallel.zero_stage",
         "micro_batch_size": "train.micro_batch_size",
         "checkpointing": "train.gradient_checkpointing",
@@ -348,7 +367,8 @@ def _least_changed(
         stage = (
             0.0 if other.zero_stage == work.zero_stage else 4.0 if other.zero_stage == 3 else 1.5
         )
-        return rows + 3 * degree + stage, needs(architecture, other, cluster)
+        sharers = abs(math.log2(other.context_parallel_degree / work.context_parallel_degree))
+        return rows + 3 * degree + 2 * sharers + stage, needs(architecture, other, cluster)
 
     return min(candidates, key=cost, default=None)
 
@@ -404,8 +424,9 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
     t = best.tensor_parallel_degree
     d = cluster.world // t
     whole = replace(
-        best, tensor_parallel_degree=1, sequence_parallel=False, micro_batch_size=1, zero_stage=2
-    )
+        best, tensor_parallel_degree=1, sequence_parallel=False, micro_batch_size=1, zero_stage=2,
+        context_parallel_degree=1,
+    )  # fmt: skip
     size = needs(architecture, whole, cluster) / GIB
     there = cluster.gpu.memory_bytes / GIB
     found: list[str] = []
@@ -423,6 +444,11 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
         found.append(
             "tensor_parallel_degree 1: a whole copy fits, and copies send each other the adapter's "
             "gradients alone"
+        )
+    if best.context_parallel_degree > 1:
+        found.append(
+            f"context_parallel_degree {best.context_parallel_degree}: a step has "
+            f"{best.rows_per_step} rows for {d} data-parallel ranks, which share each"
         )
     if d == 1:
         found.append("zero_stage 0: no other rank has the same weights, so there is none to share")

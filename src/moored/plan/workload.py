@@ -71,6 +71,7 @@ class Workload:
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
         context_parallel_degree: data-parallel ranks that share a row.
+        may_share_rows: no option of the recipe looks at whole rows.
     """
 
     nf4: bool
@@ -106,6 +107,7 @@ class Workload:
     keep_checkpoints: int
     data: DataGlance | None
     context_parallel_degree: int = 1
+    may_share_rows: bool = False
 
     @property
     def tokens(self) -> int:
@@ -185,6 +187,10 @@ class Workload:
             keep_checkpoints=train.keep_checkpoints,
             data=data,
             context_parallel_degree=parallel.context_parallel_degree,
+            may_share_rows=model.attention in ("auto", "sdpa")
+            and not config.adapter.dropout
+            and not config.reference.cache
+            and all(r.first_tokens is None for _, r in config.regularizers()),
         )
         return found._with_steps()
 

@@ -503,6 +503,49 @@ def test_a_whole_copy_wants_data_parallelism_and_a_large_model_is_spread(no_hub,
     assert (on_40.tensor_parallel_degree, on_40.sequence_parallel) == (2, True)
 
 
+def test_ranks_share_rows_where_a_step_has_too_few(no_hub, tmp_path):
+    """Of 8B on 8 GPUs: two rows of 131,072 tokens a step, by the plan and by its own overrides."""
+    long = {"data": {"max_length": 131072}, "train": {"global_batch_sequences": 2}}
+    found = plan(tmp_path, "8xh100-80gb", L8, **long)
+    best = found.best
+    assert best.context_parallel_degree * best.tensor_parallel_degree >= 4
+    assert best.context_parallel_degree > 1
+    assert any("a step has 2 rows for" in reason for reason in found.reasons)
+    overrides = changes(found.work, best)
+    assert f"parallel.context_parallel_degree={best.context_parallel_degree}" in overrides
+    again = make_plan(
+        load_config(recipe(tmp_path, L8, **long), overrides), cluster_of("8xh100-80gb")
+    )
+    assert again.is_best
+    assert again.time.seconds() == found.best_time.seconds() < found.time.seconds() / 1.5
+    assert not any("nothing to do" in line for line in again.warnings)
+    assert any("nothing to do" in line for line in found.warnings)
+    for other in ({"adapter": {"dropout": 0.1}}, {"reference": {"cache": True}}):
+        assert plan(tmp_path, "8xh100-80gb", L8, **long, **other).best.context_parallel_degree == 1
+
+
+def test_ranks_that_share_a_row_have_its_tokens_and_send_less(no_hub, tmp_path):
+    long = {"data": {"max_length": 65536}, "train": {"global_batch_sequences": 8}}
+
+    def of(**parallel: int):
+        return plan(tmp_path, "8xh100-80gb", L8, **long, parallel={"zero_stage": 0} | parallel)
+
+    alone, shared, spread = of(), of(context_parallel_degree=8), of(tensor_parallel_degree=8)
+    terms = [{t.name: t.bytes for t in found.memory} for found in (alone, shared)]
+    assert terms[1]["checkpoints"] == pytest.approx(terms[0]["checkpoints"] / 8)
+    assert terms[1]["base"] == terms[0]["base"]
+    assert terms[1]["adapter"] == terms[0]["adapter"]
+    # Four passes of queries, keys, values and outputs in bf16: 7 / 8 of a rank's 8,192 tokens.
+    sent = {what: size for what, size, _ in shared.sent}
+    assert sent["context parallelism"] == 4 * 32 * 8192 * 2 * (4096 + 1024) * 2 * 7 / 8
+    assert shared.time.sent < spread.time.sent / 4
+    assert shared.time.tokens == alone.time.tokens
+    with pytest.raises(UserError, match="which they cannot"):
+        of(context_parallel_degree=4, tensor_parallel_degree=8)
+    with pytest.raises(UserError, match="= 8 does not divide the 2 GPUs"):
+        plan(tmp_path, "2xh100-80gb", L8, **long, parallel={"context_parallel_degree": 8})
+
+
 REFUSALS = [
     ("1xh100-80gb", {"data": {"max_length": 65536}}, "shorter rows would: data.max_length=16384"),
     ("8xa100-40gb", {}, "parallel.tensor_parallel_degree=2"),
