@@ -25,7 +25,11 @@ MESHES = {
     "1 process": (1, []),
     "2 processes, ZeRO 2": (2, ["parallel.zero_stage=2"]),
     "2 processes, ZeRO 3": (2, ["parallel.zero_stage=3"]),
-    "1 x 2 tensor parallel": (2, ["parallel.tensor_parallel_degree=2"]),
+    # Sums as older versions have them, which knew of no other default.
+    "1 x 2 tensor parallel": (
+        2,
+        ["parallel.tensor_parallel_degree=2", "parallel.sequence_parallel=false"],
+    ),
 }
 TIMED = ("seconds", "per_second", "bytes", "perf/")  # what no two runs have alike
 

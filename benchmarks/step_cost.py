@@ -5,6 +5,7 @@ add it by hand, where it is installed.
 
     python benchmarks/step_cost.py                     # CPU: 70 million parameters, fp32 compute
     python benchmarks/step_cost.py --size 3b --out step             # one GPU: NF4, bf16
+    python benchmarks/step_cost.py --size 8b --tokens 8192 --packed 8 --micro-batch-size 1
 
 The base has random weights and the shape of a Llama of that size, and is written to a temporary
 folder: speed and memory do not depend on what a model knows. The runs alternate, the first steps of
@@ -56,7 +57,9 @@ def main() -> None:
     add_option(parser)
     args = parser.parse_args()
     arms = list(ARMS)
-    if importlib.util.find_spec("trl"):
+    if args.packed > 1:
+        print("trl: left out, which packs otherwise")
+    elif importlib.util.find_spec("trl"):
         arms += TRL_ARMS
     else:
         print("trl: not installed, left out")
@@ -64,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = write_model(place / "model", SIZES[args.size])
-        data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4)
+        data = write_data(place / "train.jsonl", args.tokens, args.sequences * 4, args.packed)
         train(place / "filling", model, data, "cached", args)
         for i in range(args.rounds):
             for arm in arms if i % 2 == 0 else reversed(arms):
@@ -81,6 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="tokens per sequence")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
     parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--packed", type=int, default=1, help="samples of a row")
     parser.add_argument("--checkpointing", default="non_reentrant")
     parser.add_argument("--zero-stage", type=int, default=0)
 
@@ -166,12 +170,14 @@ def write_model(folder: Path, shape: tuple[int, ...]) -> Path:
     return folder
 
 
-def write_data(path: Path, tokens: int, count: int) -> Path:
-    """Chats that are longer than a sequence, so that each fills one."""
+def write_data(path: Path, tokens: int, count: int, packed: int = 1) -> Path:
+    """Chats that are longer than a sequence, so that each fills one; several nearly fill it."""
+    # The tokenizer's tokens are bytes; a prompt and what the template adds have some 30.
+    length = tokens + 16 if packed == 1 else tokens // packed - 40
     with open(path, "w") as file:
-        for i in range(count):
-            words = " ".join(str((i * 7919 + k * 104729) % 100003) for k in range(tokens // 5))
-            text = {"prompt": f"count {i}", "completion": words}
+        for i in range(count * packed):
+            words = " ".join(str((i * 7919 + k * 104729) % 100003) for k in range(length))
+            text = {"prompt": f"count {i}", "completion": words[:length]}
             file.write(json.dumps(text) + "\n")
     return path
 
@@ -188,6 +194,7 @@ def recipe(
             "train": [{"path": str(data)}],
             "max_length": args.tokens,
             "too_long": "truncate",
+            "packing": getattr(args, "packed", 1) > 1,
         },
         "optim": {"learning_rate": 1e-4},
         "parallel": {"zero_stage": args.zero_stage},

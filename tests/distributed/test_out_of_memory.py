@@ -63,7 +63,8 @@ def test_the_largest_micro_batch_is_tried_before_the_first_update(tmp_path):
     found = re.search(r"the largest micro-batch, 2 x (\d+) tokens, does not fit, and nothing", said)
     assert found is not None, said
     assert int(found[1]) > 5000
-    for remedy in ("micro_batch_size", "tensor_parallel_degree", "sequence_parallel", "zero_stage"):
+    remedies = ("micro_batch_size", "tensor_parallel_degree", "sequence_parallel", "zero_stage")
+    for remedy in (*remedies, "context_parallel_degree"):
         assert remedy in said
     assert "\n" not in said
     assert metrics == []

@@ -77,7 +77,7 @@ MESHES: dict[str, tuple[int, dict[str, tuple[str, ...]]]] = {
             "zero-3": ("parallel.zero_stage=3", "model.dtype=bfloat16"),
         },
     ),
-    "tp": (2, {"tp": TP, "tp-sp": (*TP, "parallel.sequence_parallel=true")}),
+    "tp": (2, {"tp": (*TP, "parallel.sequence_parallel=false"), "tp-sp": TP}),
 }
 
 

@@ -55,6 +55,8 @@ def config_of(folder: Path, case: Case) -> Config:
         f"train.gradient_checkpointing={checkpointing}",
         *more,
     ]
+    if tp > 1 and not any("sequence_parallel" in text for text in more):
+        overrides.append("parallel.sequence_parallel=false")
     return load_config(path / "tiny.yaml", overrides)
 
 

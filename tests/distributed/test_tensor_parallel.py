@@ -71,6 +71,8 @@ def config_of(folder: Path, case: Case) -> Config:
         f"train.gradient_checkpointing={checkpointing}",
         *more,
     ]
+    if tp > 1 and not any("sequence_parallel" in text for text in more):
+        overrides.append("parallel.sequence_parallel=false")
     return load_config(write_recipe(path, recipe), overrides)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from distributed.runner import mostly_long, run_distributed
@@ -90,6 +91,18 @@ def sent(config: Config) -> tuple[Counter, Counter]:
     return seen, foretold(config, mesh, policy)
 
 
+def sent_by_kernels(rank: int, world_size: int, configs: dict[Any, Config]) -> dict[Any, Any]:
+    """As on a GPU, in Triton's interpreter."""
+    import moored.loss.chunks
+    import moored.loss.head
+
+    def kernels_run(logits: Any, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32
+
+    moored.loss.chunks.kernels_run = moored.loss.head.kernels_run = kernels_run
+    return sent_each(rank, world_size, configs)
+
+
 def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
     spread = spread_of(policy, config, mesh)
     total: Counter = Counter()
@@ -162,3 +175,19 @@ def test_bytes_on_the_wire_are_those_of_a_ring():
     layers = next(s for s in micro_batch_traffic(spread, batch) if s.where == "layers")
     assert layers.count == 2 * 160 + 159
     assert layers.wire_bytes(8) == 2 * 7 / 8 * layers.count * 8192 * 8192 * 2
+
+
+BY_KERNELS = [
+    ("llama", "none", "forward", 1, 2, 0, "none"),
+    ("llama", "none", "jsd", 1, 2, 0, "none", "regularizer.temperature=2.0"),
+    ("llama", "none", "forward", 1, 2, 0, "none", "regularizer.token_weighting=entropy"),
+]
+
+
+def test_the_kernels_send_fewer_bytes_and_as_many_as_foretold(tmp_path):
+    configs = {case: config_of(tmp_path, case) for case in BY_KERNELS}
+    in_fp64 = run_distributed(sent_each, 2, configs)[0]
+    for case, (seen, expected) in run_distributed(sent_by_kernels, 2, configs)[0].items():
+        assert seen == expected
+        by_torch = in_fp64[case][0]
+        assert (seen != by_torch) is (case != BY_KERNELS[2]), "what is weighted is torch's"

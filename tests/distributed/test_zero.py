@@ -55,7 +55,11 @@ def global_batch(step: int, vocab_size: int = 259) -> list[list[Sample]]:
 
 
 def build(config: Config) -> tuple[Mesh, Engine]:
-    mesh = start_mesh(config.parallel.tensor_parallel_degree)
+    parallel = config.parallel
+    mesh = start_mesh(
+        parallel.tensor_parallel_degree,
+        context_parallel_degree=parallel.context_parallel_degree,
+    )
     policy = load_policy(Path(config.model.name_or_path), config, mesh)
     return mesh, Engine(policy, config, mesh)
 
@@ -101,7 +105,7 @@ def replayed_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     stream = TrainStream.of_replay(config, located.tokenizer, located.vocab_size, STEPS)
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)
-    return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+    return stream.next_step(**mesh.share)
 
 
 def anchored_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
@@ -113,7 +117,7 @@ def anchored_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     stream = TrainStream.of_anchors(config, located.tokenizer, windows, STEPS)
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)
-    return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
+    return stream.next_step(**mesh.share)
 
 
 def local_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
@@ -123,8 +127,7 @@ def local_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     return batches_of(
         rows,
         micro_batch_size=config.train.micro_batch_size,
-        dp_rank=mesh.dp.rank,
-        dp_size=mesh.dp.size,
+        **mesh.share,
         pad_token_id=0,
         all_positions=config.regularizer.holds_prompt,
     )

@@ -76,9 +76,16 @@ def test_a_recipe_is_listed_with_its_costs(path: Path) -> None:
 def test_the_table_of_what_is_planned_is_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every recipe on every cluster of the table loads with its overrides, fits, and costs that."""
     monkeypatch.setenv("HF_HUB_CACHE", os.devnull)
-    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    written = runpy.run_path(str(ROOT / "benchmarks" / "plan_recipes.py"))["written"](page)
-    assert page == written, "run python benchmarks/plan_recipes.py"
+    made = runpy.run_path(str(ROOT / "benchmarks" / "plan_recipes.py"))
+    pages = {path.name: path.read_text(encoding="utf-8") for path in made["PAGES"]}
+    for page in pages.values():
+        assert page == made["written"](page), "run python benchmarks/plan_recipes.py"
+    long = re.search(r"<!-- long -->\n(.*?)<!-- /long -->", pages["plan.md"], re.S)
+    assert long is not None
+    assert long[1].count("| `") >= 12
+    assert re.findall(r"does not fit \|$", long[1], re.M)
+    assert pages["plan.md"].count("    $ moored plan ") >= 4
+    page = pages["README.md"]
     listed = set(re.findall(r"^\| `([\w./-]+)` \| (?:\d nodes of )?`\d", page, re.M))
     large = {name_of(path) for path in RECIPES} - {
         "quickstart/slurm-headers.yaml",

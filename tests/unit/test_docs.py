@@ -177,7 +177,7 @@ SHAPES = {
 }
 
 
-def estimate(shape, T, zero_stage=2, tensor_parallel_degree=1, sequence_parallel=False, gpus=1):
+def estimate(shape, T, zero_stage=2, tensor_parallel_degree=1, gpus=1):
     """The formula of docs/parallelism.md: base, adapter, checkpoints, at work, in GiB."""
     D, I, layers, K, V, words = SHAPES[shape]  # noqa: E741
     t, d, r = tensor_parallel_degree, gpus // tensor_parallel_degree, 16
@@ -185,8 +185,11 @@ def estimate(shape, T, zero_stage=2, tensor_parallel_degree=1, sequence_parallel
     base = (0.5 * N + words * 2 * V * D) / t / (d if zero_3 else 1)
     base += N / t * (0.0625 if t > 1 else 0.016) + (N / layers + 2**26) * zero_3
     cut = sum(D + o / t for o in (D, K, K, I, I)) + sum(i / t + D for i in (D, I))
-    adapter = layers * r * cut * {0: 16, 2: 4 + 16 / d, 3: 20 / d}[zero_stage]
-    checkpoints = 2 * layers * T * D / (t if sequence_parallel else 1)
+    sizes = [r * x for o in (D, K, K, I, I) for x in (D, o / t)]
+    sizes += [r * x for i in (D, I) for x in (i / t, D)]
+    small = sum(size for size in sizes if size <= 10**5) if zero_3 and d > 1 else 0
+    adapter = layers * r * cut * {0: 16, 2: 4 + 16 / d, 3: 20 / d}[zero_stage] + 4 * layers * small
+    checkpoints = 2 * T * D * ((layers - 1) / t + 1)
     C = min(T, 4096, 2**27 // int(v) // 128 * 128)
     head = 10 * C * v + 2 * v * D * (1 + zero_3) + 16 * T * D
     layer = T * (12 * D + (6 * D + 12 * I) / t) + 2 * D * I / t + 2**26 * (zero_stage == 2)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -290,6 +290,25 @@ class Config(Section):
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def going_on(self, begun: Config) -> Config:
+        """This recipe as a run goes on with it: what it leaves open is as it was in the beginning.
+
+        Args:
+            begun: the copy in the run's directory.
+        """
+        mine, theirs = self.parallel, begun.parallel
+        is_open = mine.sequence_parallel == "auto"
+        if not is_open or mine.tensor_parallel_degree != theirs.tensor_parallel_degree:
+            return self
+        return self.spread_by_tokens(theirs.sequence_parallel)
+
+    def spread_by_tokens(self, value: bool | Literal["auto"]) -> Config:
+        """This recipe with `parallel.sequence_parallel` said."""
+        if value == self.parallel.sequence_parallel:
+            return self
+        parallel = self.parallel.model_copy(update={"sequence_parallel": value})
+        return self.model_copy(update={"parallel": parallel})
+
     def changed_keys(self, other: Config) -> list[str]:
         """The dotted keys that a run may not go on with, for a message to the user."""
         mine, theirs = self.flat(), other.flat()
@@ -358,6 +377,8 @@ def _across_sections(config: Config) -> Iterator[Relation]:
     ):
         involves = ((section, name) for section, _, name in (n.partition(".") for n in names))
         yield Relation(("adapter", field), message, tuple(involves))
+    if parallel.context_parallel_degree > 1:
+        yield from _of_shared_rows(config)
     if len(set(config.compare_seeds)) < len(config.compare_seeds):
         yield Relation(("compare_seeds",), "holds a seed twice: remove one", (("compare_seeds",),))
     for index, arm in enumerate(config.compare):
@@ -367,6 +388,40 @@ def _across_sections(config: Config) -> Iterator[Relation]:
                 ("compare", index),
                 f"is the same regularizer as compare.{first}: change or remove one",
                 (("compare",), ("regularizer",)),
+            )
+
+
+def _of_shared_rows(config: Config) -> Iterator[Relation]:
+    """What looks at more of a row than a rank of several that share it has."""
+    degree = ("parallel", "context_parallel_degree")
+    if config.model.attention not in ("auto", "sdpa"):
+        yield Relation(
+            ("model", "attention"),
+            f"{config.model.attention} is not spread over ranks that share a row: leave it out, or "
+            "set parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    if config.adapter.dropout:
+        yield Relation(
+            ("adapter", "dropout"),
+            "is drawn for a whole row, which no rank has: set it to 0, or "
+            "parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    if config.reference.cache:
+        yield Relation(
+            ("reference", "cache"),
+            "keeps hidden states of whole rows: set it to false, or "
+            "parallel.context_parallel_degree to 1",
+            (degree,),
+        )
+    for place, regularizer in config.regularizers():
+        if regularizer.first_tokens is not None:
+            yield Relation(
+                (*place, "first_tokens"),
+                "counts an answer's tokens from its first, which another rank may have: set "
+                "parallel.context_parallel_degree to 1",
+                (degree,),
             )
 
 

@@ -140,8 +140,15 @@ class ParallelConfig(Section):
         Positive, about("neighbouring ranks that share each layer")
     ] = 1
     sequence_parallel: Annotated[
-        bool, about("norms and residuals are spread over those ranks, too, by tokens")
-    ] = False
+        bool | Literal["auto"],
+        about(
+            "norms and residuals are spread over those ranks, too, by tokens; auto: where the "
+            "architecture lets them"
+        ),
+    ] = "auto"
+    context_parallel_degree: Annotated[
+        Positive, about("neighbouring data-parallel ranks that share each row, by tokens")
+    ] = 1
     offload: Annotated[Literal["none", "optimizer"], about("what is kept in CPU memory")] = "none"
     rendezvous_seconds: Annotated[
         float,

@@ -44,6 +44,7 @@ class Batch:
         num_prompt: positions of the regulariser without a target.
         sample_lengths: of each row, of its samples and its run of padding, L in all; None where no
             row holds several.
+        num_parts: ranks that share its rows; `sample_lengths` is then of the whole rows.
     """
 
     input_ids: Tensor
@@ -57,6 +58,7 @@ class Batch:
     num_tokens: int
     num_prompt: int = 0
     sample_lengths: tuple[tuple[int, ...], ...] | None = None
+    num_parts: int = 1
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -68,6 +70,46 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
             kl_mask=self.kl_mask.to(device, non_blocking=True),
         )
+
+    def part(self, rank: int, size: int) -> Batch:
+        """The tokens of each row that one of `size` ranks has, who share them evenly and in order.
+
+        What does not divide is filled up behind the rows. Counts are those of the part, so that
+        they add up to the batch's.
+        """
+        if size == 1:
+            return self
+        rows, length = self.input_ids.shape
+        more = -length % size
+        share = (length + more) // size
+        columns = slice(rank * share, (rank + 1) * share)
+        behind = self.position_ids[:, -1:] + torch.arange(
+            1, more + 1, device=self.position_ids.device
+        )
+        row, column = self.target_index // length, self.target_index % length - columns.start
+        mine = self.part_of_targets(rank, size)
+        targets, kl_mask = self.targets[mine], self.kl_mask[mine]
+        learned = targets >= 0
+        lengths = self.sample_lengths or ((length,),) * rows
+        return replace(
+            self,
+            input_ids=torch.nn.functional.pad(self.input_ids, (0, more))[:, columns],
+            position_ids=torch.cat([self.position_ids, behind], 1)[:, columns],
+            target_index=(row * share + column)[mine],
+            targets=targets,
+            kl_mask=kl_mask,
+            num_targets=int(learned.sum()),
+            num_kl=int((kl_mask & learned).sum()),
+            num_prompt=int((kl_mask & ~learned).sum()),
+            num_tokens=self.num_tokens * (rank + 1) // size - self.num_tokens * rank // size,
+            sample_lengths=tuple((*of, more) for of in lengths) if more else lengths,
+            num_parts=size,
+        )
+
+    def part_of_targets(self, rank: int, size: int) -> Tensor:
+        """Which positions [N] are of the part of one of `size` ranks, bool."""
+        length = self.input_ids.shape[1]
+        return (self.target_index % length) // -(-length // size) == rank
 
 
 def collate(

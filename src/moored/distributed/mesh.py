@@ -84,6 +84,18 @@ class Axis:
         dist.reduce_scatter_tensor(part, whole, group=self.group)  # pyright: ignore
         return part.movedim(0, dim).contiguous()
 
+    def exchange(self, values: torch.Tensor, split: int, join: int) -> torch.Tensor:
+        """Deal `values` out along `split`, and join along `join` what the others deal (all-to-all).
+
+        The axis's size divides the length along `split`; all ranks have the same shape.
+        """
+        if self.size == 1:
+            return values
+        sent = torch.stack(values.chunk(self.size, split))
+        found = torch.empty_like(sent)
+        dist.all_to_all_single(found, sent, group=self.group)
+        return torch.cat(list(found.unbind(0)), join)
+
     def extremes(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest of each entry over the axis."""
         low, high = values.clone(), values.clone()
@@ -181,6 +193,7 @@ class Mesh:
         tp: the processes that hold different slices of the same layers.
         device: this process's device.
         first_on_machine: whether it is of the first tensor-parallel group of its machine.
+        cp: neighbours along `dp` that hold different tokens of the same rows.
     """
 
     world: Axis
@@ -188,6 +201,15 @@ class Mesh:
     tp: Axis
     device: torch.device
     first_on_machine: bool = True
+    cp: Axis = Axis(name="cp")
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Which rows of a global batch this process has, as streams ask for it."""
+        return {
+            "dp_rank": self.dp.rank // self.cp.size,
+            "dp_size": self.dp.size // self.cp.size,
+        }
 
     @property
     def is_main(self) -> bool:
@@ -320,6 +342,7 @@ def start_mesh(
     *,
     wait_seconds: float = RENDEZVOUS_SECONDS,
     folder: Path | None = None,
+    context_parallel_degree: int = 1,
 ) -> Mesh:
     """Join the processes that the launcher started and arrange them.
 
@@ -329,6 +352,8 @@ def start_mesh(
         wait_seconds: how long to wait for the other processes, unless the environment says it.
         folder: which all processes share, for the secret by which they know each other where the
             launcher gave them none; None: Moored's cache.
+        context_parallel_degree: processes that share each row, neighbours along the data-parallel
+            axis.
 
     Raises:
         UserError: the environment is incomplete, the world does not divide, not all processes came,
@@ -340,6 +365,13 @@ def start_mesh(
             f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
             f"the {place.world_size} processes: start a multiple of it"
         )
+    shared = tensor_parallel_degree * context_parallel_degree
+    if place.world_size % shared:
+        raise UserError(
+            f"parallel.context_parallel_degree={context_parallel_degree} x tensor_parallel_degree="
+            f"{tensor_parallel_degree} = {shared} does not divide the {place.world_size} "
+            "processes: start a multiple of it"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
@@ -347,7 +379,7 @@ def start_mesh(
         torch.cuda.set_device(device)
     first = place.local_rank < tensor_parallel_degree
     if dist.is_initialized():
-        return _arranged(tensor_parallel_degree, device, first)
+        return _arranged(tensor_parallel_degree, context_parallel_degree, device, first)
     try:
         with joined(
             place,
@@ -356,9 +388,9 @@ def start_mesh(
             rendezvous_seconds=wait_seconds,
             folder=folder,
         ) as key:
-            mesh = _arranged(tensor_parallel_degree, device, first)
+            mesh = _arranged(tensor_parallel_degree, context_parallel_degree, device, first)
             if key is not None:
-                for axis in (mesh.world, mesh.dp, mesh.tp):
+                for axis in (mesh.world, mesh.dp, mesh.tp, mesh.cp):
                     prove(axis, key)
     except UserError:
         leave_mesh()
@@ -366,19 +398,40 @@ def start_mesh(
     return mesh
 
 
-def _arranged(tensor_parallel_degree: int, device: torch.device, first: bool) -> Mesh:
+def _arranged(
+    tensor_parallel_degree: int, context_parallel_degree: int, device: torch.device, first: bool
+) -> Mesh:
     """The mesh of the group that is there."""
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
     if tensor_parallel_degree == 1:
         dp = Axis(name="dp", rank=world.rank, size=world.size)
-        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first)
+        cp = _neighbours(dp, 1, context_parallel_degree)
+        return Mesh(
+            world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first, cp=cp
+        )
     shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
     dp, tp = (
         Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
         for name, size in zip(("dp", "tp"), shape, strict=True)
     )
-    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first)
+    cp = _neighbours(dp, tensor_parallel_degree, context_parallel_degree)
+    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first, cp=cp)
+
+
+def _neighbours(dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
+    """This process's group of so many neighbours along the data-parallel axis."""
+    if degree == 1:
+        return Axis(name="cp")
+    groups = [
+        [tensor_parallel_degree * (first + i) + tp for i in range(degree)]
+        for first in range(0, dp.size, degree)
+        for tp in range(tensor_parallel_degree)
+    ]
+    made = [dist.new_group(ranks) for ranks in groups]  # all processes make all of them
+    mine = next(i for i, ranks in enumerate(groups) if dist.get_rank() in ranks)
+    group = cast("dist.ProcessGroup", made[mine])
+    return Axis(name="cp", rank=dp.rank % degree, size=degree, group=group)
 
 
 def degree_for(wanted: int) -> int:

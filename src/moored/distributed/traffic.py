@@ -85,6 +85,8 @@ class Spread:
         is_warm: its temperature is not 1.
         ce_by_entropy: targets are weighted by the policy's entropy.
         kl_by_entropy: rows of the divergence are weighted by the reference's.
+        by_kernels: Triton's kernels compute the head's rows, if their weights do not depend on the
+            models: then ranks send each other fp32, and fewer numbers.
     """
 
     degree: int
@@ -100,6 +102,7 @@ class Spread:
     is_warm: bool = False
     ce_by_entropy: bool = False
     kl_by_entropy: bool = False
+    by_kernels: bool = False
 
 
 def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
@@ -152,7 +155,8 @@ def update_traffic(spread: Spread, dp_size: int = 1) -> list[Sent]:
 def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """One all-gather of numbers per row and chunk, two for jsd, and the sum of the gradient."""
     sent: list[Sent] = []
-    per_row = 7 if spread.is_warm else 6
+    by_kernels = spread.by_kernels and not spread.ce_by_entropy and not spread.kl_by_entropy
+    number_bytes, per_row, per_row_of_jsd = (4, 6, 2) if by_kernels else (8, 6 + spread.is_warm, 3)
     ce_tops, kl_tops = (ENTROPY_NUMBERS * by for by in (spread.ce_by_entropy, spread.kl_by_entropy))
     with_kl = batch.num_kl + batch.num_prompt
     groups = [
@@ -164,9 +168,9 @@ def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
             continue
         chunk = math.ceil(rows / math.ceil(rows / spread.chunk_tokens))
         full, rest = divmod(rows, chunk)
-        widths = [numbers, *([3] if is_jsd else [])]
+        widths = [numbers, *([per_row_of_jsd] if is_jsd else [])]
         for width in widths:
-            each = 8 * width * spread.degree
+            each = number_bytes * width * spread.degree
             sent.append(Sent("head", "all_gather", full, each * chunk))
             if rest:
                 sent.append(Sent("head", "all_gather", 1, each * rest))

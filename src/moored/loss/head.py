@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moored.loss.chunks import chunk_size, run_chunks
+from moored.loss.chunks import chunk_size, kernels_run, run_chunks
 from moored.loss.divergence import (
     NO_TARGET,
     Direction,
@@ -341,6 +341,11 @@ class Head(nn.Module):
     def chunk_tokens_for(self, num_tokens: int) -> int:
         """Rows that are under way at a time, of `num_tokens`."""
         return chunk_size(self.chunk_tokens, num_tokens, self._logits())
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton's kernels compute its rows where their weights let them."""
+        return kernels_run(self._logits(), torch.float32)
 
     def _logits(self) -> Logits:
         return Logits.of(self.weight, self.bias, self.logit_scale, self.logit_softcap, self.shard)

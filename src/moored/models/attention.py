@@ -1,10 +1,13 @@
-"""Attention of packed rows sample by sample, with transformers' "sdpa".
+"""Attention of packed rows sample by sample, and of rows that ranks share, with "sdpa".
 
 transformers keeps the samples of a row apart by a mask of row length squared: attention then costs
 as much as for one sample of that length, and the kernels that know causality are ruled out. Here
 each sample is attended to by itself. A model for which that is not the same keeps the mask.
 
-Letters: B rows, L row length, H heads, d head size.
+Where ranks share the tokens of a row (context parallelism), they exchange tokens for heads around
+the attention, so that each has all tokens of its share of the heads (Ulysses, arXiv:2309.14509).
+
+Letters: B rows, L row length, l of it on one rank, H heads, h of them, d head size.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moored.data.batch import Batch
-from moored.distributed.mesh import is_lost_peer
+from moored.distributed.mesh import Axis, is_lost_peer
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ _needs_mask: ContextVar[bool | None] = ContextVar("needs_mask", default=None)
 _seen: ContextVar[list[bool] | None] = ContextVar("seen", default=None)
 # Models that may be attended to by sample, and how long a sample may be for it.
 _longest: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+# Of models whose rows are shared by ranks: which.
+_sharers: WeakKeyDictionary[nn.Module, Axis] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -49,9 +54,42 @@ def samples_apart(causal_lm: nn.Module, batch: Batch) -> Iterator[dict[str, Any]
         batch: its rows.
     """
     rows = batch.sample_lengths
+    if batch.num_parts > 1:
+        with _set(_by_sample, True), _set(_needs_mask, False):
+            yield {"sample_lengths": rows, "sharers": _sharers[causal_lm]}
+        return
     by_sample = rows is not None and _gains(causal_lm, batch, rows)
     with _set(_by_sample, by_sample), _set(_needs_mask, rows is not None and not by_sample):
         yield {"sample_lengths": rows} if by_sample else {}
+
+
+def share_rows(causal_lm: nn.Module, axis: Axis, longest: int) -> str | None:
+    """Let ranks share the rows of a model that is attended to by sample; why not, if they cannot.
+
+    Args:
+        causal_lm: the Hugging Face model.
+        axis: the ranks, each of which will be given its part of a batch.
+        longest: tokens of a sample at most.
+    """
+    if causal_lm not in _longest:
+        return "its rows are not attended to sample by sample, as sdpa does of most models"
+    if longest > _longest[causal_lm]:
+        return f"it looks back {_longest[causal_lm]:,} tokens, and rows have {longest:,}"
+    _sharers[causal_lm] = axis
+    return None
+
+
+class _Exchanged(torch.autograd.Function):
+    """Tokens for heads, or back; its gradient the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, split: int, join: int) -> Tensor:
+        ctx.axis, ctx.dims = axis, (join, split)
+        return axis.exchange(x, split, join)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        return ctx.axis.exchange(grad, *ctx.dims), None, None, None
 
 
 def _gains(causal_lm: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> bool:
@@ -135,9 +173,17 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     sample_lengths: Sequence[Sequence[int]] | None = None,
+    sharers: Axis | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' sdpa of every sample; [B, L, H, d] and no weights."""
+    if sharers is not None:
+        parts_BHld = query_BHLd, key_BHLd, value_BHLd
+        query_BhLd, key_BhLd, value_BhLd = (_Exchanged.apply(x, sharers, 1, 2) for x in parts_BHld)
+        found_BLhd, _ = _attention(
+            module, query_BhLd, key_BhLd, value_BhLd, None, sample_lengths=sample_lengths, **kwargs
+        )
+        return cast(Tensor, _Exchanged.apply(found_BLhd, sharers, 1, 2)), None
     apart = sample_lengths if attention_mask is None else None
     if (seen := _seen.get()) is not None:
         seen.append(apart is not None)

@@ -115,7 +115,9 @@ class Engine:
         if config.reference.cache:
             self._traces.follow("base")
             probe = of_base(self._engine.module, probe_batch(vocab_size, self.mesh.device))
-            self.references = open_cache(config, revision, self.mesh, probe)
+            self.references = open_cache(
+                config, revision, self.mesh, probe, by_tokens=self.policy.sequence_parallel
+            )
 
     @contextlib.contextmanager
     def _calling(self, use: str, reference: Reference | torch.Tensor | None) -> Iterator[None]:

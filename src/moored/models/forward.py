@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from moored.data.batch import Batch
-from moored.distributed.mesh import is_lost_peer
+from moored.distributed.mesh import Mesh, is_lost_peer
 from moored.loss.head import Head
 from moored.models.attention import samples_apart
 from moored.models.reference import dropout_off
 from moored.models.tensor_parallel import Sharding
+from moored.models.tensor_parallel.regions import TokensNotApartError
 from moored.utils.errors import UserError
 
 
@@ -128,21 +129,25 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
     causal_lm.set_output_embeddings(head)
 
 
-def require_same_by_tokens(causal_lm: Any, device: torch.device, sharding: Sharding) -> None:
-    """Compare the hidden states with and without sequence parallelism. Collective.
+def changed_by_tokens(causal_lm: Any, mesh: Mesh, sharding: Sharding) -> str | None:
+    """Why there is no sequence parallelism, by the hidden states with and without. Collective.
 
-    Raises:
-        UserError: something in the layers looks at more than one token, and is not in the plan.
+    None where they are the same; else something in the layers looks at more than one token, and is
+    not in the plan.
     """
-    batch = probe_batch(causal_lm.config.get_text_config().vocab_size, device)
+    batch = probe_batch(causal_lm.config.get_text_config().vocab_size, mesh.device)
+    name = type(causal_lm).__name__
     with torch.no_grad(), dropout_off(causal_lm):
-        by_tokens = final_hidden(causal_lm, batch)
-        with sharding.without_sequence_parallelism(causal_lm):
-            whole = final_hidden(causal_lm, batch)
+        sharding.connect(causal_lm, by_tokens=False)
+        whole = final_hidden(causal_lm, batch)
+        sharding.connect(causal_lm, by_tokens=True)
+        try:
+            by_tokens = final_hidden(causal_lm, batch)
+        except TokensNotApartError as error:  # on all ranks, before anything is sent
+            return f"{name}: {error}"
     # The sums are the same but for their order, in the dtype of the activations.
     bound = 64 * torch.finfo(whole.dtype).eps * max(1.0, whole.abs().max().item())
-    if (by_tokens - whole).abs().max().item() > bound:
-        raise UserError(
-            f"parallel.sequence_parallel: {type(causal_lm).__name__} gives other hidden states "
-            "with it: set it to false"
-        )
+    differs = (by_tokens - whole).abs().max().item() > bound
+    if mesh.tp.max(float(differs), mesh.device):  # one answer for all, whatever a sum's order is
+        return f"{name} gives other hidden states with it"
+    return None

@@ -37,9 +37,9 @@ from moored.models.experts import (
     matrices_of,
     require_quantisable,
 )
-from moored.models.forward import install_head, require_same_by_tokens
+from moored.models.forward import changed_by_tokens, install_head
 from moored.models.nf4 import make_zero_safe
-from moored.models.tensor_parallel import Sharding, ShardLayout, layout_of, require_per_token
+from moored.models.tensor_parallel import Sharding, layout_of, why_not_by_tokens
 from moored.models.weights import AfterModule, Files, Loader, RandomFiles
 from moored.utils.errors import UserError
 
@@ -101,11 +101,15 @@ def load_base(
             module.compute_dtype = dtype
     if config.quantization == "nf4":
         _require_quantized(causal_lm, num_layers, config)
-    if sharding is not None:
-        sharding.connect(causal_lm)
+    if sharding is None:
+        install_head(causal_lm, mesh.device)
+        return causal_lm, None
+    by_tokens = sharding.sequence_parallel
+    sharding.connect(causal_lm, by_tokens=False)  # what the head is tried with works either way
     install_head(causal_lm, mesh.device, sharding)
-    if sharding is not None and sharding.sequence_parallel:
-        require_same_by_tokens(causal_lm, mesh.device, sharding)
+    if by_tokens:
+        why = changed_by_tokens(causal_lm, mesh, sharding)
+        sharding.connect(causal_lm, by_tokens=_by_tokens(parallel, why))
     return causal_lm, sharding
 
 
@@ -189,8 +193,10 @@ def _stream(
     sharding = None
     if mesh.tp.size > 1:
         _require_own_names(causal_lm, files, unknown, convertible=convertible)
-        layout = _layout(causal_lm, config, parallel, mesh.tp.size)
-        sharding = Sharding(layout, mesh.tp, sequence_parallel=parallel.sequence_parallel)
+        layout = layout_of(causal_lm, mesh.tp.size, in_blocks=config.quantization == "nf4")
+        why = why_not_by_tokens(causal_lm, layout)
+        by_tokens = _by_tokens(parallel, why)
+        sharding = Sharding(layout, mesh.tp, sequence_parallel=by_tokens)
     quantizer = _quantizer(hf_config, quantization, mesh.device)
     if quantizer is not None:
         quantizer.preprocess_model(model=causal_lm, device_map={"": mesh.device}, dtype=dtype)
@@ -265,7 +271,9 @@ def require_layout(path: Path, config: ModelConfig, parallel: ParallelConfig) ->
         UserError: see `layout_of` and `require_architecture`.
     """
     causal_lm = require_architecture(path, config)
-    _layout(causal_lm, config, parallel, parallel.tensor_parallel_degree)
+    degree = parallel.tensor_parallel_degree
+    layout = layout_of(causal_lm, degree, in_blocks=config.quantization == "nf4")
+    _by_tokens(parallel, why_not_by_tokens(causal_lm, layout))
 
 
 def require_architecture(path: Path, config: ModelConfig) -> Any:
@@ -286,13 +294,15 @@ def require_architecture(path: Path, config: ModelConfig) -> Any:
         return causal_lm
 
 
-def _layout(
-    causal_lm: Any, config: ModelConfig, parallel: ParallelConfig, degree: int
-) -> ShardLayout:
-    layout = layout_of(causal_lm, degree, in_blocks=config.quantization == "nf4")
-    if parallel.sequence_parallel:
-        require_per_token(causal_lm, layout)
-    return layout
+def _by_tokens(parallel: ParallelConfig, why_not: str | None) -> bool:
+    """Whether tokens are spread, too: refused only where it was asked for."""
+    wanted = parallel.sequence_parallel
+    if why_not is None or wanted is False:
+        return bool(wanted)
+    if wanted is True:
+        raise UserError(f"parallel.sequence_parallel: {why_not}: set it to false, or leave it out")
+    log.info("parallel.sequence_parallel is off: %s", why_not)
+    return False
 
 
 def _without_weights(path: Path, hf_config: Any, config: ModelConfig, dtype: torch.dtype) -> Any:

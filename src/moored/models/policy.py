@@ -26,7 +26,7 @@ from moored.loss.divergence import Objective, Scales
 from moored.loss.drift import DriftSums
 from moored.loss.head import Head, LossSums, attach_gradient
 from moored.models.adapters import add_adapters, product_norm
-from moored.models.attention import attend_by_sample
+from moored.models.attention import attend_by_sample, share_rows
 from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
@@ -82,6 +82,11 @@ class PolicyModel(nn.Module):
         head = base.get_output_embeddings()
         assert isinstance(head, Head)
         return head
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether each rank of a tensor-parallel group has its share of the tokens."""
+        return self.sharding is not None and self.sharding.sequence_parallel
 
     def forward(self, *inputs: Any, use: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Whatever the method `use` of this class makes of its arguments: `hidden`, if it is None.
@@ -227,9 +232,11 @@ def load_policy(
     if config.data.packing or config.model.attention == "flash_attention_2":  # rows of several
         option = "data.packing" if config.data.packing else "model.attention"
         _require_isolation(causal_lm, batch, pristine, dtype, vocab_size, option)
-    if config.data.packing:
+    if config.data.packing or mesh.cp.size > 1:
         again = partial(_pristine_hidden, causal_lm, batch, dtype)
         attend_by_sample(causal_lm, pristine, again)
+    if mesh.cp.size > 1:
+        _share_rows(causal_lm, config, mesh, batch, pristine, dtype)
     head = None
     if adapter is None:
         label = f"{config.adapter.method} with init {config.adapter.init}"
@@ -310,6 +317,41 @@ def _require_isolation(
             f"{option}: {type(causal_lm).__name__} lets packed samples see each other (attention "
             f"{causal_lm.config._attn_implementation}): set data.packing to false, and "
             "model.attention not to flash_attention_2, which packs them always"
+        )
+
+
+def _share_rows(
+    causal_lm: Any,
+    config: Config,
+    mesh: Mesh,
+    batch: Batch,
+    pristine: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Let the ranks of `mesh.cp` share rows, where that gives the hidden states of whole ones."""
+    degree = mesh.cp.size
+    label = f"parallel.context_parallel_degree={degree}: {type(causal_lm).__name__}"
+    sizes = causal_lm.config.get_text_config()
+    heads = int(getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads)
+    if heads % (degree * mesh.tp.size) or sizes.num_attention_heads % (degree * mesh.tp.size):
+        spread = f", which {mesh.tp.size} tensor-parallel ranks share," if mesh.tp.size > 1 else ""
+        most = math.gcd(heads // mesh.tp.size, degree)
+        raise UserError(
+            f"{label}: its {heads} key/value heads{spread} cannot be dealt out evenly to {degree} "
+            f"ranks: set it to {most}"
+        )
+    why = share_rows(causal_lm, mesh.cp, config.data.max_length)
+    differs = 0.0
+    if why is None:
+        mine = _pristine_hidden(causal_lm, batch.part(mesh.cp.rank, degree), dtype)
+        expected = pristine[batch.part_of_targets(mesh.cp.rank, degree)]
+        bound = min(0.1, 1000 * torch.finfo(mine.dtype).eps) * pristine.abs().max()
+        differs = float(len(mine) > 0 and bool((mine - expected).abs().max() > bound))
+    if mesh.world.max(differs, mesh.device):
+        why = "it gives other hidden states with rows that are shared"
+    if why is not None:
+        raise UserError(
+            f"{label}: {why}: set it to 1, and use parallel.tensor_parallel_degree for long rows"
         )
 
 

@@ -45,7 +45,9 @@ def references_folder() -> Path:
     return cache_folder() / "reference"
 
 
-def open_cache(config: Config, revision: str, mesh: Mesh, probe: Tensor) -> ReferenceCache:
+def open_cache(
+    config: Config, revision: str, mesh: Mesh, probe: Tensor, *, by_tokens: bool
+) -> ReferenceCache:
     """The cache of a run's base, made if there is none.
 
     Args:
@@ -53,8 +55,9 @@ def open_cache(config: Config, revision: str, mesh: Mesh, probe: Tensor) -> Refe
         revision: of the model, see `ResolvedModel`.
         mesh: the processes; the first of each tensor-parallel group writes.
         probe: the base's final hidden states [n, D] on a fixed batch: other bits, another folder.
+        by_tokens: whether tokens are spread over tensor-parallel ranks, too.
     """
-    facts = facts_of(config, revision, mesh.device, probe)
+    facts = facts_of(config, revision, mesh.device, probe, by_tokens=by_tokens)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     name = Path(config.model.name_or_path).name[:40]
     # Where forwards are collective, either all ranks run them or none does.
@@ -77,18 +80,21 @@ def _on_all_ranks(axis: Axis, device: torch.device, hits: list[bool]) -> list[bo
     return axis.extremes(torch.tensor(hits, dtype=torch.uint8, device=device))[0].bool().tolist()
 
 
-def facts_of(config: Config, revision: str, device: torch.device, probe: Tensor) -> dict[str, Any]:
+def facts_of(
+    config: Config, revision: str, device: torch.device, probe: Tensor, *, by_tokens: bool
+) -> dict[str, Any]:
     """Everything that changes a bit of the base's hidden states, but the tokens."""
     model = config.model.model_dump(mode="json", exclude={"cache_quantized", "mirror"})
-    parallel = config.parallel
-    spread = ("tensor_parallel_degree", "sequence_parallel")
     on_gpu = device.type == "cuda"
     return {
         "format": FORMAT,
         "model": model,
         "revision": revision,
-        "parallel": {name: getattr(parallel, name) for name in spread}
-        | {"quantization_statistics": "whole"},  # as older caches have it
+        "parallel": {
+            "tensor_parallel_degree": config.parallel.tensor_parallel_degree,
+            "sequence_parallel": by_tokens,
+            "quantization_statistics": "whole",  # as older caches have it
+        },
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
         "versions": versions_of(("torch", "transformers", "bitsandbytes")),
         "probe": hashlib.sha256(_bytes(probe.cpu())).hexdigest(),

@@ -70,6 +70,8 @@ class Architecture:
         stored_bytes: of a parameter in the files.
         max_positions: the longest row it was made for; None where nothing is said.
         eager: its attention keeps all scores, since no fused kernel computes it.
+        by_tokens: sequence parallelism may spread its layers; else a part of them may look at more
+            than one token.
         notes: what of it is not counted, or only supposed.
     """
 
@@ -92,6 +94,7 @@ class Architecture:
     stored_bytes: int = 2
     max_positions: int | None = None
     eager: bool = False
+    by_tokens: bool = True
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
@@ -218,6 +221,12 @@ _NORMS = {"gemma2": 4, "gemma3_text": 4, "olmo2": 2, "phi": 1}  # a layer, 2 by 
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text")  # of q and k, over a head's features
 _QKV_BIAS = ("qwen2", "qwen2_moe")
 _WITH_BIAS = ("phi", "starcoder2")  # all linear layers and norms
+# Layers with parts beside attention and MLP which transformers' plan for them does not name, so
+# that sequence parallelism is not for them; `why_not_by_tokens` in layout.py asks the model itself.
+_WHOLE_ROWS = {
+    *("axk1", "bailing_hybrid", "deepseek_v3", "flint", "gemma3n_text", "gemma4_text"),
+    *("kimi_linear", "minimax", "olmo_hybrid", "youtu"),
+}
 _EAGER = ("gemma2",)  # caps its scores, for which torch has no fused kernel
 
 
@@ -309,6 +318,7 @@ def read_architecture(config: Mapping[str, Any], origin: str) -> Architecture:
         stored_bytes=4 if dtype == "float32" else 2,
         max_positions=config.get("max_position_embeddings"),
         eager=kind in _EAGER,
+        by_tokens=kind not in _WHOLE_ROWS,
         notes=tuple(notes),
     )
 

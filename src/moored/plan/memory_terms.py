@@ -18,6 +18,7 @@ from moored.plan.workload import Workload
 
 GIB = 2**30
 BUCKET = 2**26  # bytes of DeepSpeed's buffer of gradients, see `REDUCE_BUCKET` in zero.py
+PERSISTENT = 100_000  # elements: smaller parameters ZeRO-3 leaves gathered, by DeepSpeed's default
 # A process that has opened CUDA holds its context, cuBLAS' workspaces and loaded kernels; NCCL
 # holds buffers per group of ranks. Beside torch's own count, and different from driver to driver.
 CONTEXT, NCCL = 0.6 * GIB, 0.3 * GIB
@@ -135,6 +136,9 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
     elif work.zero_stage == 3:
         per, gradients = 4 / d, 4 / d
         why = "fp32: all five over the data-parallel ranks"
+        if small := _left_gathered(architecture, work, t) if d > 1 else 0.0:
+            per += 4 * small / adapters
+            why += ", small matrices whole besides"
     if work.offload:
         why += "; the optimizer's in the host's memory"
     terms.append(
@@ -142,6 +146,16 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
              within=0.03 if work.family == "lora" else 0.2, why=why)
     )  # fmt: skip
     return terms
+
+
+def _left_gathered(architecture: Architecture, work: Workload, t: int) -> float:
+    """Elements of the adapter's matrices that are so small that ZeRO-3 keeps them whole, too."""
+    found = 0.0
+    for linear in adapted(architecture, work):
+        inputs = work.r * architecture.part(linear.inputs, "rows", linear, t)
+        outputs = work.r * architecture.part(linear.outputs, "columns", linear, t)
+        found += sum(size for size in (inputs, outputs) if size <= PERSISTENT)
+    return architecture.num_layers * found
 
 
 def _bits(work: Workload, *, whole: bool = False) -> float:
@@ -189,7 +203,8 @@ def of_a_step(
     b, T, D = work.compute_bytes, work.tokens, architecture.hidden_size
     again = work.recomputed(architecture.num_layers)
     by_token = t if work.sequence_parallel else 1
-    inputs = b * again * T * D / by_token
+    # Tokens are dealt out within the first layer, which is called with all of them.
+    inputs = b * T * D * ((again - 1) / by_token + 1 if again else 0)
     wide = 6 * architecture.query_size + 8 * architecture.mlp_size
     whole = (architecture.num_layers - again) * T * (12 * D + wide / t) * b / 2
     named = f"inputs of {again} layers" + (

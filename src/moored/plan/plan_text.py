@@ -63,6 +63,8 @@ def _layout(work: Workload, world: int) -> str:
     t = work.tensor_parallel_degree
     spread = f"{world // t} data-parallel x {t} tensor-parallel" if world > 1 else "one process"
     by_token = ", sequence parallel" if work.sequence_parallel else ""
+    if work.context_parallel_degree > 1:
+        by_token += f", {work.context_parallel_degree} ranks share a row"
     return (
         f"{spread}{by_token}, ZeRO {work.zero_stage}; a micro-batch is {work.micro_batch_size} x "
         f"{work.max_length:,} tokens; a step {work.rows_per_step} rows"
@@ -121,6 +123,8 @@ def _parallel(work: Workload) -> str:
     if work.tensor_parallel_degree > 1:
         parts.append(f"tensor_parallel_degree: {work.tensor_parallel_degree}")
         parts.append(f"sequence_parallel: {str(work.sequence_parallel).lower()}")
+    if work.context_parallel_degree > 1:
+        parts.append(f"context_parallel_degree: {work.context_parallel_degree}")
     return f"{{{', '.join(parts)}}}"
 
 

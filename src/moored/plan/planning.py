@@ -29,6 +29,7 @@ from moored.plan.memory_terms import (
 )
 from moored.plan.step_time import (
     StepTime,
+    exchanged_bytes,
     gathered_bytes,
     reduced_bytes,
     step_time,
@@ -99,7 +100,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
             line names what does.
     """
     architecture = find_architecture(config.model)
-    work = Workload.of(config)
+    work = Workload.of(config, by_tokens=architecture.by_tokens)
     _require_targets(architecture, work)
     _require_mesh(architecture, work, cluster)
     _require_fit(config.name, architecture, work, cluster)
@@ -156,26 +157,44 @@ def layouts(architecture: Architecture, work: Workload, cluster: Cluster) -> Ite
         if cluster.gpus_per_node % t == 0 and t & (t - 1) == 0
     ]
     for degree in sorted({*degrees, work.tensor_parallel_degree}):
-        if cluster.world % degree or why_not_degree(architecture, work, degree):
+        if cluster.world % degree:
             continue
-        d = cluster.world // degree
-        stages = (0, 1, 2, 3) if d > 1 else (0, work.zero_stage)
-        most = max(1, -(-work.rows_per_step // d))
-        rows = {2**k for k in range(most.bit_length())} | {work.micro_batch_size}
-        for stage in sorted(set(stages)):
-            if stage == 3 and work.family == "dora" and work.nf4:
+        for sharers in _sharers(architecture, work, cluster.world // degree):
+            shared = replace(work, context_parallel_degree=sharers)
+            if not why_not_degree(architecture, shared, degree):
+                yield from _of_degree(architecture, shared, cluster, degree)
+
+
+def _sharers(architecture: Architecture, work: Workload, d: int) -> list[int]:
+    """How many data-parallel ranks may share a row: several where a step has too few rows."""
+    found = {work.context_parallel_degree}
+    if work.may_share_rows and not architecture.eager and work.rows_per_step < d:
+        found |= {2**k for k in range(d.bit_length())}
+    return sorted(number for number in found if d % number == 0)
+
+
+def _of_degree(
+    architecture: Architecture, work: Workload, cluster: Cluster, degree: int
+) -> Iterator[Workload]:
+    """Those of one tensor-parallel degree: ZeRO stage, rows of a micro-batch."""
+    d = cluster.world // degree
+    stages = (0, 1, 2, 3) if d > 1 else (0, work.zero_stage)
+    most = max(1, -(-work.rows_per_step // (d // work.context_parallel_degree)))
+    rows = {2**k for k in range(most.bit_length())} | {work.micro_batch_size}
+    for stage in sorted(set(stages)):
+        if stage == 3 and work.family == "dora" and work.nf4:
+            continue
+        for num in sorted(rows):
+            if num > most and num != work.micro_batch_size:
                 continue
-            for num in sorted(rows):
-                if num > most and num != work.micro_batch_size:
-                    continue
-                yield replace(
-                    work,
-                    tensor_parallel_degree=degree,
-                    sequence_parallel=degree > 1,
-                    zero_stage=stage,
-                    offload=work.offload and stage > 0,
-                    micro_batch_size=num,
-                )
+            yield replace(
+                work,
+                tensor_parallel_degree=degree,
+                sequence_parallel=degree > 1 and architecture.by_tokens,
+                zero_stage=stage,
+                offload=work.offload and stage > 0,
+                micro_batch_size=num,
+            )
 
 
 def best_layout(
@@ -195,6 +214,7 @@ def best_layout(
         key=lambda w: (
             w.zero_stage == 3,
             w.tensor_parallel_degree,
+            w.context_parallel_degree,
             needs(architecture, w, cluster),
             w.micro_batch_size,
         ),
@@ -203,6 +223,12 @@ def best_layout(
 
 def why_not_degree(architecture: Architecture, work: Workload, degree: int) -> str | None:
     """Why a model cannot be spread over so many ranks; None: it can."""
+    shared = degree * work.context_parallel_degree
+    if work.context_parallel_degree > 1 and architecture.num_kv_heads % shared:
+        return (
+            f"with parallel.context_parallel_degree={work.context_parallel_degree} {shared} ranks "
+            f"would share {architecture.num_kv_heads} key/value heads evenly, which they cannot"
+        )
     if degree == 1:
         return None
     if degree > architecture.num_kv_heads:
@@ -223,6 +249,7 @@ def changes(work: Workload, other: Workload) -> list[str]:
     keys = {
         "tensor_parallel_degree": "parallel.tensor_parallel_degree",
         "sequence_parallel": "parallel.sequence_parallel",
+        "context_parallel_degree": "parallel.context_parallel_degree",
         "zero_stage": "parallel.zero_stage",
         "micro_batch_size": "train.micro_batch_size",
         "checkpointing": "train.gradient_checkpointing",
@@ -234,8 +261,10 @@ def changes(work: Workload, other: Workload) -> list[str]:
         value = getattr(other, name)
         if value == getattr(work, name):
             continue
-        # Without ranks that share a layer the option has no effect, and the recipe refuses it.
-        if name == "sequence_parallel" and other.tensor_parallel_degree == 1:
+        # Without ranks that share a layer the option has no effect, and the recipe refuses it; with
+        # such, where the recipe had none, it is what `auto` comes to.
+        degrees = (work.tensor_parallel_degree, other.tensor_parallel_degree)
+        if name == "sequence_parallel" and 1 in degrees:
             continue
         text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(
             value, float) else str(value)  # fmt: skip
@@ -261,6 +290,18 @@ def _require_mesh(architecture: Architecture, work: Workload, cluster: Cluster) 
     why = why_not_degree(architecture, work, degree)
     if why is not None:
         raise UserError(f"parallel.tensor_parallel_degree={degree}: {why}")
+    shared = degree * work.context_parallel_degree
+    if cluster.world % shared:
+        raise UserError(
+            f"parallel.context_parallel_degree={work.context_parallel_degree} x "
+            f"tensor_parallel_degree={degree} = {shared} does not divide the {cluster.world} GPUs "
+            f"of {cluster}: take {math.gcd(shared, cluster.world)} in all, or other GPUs"
+        )
+    if work.sequence_parallel and not architecture.by_tokens:
+        raise UserError(
+            f"parallel.sequence_parallel: layers of a {architecture.model_type} have parts that "
+            "may look at more than one token: set it to false, or leave it out"
+        )
     if cluster.world % degree:
         raise UserError(
             f"parallel.tensor_parallel_degree={degree} does not divide the {cluster.world} GPUs of "
@@ -326,7 +367,8 @@ def _least_changed(
         stage = (
             0.0 if other.zero_stage == work.zero_stage else 4.0 if other.zero_stage == 3 else 1.5
         )
-        return rows + 3 * degree + stage, needs(architecture, other, cluster)
+        sharers = abs(math.log2(other.context_parallel_degree / work.context_parallel_degree))
+        return rows + 3 * degree + 2 * sharers + stage, needs(architecture, other, cluster)
 
     return min(candidates, key=cost, default=None)
 
@@ -365,6 +407,9 @@ def _sent(
         sent = tensor_parallel_traffic(architecture, work)
         size = sum(each.wire_bytes(degree) for each in sent)
         found.append(("tensor parallelism", size, "per micro-batch"))
+    if work.context_parallel_degree > 1:
+        size = exchanged_bytes(architecture, work)
+        found.append(("context parallelism", size, "per micro-batch"))
     if work.zero_stage == 3 and d > 1:
         size = gathered_bytes(architecture, work, d)
         found.append(("ZeRO-3's gathered layers", size, "per micro-batch"))
@@ -379,8 +424,9 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
     t = best.tensor_parallel_degree
     d = cluster.world // t
     whole = replace(
-        best, tensor_parallel_degree=1, sequence_parallel=False, micro_batch_size=1, zero_stage=2
-    )
+        best, tensor_parallel_degree=1, sequence_parallel=False, micro_batch_size=1, zero_stage=2,
+        context_parallel_degree=1,
+    )  # fmt: skip
     size = needs(architecture, whole, cluster) / GIB
     there = cluster.gpu.memory_bytes / GIB
     found: list[str] = []
@@ -399,6 +445,11 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
             "tensor_parallel_degree 1: a whole copy fits, and copies send each other the adapter's "
             "gradients alone"
         )
+    if best.context_parallel_degree > 1:
+        found.append(
+            f"context_parallel_degree {best.context_parallel_degree}: a step has "
+            f"{best.rows_per_step} rows for {d} data-parallel ranks, which share each"
+        )
     if d == 1:
         found.append("zero_stage 0: no other rank has the same weights, so there is none to share")
     elif best.zero_stage == 3:
@@ -413,7 +464,7 @@ def _reasons(architecture: Architecture, best: Workload, cluster: Cluster) -> li
         )
     rows = best.micro_batch_size
     more = replace(best, micro_batch_size=2 * rows)
-    if 2 * rows * d > best.rows_per_step:
+    if 2 * rows * d > best.rows_per_step * best.context_parallel_degree:
         why = f"a step has {best.rows_per_step} rows for {d} ranks"
     elif not fits(architecture, more, cluster):
         why = f"{2 * rows} would take {needs(architecture, more, cluster) / GIB:.1f} GiB"
@@ -448,18 +499,19 @@ def _warnings(
             "data.packing is off, and the data are not here to look at: memory and time are those "
             "of full rows; if samples are much shorter, data.packing=true makes full ones"
         )
-    if d > work.rows_per_step:
+    if d > work.rows_per_step * work.context_parallel_degree:
+        idle = d - work.rows_per_step * work.context_parallel_degree
         yield (
-            f"{d} data-parallel ranks share {work.rows_per_step} rows a step, so "
-            f"{d - work.rows_per_step} of them have nothing to do: raise "
-            "train.global_batch_sequences, or parallel.tensor_parallel_degree"
+            f"{d} data-parallel ranks share {work.rows_per_step} rows a step, so {idle} of them "
+            "have nothing to do: raise train.global_batch_sequences, or "
+            "parallel.tensor_parallel_degree"
         )
     if work.tensor_parallel_degree > cluster.gpus_per_node:
         yield (
             "a tensor-parallel group spans nodes and sends its activations over the network: keep "
             f"parallel.tensor_parallel_degree at {cluster.gpus_per_node} or less"
         )
-    if work.tensor_parallel_degree > 1 and not work.sequence_parallel:
+    if work.tensor_parallel_degree > 1 and architecture.by_tokens and not work.sequence_parallel:
         yield "parallel.sequence_parallel=true would spread the checkpoints, too, for equal traffic"
     if work.zero_stage == 3 and d > 1:
         plain = replace(work, zero_stage=2)
@@ -526,7 +578,8 @@ def site_warning(
     except UserError:
         return None  # nothing to plan with is no fault of the recipe
     try:
-        _require_fit(config.name, architecture, Workload.of(config), cluster)
+        work = Workload.of(config, by_tokens=architecture.by_tokens)
+        _require_fit(config.name, architecture, work, cluster)
     except UserError as error:
         return f"by `moored plan`, {error}"
     return None
@@ -590,7 +643,8 @@ def load_problem(
         architecture = _of_folder(config, folder)
     except UserError:
         return None
-    work = replace(Workload.of(config, on_gpu=on_gpu), tensor_parallel_degree=degree)
+    work = Workload.of(config, on_gpu=on_gpu, by_tokens=architecture.by_tokens)
+    work = replace(work, tensor_parallel_degree=degree)
     # Loading makes the adapter's parameters, and neither gradients nor moments.
     parts = [t.bytes for t in held(architecture, work, world) if t.name != "adapter"]
     size = sum(parts) + 4 * adapter_size(architecture, work, degree)

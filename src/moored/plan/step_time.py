@@ -69,7 +69,7 @@ def counted(architecture: Architecture, work: Workload, *, reference: bool) -> C
     """
     t = work.tensor_parallel_degree
     S = work.row_tokens
-    T = S * work.micro_batch_size
+    T = S * work.micro_batch_size / work.context_parallel_degree
     again = work.recomputed(architecture.num_layers) / architecture.num_layers
     active = architecture.linear_size + architecture.num_layers * architecture.active_expert_size
     adapters = adapter_size(architecture, work)
@@ -210,7 +210,10 @@ def step_time(
     base *= HOST_ZERO_3 if work.zero_stage == 3 and d > 1 else 1.0
     low, high = HOST_FACTORS if host_factor is None else (host_factor, host_factor)
     adapters = adapter_size(architecture, work, degree)
-    rows_per_rank, anchors_per_rank = (-(-n // d) for n in (work.rows_per_step, work.anchor_rows))
+    sharers = max(1, d // work.context_parallel_degree)  # groups of ranks, each with its own rows
+    rows_per_rank, anchors_per_rank = (
+        -(-n // sharers) for n in (work.rows_per_step, work.anchor_rows)
+    )
     moved = 4 * 7 * adapters / (d if work.zero_stage else 1)
     update = moved / (BANDWIDTH * cluster.gpu.bandwidth_gbs * 1e9)
     update += seconds_sent(reduced_bytes(architecture, work, d), d * degree, cluster)
@@ -239,10 +242,27 @@ def _share_of_references(work: Workload) -> float:
 # ---------------------------------------------------------------- what is sent
 
 
+def exchanged_bytes(architecture: Architecture, work: Workload, share: float = 1.0) -> float:
+    """What a rank sends of queries, keys, values and outputs of attention in one micro-batch.
+
+    Args:
+        architecture: the model.
+        work: the recipe.
+        share: of the micro-batches, that run the base.
+    """
+    c, t = work.context_parallel_degree, work.tensor_parallel_degree
+    passes = 2 + work.recomputed(architecture.num_layers) / architecture.num_layers
+    passes += share * work.has_kl
+    features = 2 * (architecture.query_size + architecture.key_size) / t
+    tokens = work.row_tokens * work.micro_batch_size / c
+    size = architecture.num_layers * tokens * features * work.compute_bytes
+    return passes * size * (c - 1) / c
+
+
 def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[Sent]:
     """Collectives of one micro-batch within a tensor-parallel group, of full rows."""
     rows = work.micro_batch_size
-    length = round(work.row_tokens)
+    length = round(work.row_tokens / work.context_parallel_degree)
     degree = work.tensor_parallel_degree
     shared = [
         work.r * (linear.inputs if linear.cut == "columns" else linear.outputs)
@@ -262,6 +282,7 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         is_warm=work.is_warm,
         ce_by_entropy=work.ce_by_entropy,
         kl_by_entropy=work.kl_by_entropy,
+        by_kernels=True,  # a plan is of GPUs
     )
     num = round(rows * length * work.head_share)
     batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)
@@ -307,4 +328,6 @@ def _sent_seconds(
     if share < 1 and work.has_kl:
         size *= 1 - (1 - share) * 0.25
     seconds = seconds_sent(size, degree, cluster)
+    shared = exchanged_bytes(architecture, work, share)
+    seconds += seconds_sent(shared, work.context_parallel_degree * degree, cluster)
     return seconds + seconds_sent(gathered_bytes(architecture, work, d), cluster.world, cluster)

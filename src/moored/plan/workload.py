@@ -70,6 +70,8 @@ class Workload:
         epochs: passes over the data; None: not known.
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
+        context_parallel_degree: data-parallel ranks that share a row.
+        may_share_rows: no option of the recipe looks at whole rows.
     """
 
     nf4: bool
@@ -104,11 +106,13 @@ class Workload:
     epochs: float | None
     keep_checkpoints: int
     data: DataGlance | None
+    context_parallel_degree: int = 1
+    may_share_rows: bool = False
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest micro-batch."""
-        return self.micro_batch_size * self.max_length
+        """Tokens of the largest micro-batch that one rank has."""
+        return -(-self.micro_batch_size * self.max_length // self.context_parallel_degree)
 
     @property
     def row_tokens(self) -> float:
@@ -131,12 +135,13 @@ class Workload:
         return math.ceil(round(self.checkpointed_layers * num_layers, 9))
 
     @classmethod
-    def of(cls, config: Config, *, on_gpu: bool = True) -> Workload:
+    def of(cls, config: Config, *, on_gpu: bool = True, by_tokens: bool = True) -> Workload:
         """That of a recipe.
 
         Args:
             config: the recipe.
             on_gpu: else on a CPU, which computes in fp32 unless the recipe says otherwise.
+            by_tokens: of the architecture: what the recipe gets where it leaves it open.
         """
         model, parallel, train = config.model, config.parallel, config.train
         data = glance(config)
@@ -170,7 +175,8 @@ class Workload:
             cached_by_sample=config.reference.match == "sample",
             zero_stage=parallel.zero_stage,
             tensor_parallel_degree=parallel.tensor_parallel_degree,
-            sequence_parallel=parallel.sequence_parallel,
+            sequence_parallel=parallel.tensor_parallel_degree > 1
+            and (by_tokens if parallel.sequence_parallel == "auto" else parallel.sequence_parallel),
             offload=parallel.offload == "optimizer",
             micro_batch_size=train.micro_batch_size,
             checkpointing=train.gradient_checkpointing,
@@ -180,6 +186,11 @@ class Workload:
             epochs=train.epochs,
             keep_checkpoints=train.keep_checkpoints,
             data=data,
+            context_parallel_degree=parallel.context_parallel_degree,
+            may_share_rows=model.attention in ("auto", "sdpa")
+            and not config.adapter.dropout
+            and not config.reference.cache
+            and all(r.first_tokens is None for _, r in config.regularizers()),
         )
         return found._with_steps()
 

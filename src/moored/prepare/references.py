@@ -52,7 +52,7 @@ def fill(config: Config, located: BaseFiles, *, num_ranks: int) -> ReferenceCach
     whole = config.parallel.model_copy(update={"zero_stage": 0, "offload": "none"})
     policy = load_policy(located.source.path, config.model_copy(update={"parallel": whole}), mesh)
     probe = of_base(policy, probe_batch(located.vocab_size, mesh.device))
-    cache = open_cache(config, located.source.revision, mesh, probe)
+    cache = open_cache(config, located.source.revision, mesh, probe, by_tokens=False)
     samples = load_samples(config.data.train, located.tokenizer, config.data, located.vocab_size)
     ranks = [TrainStream(config, located.tokenizer, samples) for _ in range(num_ranks)]
     steps = range(ranks[0].total_steps())

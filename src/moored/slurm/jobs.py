@@ -85,6 +85,13 @@ def jobs_of(
             f"parallel.tensor_parallel_degree={degree} does not divide {nodes} nodes x "
             f"{site.slurm.ranks} processes: change --nodes, or slurm.ranks_per_node of the site"
         )
+    shared = degree * config.parallel.context_parallel_degree
+    if world % shared:
+        raise UserError(
+            f"parallel.context_parallel_degree={config.parallel.context_parallel_degree} x "
+            f"tensor_parallel_degree={degree} = {shared} does not divide {nodes} nodes x "
+            f"{site.slurm.ranks} processes: change --nodes, or slurm.ranks_per_node of the site"
+        )
     base = Job(
         title=f"{config.name}: train",
         name=config.name,

@@ -179,7 +179,8 @@ def open_run(config: Config, path: Path, *, restart: bool, kind: str = "run") ->
             raise UserError(f"{path} exists and is not a run directory: choose another name=...")
     else:
         # A folder with somebody else's config.yaml is not cleared.
-        changed = load_config(directory.config).changed_keys(config)
+        begun = load_config(directory.config)
+        changed = begun.changed_keys(config)
         require_kind(directory, kind)
         if restart:
             directory.clear()
@@ -193,6 +194,8 @@ def open_run(config: Config, path: Path, *, restart: bool, kind: str = "run") ->
             logs = path / "logs"  # a launcher writes there already
             directory.clear(but=[logs])
             shutil.rmtree(logs / "system", ignore_errors=True)
+        else:
+            config = config.going_on(begun)
     write_atomically(directory.config, config.dump_yaml().encode())
     return directory
 

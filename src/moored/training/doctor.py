@@ -52,6 +52,7 @@ def run(config: Config | None) -> None:
             degree_for(config.parallel.tensor_parallel_degree),
             wait_seconds=config.parallel.rendezvous_seconds,
             folder=config.output.dir,
+            context_parallel_degree=degree_for(config.parallel.context_parallel_degree),
         )
     try:
         if mesh.is_main:
@@ -215,7 +216,7 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         shared_adapter_sizes=[
             p.numel() for name, p in trained if policy.sharding.split_of(name) is None
         ],
-        sequence_parallel=config.parallel.sequence_parallel,
+        sequence_parallel=policy.sequence_parallel,
         checkpointing=config.train.gradient_checkpointing,
         num_recomputed=num_checkpointed(config.train.checkpointed_layers, num_layers),
         chunk_tokens=policy.head.chunk_tokens_for(10**6),
@@ -223,6 +224,7 @@ def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:
         is_warm=config.regularizer.temperature != 1.0,
         ce_by_entropy=config.regularizer.ce_weighting == "entropy",
         kl_by_entropy=config.regularizer.kl_weighting == "entropy",
+        by_kernels=policy.head.has_kernels,
     )
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from moored.config import Config
+from moored.config import Config, load_config
 from moored.distributed.mesh import Mesh, is_lost_peer, start_mesh
 from moored.tracking import Tracker, ships_later
 from moored.tracking.run_directory import RunDirectory, locked, open_run
+from moored.utils.atomic_dir import write_atomically
 from moored.utils.environment import launch_id, versions_of
 from moored.utils.errors import (
     EvaluationFailedError,
@@ -43,6 +44,7 @@ def join_mesh(config: Config) -> Mesh:
         config.parallel.tensor_parallel_degree,
         wait_seconds=config.parallel.rendezvous_seconds,
         folder=config.output.dir,
+        context_parallel_degree=config.parallel.context_parallel_degree,
     )
 
 
@@ -77,6 +79,19 @@ def open_run_on_all_ranks(
     mesh.raise_on_all_ranks(error)
     directory = RunDirectory(path)
     return directory, mesh.world.broadcast(directory.state().get("attempt", 1))
+
+
+def as_begun(config: Config, directory: RunDirectory, mesh: Mesh) -> Config:
+    """The recipe with what the run's own copy says of what it leaves open. Collective."""
+    begun = load_config(directory.config).parallel.sequence_parallel if mesh.is_main else None
+    return config.spread_by_tokens(mesh.world.broadcast(begun))
+
+
+def say_layout(config: Config, directory: RunDirectory, mesh: Mesh, *, by_tokens: bool) -> None:
+    """Write into the run's copy of the recipe what was chosen, so that it goes on with that."""
+    if mesh.is_main and mesh.tp.size > 1 and config.parallel.sequence_parallel == "auto":
+        said = config.spread_by_tokens(by_tokens)
+        write_atomically(directory.config, said.dump_yaml().encode())
 
 
 def start_tracking(
@@ -158,8 +173,9 @@ def _out_of_memory(mesh: Mesh, error: BaseException) -> UserError:
         f"rank {mesh.world.rank}: {said}. Lower train.micro_batch_size (or "
         "evaluation.micro_batch_size), then data.max_length; set train.gradient_checkpointing to "
         "non_reentrant and checkpointed_layers to 1, model.quantization to nf4; spread the model "
-        "over the GPUs of a machine by parallel.tensor_parallel_degree with sequence_parallel, or "
-        "over all ranks by parallel.zero_stage=3 (`moored plan` says what fits)"
+        "over the GPUs of a machine by parallel.tensor_parallel_degree with sequence_parallel, "
+        "long rows over ranks by context_parallel_degree, or the base over all ranks by "
+        "parallel.zero_stage=3 (`moored plan` says what fits)"
     )
 
 

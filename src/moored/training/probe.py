@@ -129,13 +129,13 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     engine = Engine(policy, config, mesh)
     load_seconds = _now(mesh) - started
     loaded = _held(mesh)
-    work = Workload.of(config)
-    ranks = mesh.dp.size
+    work = Workload.of(config, by_tokens=policy.sequence_parallel)
+    rank, ranks = mesh.share.values()
     micro_batches = math.ceil(math.ceil(work.rows_per_step / ranks) / work.micro_batch_size)
     vocab_size: int = policy.causal_lm.config.get_text_config().vocab_size
     num = min(micro_batches, MOST_MICRO_BATCHES)
     rows = (work.micro_batch_size, config.data.max_length)
-    batches = [_batch(rows, vocab_size, mesh.dp.rank + ranks * i) for i in range(num)]
+    batches = [_batch(rows, vocab_size, rank + ranks * i) for i in range(num)]
     timed = _Timed(engine, mesh)
     regularizer = _every_step(config.regularizer)
     step = 0
@@ -175,7 +175,7 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     alone = Regularizer.model_validate({"kind": "none"})
     few = max(2, steps // 3)
     without = median(batches, alone, few)[0] if regularizer.is_divergent else micro
-    short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, mesh.dp.rank)
+    short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, rank)
     host = median([short], regularizer, few)[0]
     return Probed(
         device=torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu",
@@ -301,7 +301,8 @@ def _whole_rows(work: Workload) -> Workload:
 def _tell(config: Config, probed: Probed, mesh: Mesh, path: Path, profile: Path | None) -> None:
     """The table, the file, and what is kept with the site."""
     cluster = _cluster(mesh)
-    architecture, work = find_architecture(config.model), _whole_rows(Workload.of(config))
+    architecture = find_architecture(config.model)
+    work = _whole_rows(Workload.of(config, by_tokens=architecture.by_tokens))
     planned = None if cluster is None else step_time(architecture, work, cluster)
     memory = None if cluster is None else torch_peak(architecture, work, cluster.world)
     console = Console(markup=False, highlight=False, soft_wrap=True)

@@ -121,7 +121,8 @@ def train_step(
 
     Args:
         engine: the policy under ZeRO.
-        batches: this rank's micro-batches; every rank has the same number of them.
+        batches: micro-batches of `mesh.share`; every rank has the same number of them, and takes
+            its tokens of their rows.
         mesh: the processes.
         step: the update's number, from 0.
         regularizer: what is added to the cross-entropy.
@@ -134,6 +135,10 @@ def train_step(
     """
     with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     anchored = anchored if with_kl else ()
+    batches, anchored, replayed = (
+        [batch.part(mesh.cp.rank, mesh.cp.size) for batch in given]
+        for given in (batches, anchored, replayed)
+    )
     # 1. What is kept of the base's hidden states, and the denominators over the whole global batch:
     # the ranks meet before the first forward, and the host waits for no device until the update.
     references = iter(engine.references_of([*batches, *anchored] if with_kl else []))

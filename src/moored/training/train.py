@@ -30,12 +30,14 @@ from moored.tracking import journal
 from moored.tracking.run_directory import heartbeat, path_of
 from moored.training import checkpoint, metric_names
 from moored.training.lifecycle import (
+    as_begun,
     asked_to_stop,
     ending,
     failures_named,
     is_out_of_memory,
     join_mesh,
     open_run_on_all_ranks,
+    say_layout,
     signals_seen,
     start_tracking,
 )
@@ -98,6 +100,7 @@ def run(
         if parent is None:
             stack.callback(leave)
         directory, attempt = open_run_on_all_ranks(stack, config, path, mesh, restart=restart)
+        config = as_begun(config, directory, mesh)
         setup(mesh.world.rank, path)
         if directory.state().get("status") == "done":
             log.info("%s is finished already: --restart starts over", path)
@@ -106,6 +109,8 @@ def run(
         stack.enter_context(ending(directory, tracker, mesh))
         signals = stack.enter_context(signals_seen())
         run = assemble(config, mesh, directory, tracker)
+        by_tokens = run.engine.policy.sequence_parallel
+        say_layout(config, directory, mesh, by_tokens=by_tokens)
         run.prints_summary = parent is None  # a comparison prints one table for all its arms
         run.base_answered, run.signals = base_answered, signals
         stack.callback(run.engine.close)
@@ -125,8 +130,9 @@ def _rehearse(run: Run) -> None:
     choice = config.train.rehearse
     if choice == "never" or (choice == "auto" and mesh.device.type != "cuda"):
         return
-    batch = run.stream.largest(dp_size=mesh.dp.size)
+    batch = run.stream.largest(dp_size=mesh.share["dp_size"])
     rows, length = batch.input_ids.shape
+    batch = batch.part(mesh.cp.rank, mesh.cp.size)
     regularizer = config.regularizer
     try:
         run.engine.rehearse(
@@ -164,7 +170,7 @@ def _train(run: Run) -> None:
         run.tracker.metrics(run.step, metric_names.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
         _evaluate(run)
-    share = {"dp_rank": mesh.dp.rank, "dp_size": mesh.dp.size}
+    share = mesh.share
     with Progress(run.num_steps, run.step, enabled=mesh.is_main) as progress:
         while run.step < run.num_steps:
             batches = run.stream.next_step(**share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import accelerate
@@ -15,7 +16,7 @@ from moored.models.tensor_parallel import (
     ShardLayout,
     Split,
     layout_of,
-    require_per_token,
+    why_not_by_tokens,
 )
 from moored.utils.errors import UserError
 
@@ -383,7 +384,7 @@ def test_experts_are_dealt_out_whole_and_unevenly(config, changes, in_blocks):
     assert "model.layers.0.mlp" in layout.blocks
     assert layout.in_block("model.layers.0.mlp.gate")
     assert not layout.in_block("model.layers.0.self_attn.q_proj")
-    require_per_token(model, layout)
+    assert why_not_by_tokens(model, layout) is None
 
 
 @pytest.mark.parametrize(("config", "changes"), MIXTURES)
@@ -436,17 +437,26 @@ def olmo_hybrid():
     )
 
 
-def test_sequence_parallelism_is_refused_beside_parts_that_may_mix_tokens():
+def test_there_is_no_sequence_parallelism_beside_parts_that_may_mix_tokens():
     model = olmo_hybrid()
+    why = why_not_by_tokens(model, layout_of(model, 2, in_blocks=False))
+    assert why is not None
+    assert why.startswith("model.layers.0.linear_attn (Olmo")
+
+
+def test_there_is_no_sequence_parallelism_where_experts_are_beside_the_attention():
+    model = skeleton(MIXTURES[0][0], SMALL, **MIXTURES[0][1])
     layout = layout_of(model, 2, in_blocks=False)
-    with pytest.raises(UserError, match=r"sequence_parallel: model\.layers\.0\.linear_attn \(Olmo"):
-        require_per_token(model, layout)
+    layout = dataclasses.replace(layout, blocks=("model.layers.0",))
+    why = why_not_by_tokens(model, layout)
+    assert why is not None
+    assert "model.layers.0 has experts beside its attention" in why
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2", "Phi3", "Olmo2", "Granite", "Phi"])
-def test_sequence_parallelism_is_accepted_beside_norms_and_activations(kind):
+def test_there_is_sequence_parallelism_beside_norms_and_activations(kind):
     model = skeleton(getattr(transformers, f"{kind}Config"), SMALL | {"pad_token_id": 0})
-    require_per_token(model, layout_of(model, 2, in_blocks=False))
+    assert why_not_by_tokens(model, layout_of(model, 2, in_blocks=False)) is None
 
 
 def test_a_model_without_its_own_backbone_is_refused():

@@ -256,14 +256,18 @@ def test_other_bases_have_other_folders(tmp_path: Path) -> None:
     config = load_config(write_recipe(tmp_path, tiny_recipe(tmp_path)))
     probe = torch.arange(6.0).reshape(2, 3)
 
-    def facts(*changes: str, revision: str = "r", hidden: torch.Tensor = probe) -> dict:
+    def facts(
+        *changes: str, revision: str = "r", hidden: torch.Tensor = probe, by_tokens: bool = False
+    ) -> dict:
         changed = load_config(tmp_path / "tiny.yaml", list(changes))
-        return facts_of(changed, revision, torch.device("cpu"), hidden)
+        return facts_of(changed, revision, torch.device("cpu"), hidden, by_tokens=by_tokens)
 
-    same = facts_of(config, "r", torch.device("cpu"), probe)
+    same = facts_of(config, "r", torch.device("cpu"), probe, by_tokens=False)
+    assert same["parallel"]["sequence_parallel"] is False, "as older caches say"
     assert facts() == same
     assert facts("optim.learning_rate=0.5", "train.seed=3", "adapter.r=2") == same
     assert facts(revision="other") != same
+    assert facts(by_tokens=True) != same
     assert facts(hidden=probe + 1e-7) != same
     assert facts(hidden=probe.bfloat16()) != same
     for change in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import yaml
 
 from moored.config import ModelConfig, load_config
 from moored.plan import cluster_of, load_problem, machine_line, make_plan, site_warning
-from moored.plan.architecture import find_architecture, read_architecture
+from moored.plan.architecture import _WHOLE_ROWS, find_architecture, read_architecture
 from moored.plan.gpus import GPUS, gpu_named, gpu_of_device
 from moored.plan.known_models import known_config, known_names
 from moored.plan.memory_terms import GIB, adapter_size, gpu_memory, held, total
@@ -230,13 +231,70 @@ def test_terms_are_those_of_the_page_on_parallelism(no_hub, tmp_path):
     """Its table: Llama 3.1 70B, 8,192 tokens, two ranks, sequence parallel; without spare terms."""
     found = plan(
         tmp_path, "2xa100-80gb",
-        parallel={"zero_stage": 0, "tensor_parallel_degree": 2, "sequence_parallel": True},
+        parallel={"zero_stage": 0, "tensor_parallel_degree": 2},
     )  # fmt: skip
     terms = {term.name: term.bytes / GIB for term in found.memory}
     assert terms["base"] + terms["embedding, head, norms"] == pytest.approx(19.9, abs=0.06)
     assert terms["adapter"] == pytest.approx(2.1, abs=0.06)
-    assert terms["checkpoints"] == pytest.approx(5.0, abs=0.06)
+    assert terms["checkpoints"] == pytest.approx(5.06, abs=0.06)
     assert terms["at work"] == pytest.approx(3.2, abs=0.06)
+
+
+def test_tokens_are_spread_by_themselves_where_the_architecture_lets_them(no_hub, tmp_path):
+    sizes = {
+        "hidden_size": 1024, "num_hidden_layers": 4, "vocab_size": 8192, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_key_value_heads": 4,
+    }  # fmt: skip
+    for kind, spreads in (("llama", True), ("olmo_hybrid", False)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(sizes | {"model_type": kind}))
+
+        def of(asked: object, base: str = str(folder)):
+            parallel = {"tensor_parallel_degree": 2, "sequence_parallel": asked}
+            return plan(tmp_path, "2xh100-80gb", base, parallel=parallel)
+
+        if not spreads:
+            with pytest.raises(UserError, match="set it to false, or leave it out"):
+                of(True)
+        open_, off = of("auto"), of(False)
+        assert open_.work.sequence_parallel is spreads
+        assert open_.best.sequence_parallel is (spreads and open_.best.tensor_parallel_degree > 1)
+        assert (total(open_.memory) < total(off.memory)) is spreads
+        assert any("parallel.sequence_parallel=true" in line for line in off.warnings) is spreads
+        alone = load_config(recipe(tmp_path, str(folder)))
+        work = Workload.of(alone, by_tokens=spreads)
+        spread = replace(work, tensor_parallel_degree=2, sequence_parallel=spreads)
+        assert not work.sequence_parallel
+        assert changes(work, spread) == ["parallel.tensor_parallel_degree=2"]
+
+
+@pytest.mark.long
+def test_which_layers_cannot_be_spread_by_tokens_is_known_of_every_architecture():
+    """Of all that transformers has a plan for, in small: by the modules, and by the name alone."""
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from moored.models.tensor_parallel import layout_of, why_not_by_tokens
+
+    small = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4) | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "pad_token_id": 0,
+        "moe_intermediate_size": 32, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    found = {}
+    for config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not getattr(config, "base_model_tp_plan", None):
+            continue
+        with contextlib.suppress(Exception), torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config(**small))
+            layout = layout_of(model, 2, in_blocks=False)  # else it is not spread at all
+            found[config.model_type] = why_not_by_tokens(model, layout) is not None
+    assert sum(found.values()) >= 5
+    assert len(found) >= 50
+    mixing = {kind for kind, mixes in found.items() if mixes}
+    assert mixing | {"gemma3n_text"} == _WHOLE_ROWS  # whose layers want more than sizes in small
 
 
 def test_each_stage_of_zero_holds_less_of_what_is_trained(no_hub, tmp_path):
@@ -248,7 +306,8 @@ def test_each_stage_of_zero_holds_less_of_what_is_trained(no_hub, tmp_path):
         terms = {term.name: term.bytes for term in held(architecture, work, 8)}
         adapters.append(terms["adapter"] / adapter_size(architecture, work))
         bases.append(terms["base"])
-    assert adapters == [16, 8 + 12 / 8, 4 + 16 / 8, 20 / 8]
+    small = 2 * 80 * 16 * 1024 / adapter_size(architecture, work)  # B of keys and values, whole
+    assert adapters == pytest.approx([16, 8 + 12 / 8, 4 + 16 / 8, 20 / 8 + 4 * small])
     assert bases[0] == bases[1] == bases[2] > 4 * bases[3]
 
 
@@ -352,7 +411,7 @@ def test_a_slow_host_is_a_floor_and_no_more(no_hub, tmp_path):
 
 def test_what_tensor_parallelism_sends_is_what_traffic_says(no_hub, tmp_path):
     """The table of docs/parallelism.md: 70B on 8 ranks, 8,192 tokens: 133 and 143 GB a rank."""
-    for by_token, gb in ((False, 133), (True, 143)):
+    for by_token, gb in ((False, 133), (True, 143), ("auto", 143)):
         spread = {"tensor_parallel_degree": 8, "zero_stage": 0, "sequence_parallel": by_token}
         config = load_config(recipe(tmp_path, parallel=spread))
         sent = tensor_parallel_traffic(find_architecture(config.model), Workload.of(config))
@@ -442,6 +501,49 @@ def test_a_whole_copy_wants_data_parallelism_and_a_large_model_is_spread(no_hub,
     architecture, work = find_architecture(config.model), Workload.of(config)
     on_40 = best_layout(architecture, work, cluster_of("8xa100-40gb"))
     assert (on_40.tensor_parallel_degree, on_40.sequence_parallel) == (2, True)
+
+
+def test_ranks_share_rows_where_a_step_has_too_few(no_hub, tmp_path):
+    """Of 8B on 8 GPUs: two rows of 131,072 tokens a step, by the plan and by its own overrides."""
+    long = {"data": {"max_length": 131072}, "train": {"global_batch_sequences": 2}}
+    found = plan(tmp_path, "8xh100-80gb", L8, **long)
+    best = found.best
+    assert best.context_parallel_degree * best.tensor_parallel_degree >= 4
+    assert best.context_parallel_degree > 1
+    assert any("a step has 2 rows for" in reason for reason in found.reasons)
+    overrides = changes(found.work, best)
+    assert f"parallel.context_parallel_degree={best.context_parallel_degree}" in overrides
+    again = make_plan(
+        load_config(recipe(tmp_path, L8, **long), overrides), cluster_of("8xh100-80gb")
+    )
+    assert again.is_best
+    assert again.time.seconds() == found.best_time.seconds() < found.time.seconds() / 1.5
+    assert not any("nothing to do" in line for line in again.warnings)
+    assert any("nothing to do" in line for line in found.warnings)
+    for other in ({"adapter": {"dropout": 0.1}}, {"reference": {"cache": True}}):
+        assert plan(tmp_path, "8xh100-80gb", L8, **long, **other).best.context_parallel_degree == 1
+
+
+def test_ranks_that_share_a_row_have_its_tokens_and_send_less(no_hub, tmp_path):
+    long = {"data": {"max_length": 65536}, "train": {"global_batch_sequences": 8}}
+
+    def of(**parallel: int):
+        return plan(tmp_path, "8xh100-80gb", L8, **long, parallel={"zero_stage": 0} | parallel)
+
+    alone, shared, spread = of(), of(context_parallel_degree=8), of(tensor_parallel_degree=8)
+    terms = [{t.name: t.bytes for t in found.memory} for found in (alone, shared)]
+    assert terms[1]["checkpoints"] == pytest.approx(terms[0]["checkpoints"] / 8)
+    assert terms[1]["base"] == terms[0]["base"]
+    assert terms[1]["adapter"] == terms[0]["adapter"]
+    # Four passes of queries, keys, values and outputs in bf16: 7 / 8 of a rank's 8,192 tokens.
+    sent = {what: size for what, size, _ in shared.sent}
+    assert sent["context parallelism"] == 4 * 32 * 8192 * 2 * (4096 + 1024) * 2 * 7 / 8
+    assert shared.time.sent < spread.time.sent / 4
+    assert shared.time.tokens == alone.time.tokens
+    with pytest.raises(UserError, match="which they cannot"):
+        of(context_parallel_degree=4, tensor_parallel_degree=8)
+    with pytest.raises(UserError, match="= 8 does not divide the 2 GPUs"):
+        plan(tmp_path, "2xh100-80gb", L8, **long, parallel={"context_parallel_degree": 8})
 
 
 REFUSALS = [
@@ -565,7 +667,7 @@ def test_the_command_gives_json_and_takes_overrides(no_hub, tmp_path):
     path = recipe(tmp_path)
     done = moored(
         "plan", str(path), "--gpus", "8xa100-40gb", "--json", "parallel.tensor_parallel_degree=2",
-        "parallel.sequence_parallel=true", HF_HUB_CACHE=str(no_hub),
+        "parallel.sequence_parallel=false", HF_HUB_CACHE=str(no_hub),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -10,7 +10,7 @@ from moored.models.tensor_parallel.layout import (
     ShardLayout,
     Split,
     layout_of,
-    require_per_token,
+    why_not_by_tokens,
 )
 from moored.models.tensor_parallel.sharding import Sharding, whole_adapters
 
@@ -21,6 +21,6 @@ __all__ = [
     "Sharding",
     "Split",
     "layout_of",
-    "require_per_token",
     "whole_adapters",
+    "why_not_by_tokens",
 ]

@@ -160,18 +160,14 @@ def layout_of(causal_lm: Any, degree: int, *, in_blocks: bool) -> ShardLayout:
     return ShardLayout(degree, layers, tuple(regions), stacks.pop(), blocks)
 
 
-def require_per_token(causal_lm: nn.Module, layout: ShardLayout) -> None:
-    """Refuse sequence parallelism where a layer has parts, beside its regions, that may mix tokens.
+def why_not_by_tokens(causal_lm: nn.Module, layout: ShardLayout) -> str | None:
+    """Why there is no sequence parallelism: a layer has parts that may mix tokens. None: there is.
 
-    Raises:
-        UserError: a part is neither a region nor known to work on each token by itself.
+    Such a part is neither a region nor known to work on each token by itself.
     """
     stack: Any = causal_lm.get_submodule(layout.stack)
     if alone := [block for block in layout.blocks if block.rpartition(".")[0] == layout.stack]:
-        raise UserError(
-            f"parallel.sequence_parallel: {alone[0]} has experts beside its attention, not in a "
-            "part of their own: set it to false"
-        )
+        return f"{alone[0]} has experts beside its attention, not in a part of their own"
     for index, layer in enumerate(stack):
         for name, part in layer.named_modules():
             path = f"{layout.stack}.{index}.{name}"
@@ -181,10 +177,11 @@ def require_per_token(causal_lm: nn.Module, layout: ShardLayout) -> None:
             around = any(region.startswith(f"{path}.") for region in layout.regions)
             if not name or within or around or _PER_TOKEN.search(type(part).__name__):
                 continue
-            raise UserError(
-                f"parallel.sequence_parallel: {path} ({type(part).__name__}) is not in its "
-                "architecture's plan, and may look at more than one token: set it to false"
+            return (
+                f"{path} ({type(part).__name__}) is not in its architecture's plan, and may look "
+                "at more than one token"
             )
+    return None
 
 
 def _pattern(path: str) -> str:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moored.distributed.mesh import Axis
 from moored.models.tensor_parallel.layout import Split
-from moored.utils.errors import UserError
 
 Move = Callable[[Tensor], Tensor]
 
@@ -43,6 +42,10 @@ def _move(x: Tensor, there: Move, back: Move) -> Tensor:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+class TokensNotApartError(Exception):
+    """What goes into the layers has no dimension of tokens that could be dealt out."""
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
@@ -84,9 +87,8 @@ class Sequence:
     def deal(self, x: Tensor) -> Tensor:
         """The same whole sequences on every rank to this rank's share of each."""
         if x.dim() != 3:
-            raise UserError(
-                f"parallel.sequence_parallel: the layers take {tuple(x.shape)}, not one row of "
-                "features per token: set it to false"
+            raise TokensNotApartError(
+                f"its layers take {tuple(x.shape)}, not one row of features per token"
             )
         self.length = x.shape[1]
         return _move(x, self._mine, self._all)

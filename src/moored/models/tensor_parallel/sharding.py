@@ -8,7 +8,6 @@ summed, the others are cut like the layer they adapt.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -195,8 +194,15 @@ class Sharding:
                 if self.axis.rank:  # in the sum, the first rank's share carries the bias
                     module.register_parameter("bias", None)
 
-    def connect(self, causal_lm: nn.Module) -> None:
-        """Put the hooks around the layers, or around the adapters that they are in by now."""
+    def connect(self, causal_lm: nn.Module, *, by_tokens: bool | None = None) -> None:
+        """Put the hooks around the layers, or around the adapters that they are in by now.
+
+        Args:
+            causal_lm: the model.
+            by_tokens: whether it has sequence parallelism from now on; None: as before.
+        """
+        if by_tokens is not None:
+            self.sequence_parallel = by_tokens
         while self._handles:
             self._handles.pop().remove()
         if self.sequence_parallel:
@@ -224,17 +230,6 @@ class Sharding:
             stack: Any = causal_lm.get_submodule(self.layout.stack)
             self._before(stack[0], self._sequence.deal)
             self._after(stack[-1], self._sequence.collect)
-
-    @contextlib.contextmanager
-    def without_sequence_parallelism(self, causal_lm: nn.Module) -> Iterator[None]:
-        """Run the body with every rank's residual stream whole."""
-        self.sequence_parallel = False
-        self.connect(causal_lm)
-        try:
-            yield
-        finally:
-            self.sequence_parallel = True
-            self.connect(causal_lm)
 
     def _enter(self, x: Tensor, path: str) -> Tensor:
         if self.sequence_parallel and not self.layout.in_block(path):
