@@ -38,6 +38,7 @@ from moored.evaluation.report import (
     Tally,
     Where,
 )
+from moored.evaluation.task_suite import TaskSuite, open_task_suite
 from moored.loss.drift import DriftSums
 from moored.models.base_files import BaseFiles, require_positions
 from moored.models.engine import Engine
@@ -104,6 +105,7 @@ class Suite:
         prompts: all prompts of the exact-match task, empty without one.
         instructions: all prompts of the instructions, empty without them.
         probe: the text of the forgetting budget; None without one.
+        tasks: the suite of general tasks; None without one.
     """
 
     adaptation: EvalText | None
@@ -111,18 +113,24 @@ class Suite:
     prompts: Sequence[Prompt]
     instructions: Sequence[Prompt]
     probe: EvalText | None = None
+    tasks: TaskSuite | None = None
 
     @property
     def asks(self) -> bool:
-        """Whether answers are generated, which says nothing of the base by itself."""
-        return bool(self.prompts or self.instructions)
+        """Whether something is asked of each model, which says nothing of the base by itself."""
+        return bool(self.prompts or self.instructions or self.tasks)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a reader needs to repeat it, beside the recipe."""
+        return self.tasks.settings if self.tasks else {}
 
     def without_prompts(self) -> Suite:
-        """The same without the generation of answers, which is slow."""
-        return replace(self, prompts=(), instructions=())
+        """The same without what is asked, which is slow."""
+        return replace(self, prompts=(), instructions=(), tasks=None)
 
     def only_prompts(self) -> Suite:
-        """Nothing but the generation of answers."""
+        """Nothing but what is asked."""
         return replace(self, adaptation=None, retention={})
 
 
@@ -208,6 +216,7 @@ def build_suite(
         prompts=prompts(config, tokenizer, reader) if asked.exact_match else [],
         instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
         probe=probe,
+        tasks=open_task_suite(config, located, mesh),
     )
 
 
@@ -260,6 +269,9 @@ def evaluate(
         poll=poll,
         arm=asked,
     )
+    if suite.tasks is not None:
+        scores = suite.tasks.ask(engine, mesh, base=base, arm=asked, poll=poll)
+        answered = replace(answered, suite=scores)
     return Evaluation(adaptation=adaptation, retention=retention, where=where, answered=answered)
 
 

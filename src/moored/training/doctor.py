@@ -132,6 +132,9 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         for name, text in suite.retention.items():
             scored = sum(batch.num_targets for batch in text.batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
+        for task in suite.tasks.tasks if suite.tasks else ():
+            counted = f"{task.num_asked:,} of {task.num_questions:,} questions"
+            console.print(f"suite       {task.name}: {counted}, {task.shown_metric}")
     degree = config.parallel.tensor_parallel_degree
     if degree > mesh.tp.size:
         require_layout(source.path, config.model, config.parallel)

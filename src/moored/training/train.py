@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -159,7 +159,9 @@ def _train(run: Run) -> None:
     if mesh.is_main:
         run.directory.update_state(num_steps=run.num_steps)
     if run.step == 0 and config.evaluation.before:
-        before = _measure(run, run.suite, base=True)
+        known = run.base_answered  # by an earlier arm of a comparison
+        before = _measure(run, run.suite.without_prompts() if known else run.suite, base=True)
+        before = replace(before, answered=known) if known else before
         run.base_answered = before.answered
         run.tracker.metrics(run.step, metric_names.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
@@ -453,7 +455,9 @@ def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> Non
         base_answered=run.base_answered,
         num_prompts=len(run.suite.prompts),
         trained_by=run.config,
+        settings=run.suite.settings,
     )
+    run.tracker.metrics(run.step, metric_names.of_suite_change(report))
     write(report, run.directory.report, curves={name: journal.metrics(run.directory.path)})
     run.tracker.artifact(run.directory.report, "report")
     if run.prints_summary:
