@@ -37,6 +37,11 @@ class TrainedRun:
     weight: float | None = None  # that acted last, where a budget moved it
     budget_lost: float | None = None
     budget_held: bool | None = None
+    # KL(base || policy) on targets that were learned, nats per token; without the true token; how
+    # many they are.
+    train_kl: float | None = None
+    train_tmkl: float | None = None
+    num_train_targets: int | None = None
 
 
 def to_report(
@@ -122,9 +127,21 @@ def to_report(
         instruction_tally=followed.constraints if followed else None,
         last_word_tallies=last_words,
         **_of_suite(after.answered.suite, before.suite),
+        **_of_learned(training, scale),
     )
     found = {**settings_of(trained_by or config), **(settings or {})}
     return Report(base=base, arms={name: arm}, settings=found)
+
+
+def _of_learned(training: TrainedRun, scale: float | None) -> dict[str, Any]:
+    """The divergence on what was learned, which the run measured of its adapter as trained."""
+    if scale is not None:
+        return {}
+    return {
+        "train_drift_nats_per_token": training.train_kl,
+        "train_drift_tmkl_nats_per_token": training.train_tmkl,
+        "num_train_drift_tokens": training.num_train_targets,
+    }
 
 
 def _of_suite(

@@ -45,6 +45,9 @@ from moored.models.engine import Engine
 from moored.models.reference import Reference
 from moored.utils.progress import Phase
 
+# Of what is learned: enough for two digits of a divergence, and next to nothing beside a run.
+LEARNED_SAMPLES = 64
+
 
 def _go_on() -> None:
     pass
@@ -106,6 +109,7 @@ class Suite:
         instructions: all prompts of the instructions, empty without them.
         probe: the text of the forgetting budget; None without one.
         tasks: the suite of general tasks; None without one.
+        training: some of the samples that are learned; None where nobody trains.
     """
 
     adaptation: EvalText | None
@@ -114,6 +118,7 @@ class Suite:
     instructions: Sequence[Prompt]
     probe: EvalText | None = None
     tasks: TaskSuite | None = None
+    training: EvalText | None = None
 
     @property
     def asks(self) -> bool:
@@ -150,6 +155,7 @@ def build_suite(
     mesh: Mesh,
     reader: DataReader | None = None,
     held_out: SampleSet | None = None,
+    learned: SampleSet | None = None,
 ) -> Suite:
     """Read and tokenise everything that will be evaluated.
 
@@ -159,6 +165,7 @@ def build_suite(
         mesh: the processes.
         reader: has read the recipe's data, if somebody has.
         held_out: all of data.eval, if somebody has tokenised it.
+        learned: data.train, where the divergence on it is to be measured.
 
     Raises:
         UserError: a file is missing, broken or too short, by name.
@@ -217,7 +224,22 @@ def build_suite(
         instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
         probe=probe,
         tasks=open_task_suite(config, located, mesh),
+        training=text(_some(learned)) if learned is not None else None,
     )
+
+
+def _some(samples: SampleSet) -> list[Sample]:
+    """At most `LEARNED_SAMPLES`, spread evenly over all sources; of what is streamed the start."""
+    parts = samples.at_hand()
+    total = sum(map(len, parts))
+    count = min(total, LEARNED_SAMPLES)
+    wanted = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+    found: list[Sample] = []
+    first = 0
+    for part in parts:
+        found += [part[n - first] for n in wanted if 0 <= n - first < len(part)]
+        first += len(part)
+    return found
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moored.evaluation.evaluate import Evaluation
+from moored.evaluation.evaluate import Evaluation, TextFigures
 from moored.evaluation.report import Report, TaskScore
 from moored.evaluation.report.suite_scores import suite_mean
 from moored.training.forgetting_budget import Controller
@@ -96,6 +96,14 @@ def _of_suite(scores: Mapping[str, TaskScore]) -> dict[str, float]:
         return {}
     shares = {f"suite/{name}_fraction": task.share for name, task in scores.items()}
     return {"eval/suite_mean_fraction": mean.value, **shares}
+
+
+def of_learned(figures: TextFigures) -> dict[str, float]:
+    """The divergence on what was learned."""
+    return {
+        "train_drift/kl_nats_per_token": figures.kl,
+        "train_drift/tmkl_nats_per_token": figures.tmkl,
+    }
 
 
 def of_suite_change(report: Report) -> dict[str, float]:

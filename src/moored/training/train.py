@@ -424,6 +424,9 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         run.directory.update_state(training=asdict(training))
     try:
         with failures_named(run.mesh):
+            training = replace(training, **_divergence(run))
+            if run.mesh.is_main:
+                run.directory.update_state(training=asdict(training))
             after = _measure(run, run.suite, pinpoint=True)
             if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
@@ -443,6 +446,19 @@ def _evaluate_and_report(run: Run, name: str) -> None:
             f"the adapter is in {run.directory.adapter}, but its evaluation failed: {error}: "
             f"mend it and run `moored evaluate {run.directory.path}`"
         ) from error
+
+
+def _divergence(run: Run) -> dict[str, float | int]:
+    """How far the policy went from its base on what it learned: fields of `TrainedRun`."""
+    assert run.suite.training is not None
+    what, poll = "measuring the divergence on the training data", partial(_stop_if_asked, run)
+    found = measure(run.engine, run.suite.training, run.mesh, poll=poll, what=what)
+    run.tracker.metrics(run.step, metric_names.of_learned(found))
+    return {
+        "train_kl": found.kl,
+        "train_tmkl": found.tmkl,
+        "num_train_targets": found.num_tokens,
+    }
 
 
 def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> None:

@@ -286,6 +286,10 @@ class ArmResult(Strictly):
     suite: dict[Text, TaskScore] = field(default_factory=dict)  # of general tasks, by name
     suite_mean: Number | None = None  # over them; 0 is guessing, 1 is all right
     suite_mean_interval: list[Number] = field(default_factory=list)  # 95 %, [low, high]
+    # As the drift, on a sample of the targets that were learned: what forgetting is foretold by.
+    train_drift_nats_per_token: Divergence | None = None
+    train_drift_tmkl_nats_per_token: Divergence | None = None
+    num_train_drift_tokens: Count | None = None  # scored
     suite_change: Number | None = None  # of suite_mean against the base's, question by question
     suite_change_interval: list[Number] = field(default_factory=list)  # 95 %, [low, high]
 

@@ -77,6 +77,9 @@ class Figures(Facts):
     exact_match_after: Number | None = None
     num_adaptation_tokens: int | None = None  # scored targets
     num_adaptation_prompts: int | None = None  # behind the exact match
+    train_kl_nats_per_token: Number | None = None  # KL(base || adapted) on what was learned
+    train_masked_kl_nats_per_token: Number | None = None  # the true token left out of both
+    num_train_tokens: int | None = None  # targets that these were measured on
     suite_tasks: tuple[str, ...] = ()  # general tasks that were asked
     num_suite_questions: int | None = None  # in all of them
     suite_mean_before: Number | None = None  # over the tasks; 0 is guessing, 1 is all right
@@ -107,6 +110,9 @@ class Figures(Facts):
             exact_match_after=arm.adaptation_exact_match,
             num_adaptation_tokens=base.num_adaptation_tokens,
             num_adaptation_prompts=base.num_adaptation_prompts,
+            train_kl_nats_per_token=arm.train_drift_nats_per_token,
+            train_masked_kl_nats_per_token=arm.train_drift_tmkl_nats_per_token,
+            num_train_tokens=arm.num_train_drift_tokens,
             suite_tasks=tuple(arm.suite),
             num_suite_questions=sum(len(t.scores) for t in arm.suite.values()) or None,
             suite_mean_before=base.suite_mean,
