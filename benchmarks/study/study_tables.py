@@ -8,13 +8,16 @@ Everything between the page's markers is written anew; the words around them are
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import HERE, RESULTS, SETS
+from scipy.stats import spearmanr
 
 from moored.evaluation.report import ArmResult, Report, merge
 from moored.evaluation.report.bootstrap import Interval, difference, interval, ratio_pct
@@ -196,6 +199,124 @@ def budgets(every: dict[tuple[str, str], Setting]) -> Iterator[str]:
             yield "| " + " | ".join(cells) + " |"
 
 
+# ---------------------------------------------------------------- foretelling
+
+UNLIKE = ("lambada", "wikitext-2-unseen")  # last words, which training helps; of budgets alone
+MEAN = "mean of the texts"
+FEWEST = 5  # settings, of which a line has two numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A run: the divergence on its task, and what it lost of one text."""
+
+    setting: tuple[str, str]
+    divergence: float  # KL(base || adapted), nats per token
+    lost: float  # 100 * log(perplexity / the base's), which is percent where it is little
+
+
+@dataclass(frozen=True, slots=True)
+class Foretold:
+    """How well a straight line through some runs tells what others lost.
+
+    Attributes:
+        num: runs.
+        slope: of the line through all, points per nat.
+        order: rank correlation of both (Spearman's).
+        error: root of the mean square of what was off, in points, for settings left out.
+        blind: the same where the mean of the others is guessed.
+    """
+
+    num: int
+    slope: float
+    order: float
+    error: float
+    blind: float
+
+
+def held_out_divergence(arm: ArmResult) -> float | None:
+    """KL(base || adapted) on held-out answers of the task, nats per token."""
+    blocks = arm.adaptation_blocks
+    return None if blocks is None else sum(blocks.kl) / sum(blocks.num_tokens)
+
+
+def train_divergence(arm: ArmResult) -> float | None:
+    """The same on answers that were learned; of runs from before that was measured, none."""
+    return arm.train_drift_nats_per_token
+
+
+DIVERGENCES = {"held-out answers": held_out_divergence, "learned answers": train_divergence}
+# LoRA on the task, held nowhere but at its answers: what else is done moves the model elsewhere.
+AT_ANSWERS = re.compile(
+    r"none|eaft|budget-.*|under-3-(tmkl|kl|reverse|jsd)|"
+    r"(tmkl|kl)-[\d.]+(-(cosine|entropy|every|first|fraction|temperature)[-\d.]*)?"
+)
+
+
+def pairs(
+    every: dict[tuple[str, str], Setting], divergence: Callable[[ArmResult], float | None]
+) -> dict[str, list[Pair]]:
+    """Every run by text, and the mean over those texts that all runs have."""
+    found: dict[str, list[Pair]] = {}
+    for key, setting in every.items():
+        for arm in setting.arms:
+            far = divergence(arm)
+            if far is None:
+                continue
+            rises = arm.retention_increase_pct.items()
+            lost = {text: 100 * math.log1p(pct / 100) for text, pct in rises if pct is not None}
+            alike = [value for text, value in lost.items() if text not in UNLIKE]
+            lost = {text: value for text, value in lost.items() if text != UNLIKE[1]}
+            for text, value in ({MEAN: _mean(alike)} | lost).items():
+                found.setdefault(text, []).append(Pair(key, far, value))
+    return found
+
+
+def foretold(rows: Sequence[Pair], group: Callable[[Pair], object]) -> Foretold | None:
+    """Fit all rows but those of one group, and tell these; for each group in turn."""
+    groups = {group(row) for row in rows}
+    if len({row.setting for row in rows}) < FEWEST or len(groups) < 2:
+        return None
+    x, y = (np.array([getattr(row, name) for row in rows]) for name in ("divergence", "lost"))
+    off, blind = np.zeros(len(rows)), np.zeros(len(rows))
+    for one in groups:
+        out = np.array([group(row) == one for row in rows])
+        line = np.polynomial.Polynomial.fit(x[~out], y[~out], 1)
+        off[out], blind[out] = y[out] - line(x[out]), y[out] - y[~out].mean()
+    slope = np.polynomial.Polynomial.fit(x, y, 1).convert().coef[1]
+    return Foretold(
+        num=len(rows),
+        slope=float(slope),
+        order=float(spearmanr(x, y).statistic),
+        error=float(np.sqrt(np.mean(off**2))),
+        blind=float(np.sqrt(np.mean(blind**2))),
+    )
+
+
+def foretelling(every: dict[tuple[str, str], Setting]) -> Iterator[str]:
+    """How well the divergence on the task tells what was forgotten, by text and by set."""
+    yield "| divergence on | runs | text | left out | number | order | slope | error | guess |"
+    yield "|---" * 9 + "|"
+    alike = {key: one for key, one in every.items() if AT_ANSWERS.fullmatch(key[1])}
+    for name, divergence in DIVERGENCES.items():
+        by_text = pairs(alike, divergence)
+        mean = by_text.get(MEAN, [])
+        found = [("all", MEAN, "setting", pairs(every, divergence).get(MEAN, []))]
+        found += [("LoRA", text, "setting", rows) for text, rows in by_text.items()]
+        found.append(("LoRA", MEAN, "set", mean))
+        for data in SETS:
+            mine = [row for row in mean if row.setting[0] == data]
+            found.append((f"LoRA, {data}", MEAN, "setting", mine))
+        for runs, text, out, rows in found:
+            fit = foretold(
+                rows, lambda row, out=out: row.setting[0] if out == "set" else row.setting
+            )
+            if fit is not None:
+                figures = f"{fit.num} | {fit.order:+.2f} | {fit.slope:+.1f}"
+                errors = f"{fit.error:.1f} | {fit.blind:.1f}"
+                yield f"| {name} | {runs} | {text} | {out} | {figures} | {errors} |"
+
+
 def main() -> None:
     """Write the page's tables, and a picture for each set."""
     every = settings()
@@ -220,6 +341,7 @@ def main() -> None:
     parts["options"] = table(
         every, "headers", lambda s: s in ("none", "tmkl-0.3") or s.startswith("tmkl-0.3-")
     )
+    parts["foretelling"] = foretelling(every)
     page = PAGE.read_text(encoding="utf-8")
     for name, lines in parts.items():
         block = f"<!-- results:{name} -->\n" + "\n".join(lines) + f"\n<!-- /results:{name} -->"

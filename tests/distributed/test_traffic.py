@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from distributed.runner import mostly_long, run_distributed
 from distributed.test_tensor_parallel import ARCHITECTURES, config_of
-from distributed.test_zero import local_batches, step_once
+from distributed.test_zero import anchored_batches, local_batches, step_once
 from moored.config import Config
+from moored.data import BaseIdentity
+from moored.data.heldout import anchor_samples
 from moored.distributed.mesh import start_mesh
 from moored.distributed.traffic import (
     ENTROPY_NUMBERS,
@@ -23,9 +25,10 @@ from moored.distributed.traffic import (
     update_traffic,
 )
 from moored.loss.divergence import NUM_TOPS
+from moored.models.base_files import resolve_base
 from moored.models.engine import Engine
 from moored.models.policy import load_policy
-from moored.training.doctor import spread_of
+from moored.training.doctor import _sharded, spread_of
 
 WATCHED = {
     "all_reduce": 0,
@@ -35,6 +38,7 @@ WATCHED = {
 }
 NAMES = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 OTHERS = ("all_gather", "reduce", "all_to_all", "send", "gather", "scatter")
+ANCHORS = "regularizer.anchors={path: FOLDER/anchors.txt, window_tokens: 12, max_tokens: 96}"
 CASES = [
     ("llama", "nf4", "forward", 1, 2, 0, "none"),
     ("llama", "nf4", "forward", 1, 2, 0, "non_reentrant"),
@@ -53,6 +57,7 @@ CASES = [
         *("regularizer.positions=all", "regularizer.token_fraction=0.5"),
     ),
     ("llama", "nf4", "jsd", 1, 2, 0, "none", "regularizer.positions=all", "regularizer.every=3"),
+    ("llama", "nf4", "forward", 1, 2, 0, "none", ANCHORS),
 ]
 
 
@@ -108,7 +113,7 @@ def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
     total: Counter = Counter()
     for what in update_traffic(spread):
         total[what.kind, what.bytes_each] += what.count
-    for batch in local_batches(config, mesh, 1):
+    for batch in [*local_batches(config, mesh, 1), *anchored_batches(config, mesh, 1)]:
         rows, length = batch.input_ids.shape
         has_kl = config.regularizer.is_divergent and config.regularizer.every == 1
         num_kl, num_prompt = (batch.num_kl, batch.num_prompt) if has_kl else (0, 0)
@@ -126,16 +131,51 @@ def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
     return total
 
 
+def write_anchors(folder: Path) -> None:
+    (folder / "anchors.txt").write_text(" ".join(f"anchor {i} holds" for i in range(60)))
+
+
+def with_folder(case: Any, folder: Path) -> Any:
+    return tuple(p.replace("FOLDER", str(folder)) if isinstance(p, str) else p for p in case)
+
+
+def told_by_doctor(rank: int, world_size: int, config: Config) -> tuple[str, list[Any]]:
+    """Its line on sharding, and what each kind of micro-batch really has of rows and length."""
+    mesh = start_mesh(2)
+    policy = load_policy(Path(config.model.name_or_path), config, mesh)
+    located = resolve_base(config.model, mesh)
+    base = BaseIdentity(model=config.model, revision=located.source.revision)
+    anchors = anchor_samples(config, located.tokenizer, base)
+    batch = max(anchored_batches(config, mesh, 1), key=lambda batch: batch.input_ids.numel())
+    rows, length = batch.input_ids.shape
+    one = MicroBatch(rows=rows, length=length, num_targets=0, num_kl=0, num_prompt=batch.num_prompt)
+    sent = micro_batch_traffic(spread_of(policy, config, mesh), one)
+    size = sum(s.wire_bytes(2) for s in sent) / 1e6
+    expected = [rows, length, f"{size:,.1f}", sum(s.count for s in sent)]
+    return _sharded(policy, config, mesh, anchors), expected
+
+
+def test_doctor_counts_the_rows_of_anchors(tmp_path):
+    write_anchors(tmp_path)
+    case = with_folder(CASES[-1], tmp_path)
+    config = config_of(tmp_path, (*case, "train.micro_batch_size=1"))
+    line, (rows, length, size, count) = run_distributed(told_by_doctor, 2, config)[0]
+    assert "sends" in line
+    says = f"one of anchors ({rows} x {length}, 0.5 beside each) {size} MB per rank in {count} "
+    assert says in line, line
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory, chosen) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("traffic")
-    configs = {case: config_of(folder, case) for case in chosen(CASES)}
+    write_anchors(folder)
+    configs = {case: config_of(folder, with_folder(case, folder)) for case in chosen(CASES)}
     return run_distributed(sent_each, 2, configs)[0]
 
 
 @pytest.mark.parametrize(
     "case",
-    mostly_long(CASES, CASES[0], CASES[6], CASES[11]),
+    mostly_long(CASES, CASES[0], CASES[6], CASES[11], CASES[-1]),
     ids=lambda case: "-".join(map(str, case)),
 )
 def test_what_a_step_sends_is_what_was_foretold(counted, case):

@@ -157,8 +157,9 @@ class Config(Section):
         """Options that do nothing, whether somebody set them or not."""
         for key, section in self._sections():
             for field, switches, why in section.ignored():
-                if field == "chat_template" and self.evaluation.instructions:
-                    continue  # which asks by it, whatever was learned
+                asked = self.evaluation.instructions or self.evaluation.suite is not None
+                if field == "chat_template" and asked:
+                    continue  # by which questions are put, whatever was learned
                 message = f"would be ignored, since {why}: remove it"
                 yield Relation((*key, field), message, switches=tuple((*key, s) for s in switches))
         for index in range(len(self.data.eval)):

@@ -244,6 +244,25 @@ class TrainConfig(Section):
             )
 
 
+# What `evaluation.suite: general` asks, by the names that lm_eval has for them; why these, their
+# licences and sizes are in docs/evaluation.md.
+GENERAL_TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc1", "gsm8k")
+
+
+def _suite(value: object) -> object:
+    names = cast("list[object]", value) if isinstance(value, list) else []
+    if value is None or value == "general":
+        return cast(object, value)
+    if names and all(isinstance(name, str) and name.strip() for name in names):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise invalid(f"holds {twice} twice: remove one")
+        return cast(object, value)
+    if isinstance(value, str) and value:
+        raise invalid(f"{value!r} is no suite: write general, or a list of tasks such as [{value}]")
+    raise invalid("expected general, or a list of tasks of lm_eval such as [arc_challenge, gsm8k]")
+
+
 class EvaluationConfig(Section):
     """What is measured beside the training loss."""
 
@@ -255,6 +274,18 @@ class EvaluationConfig(Section):
         bool, about("generate answers to 50 built-in prompts whose constraints can be checked")
     ] = False
     instruction_tokens: Annotated[Positive, about("tokens per answer to these")] = 256
+    suite: Annotated[
+        list[Text] | Literal["general"] | None,
+        BeforeValidator(_suite),
+        about(
+            "tasks of lm_eval asked of base and adapted model, in the chat template where there is "
+            "one; general: a list of well-known ones, see docs/evaluation.md"
+        ),
+    ] = None
+    suite_limit: Annotated[Positive, about("questions per task, spread evenly over it")] = 200
+    suite_include: Annotated[RecipePath | None, about("folder with tasks of your own (YAML)")] = (
+        None
+    )
     max_examples: Annotated[Positive | None, about("samples of data.eval; null: all")] = None
     micro_batch_size: Annotated[Positive, about("sequences per rank and forward")] = 4
 
@@ -264,6 +295,14 @@ class EvaluationConfig(Section):
             yield Ignored("max_new_tokens", ("exact_match",), "exact_match is false")
         if not self.instructions:
             yield Ignored("instruction_tokens", ("instructions",), "instructions is false")
+        if self.suite is None:
+            for name in ("suite_limit", "suite_include"):
+                yield Ignored(name, ("suite",), "suite is null")
+
+    @property
+    def suite_tasks(self) -> tuple[str, ...]:
+        """The suite's tasks, groups or tags of lm_eval by name; none without a suite."""
+        return GENERAL_TASKS if self.suite == "general" else tuple(self.suite or ())
 
 
 class TrackConfig(Section):

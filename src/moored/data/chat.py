@@ -162,8 +162,28 @@ class ChatEncoder:
         Raises:
             TemplateError: the template refuses the conversation.
         """
+        return self._ids([self.prompt_text(messages, tools)])[0]
+
+    def prompt_text(self, messages: Sequence[Message], tools: Tools = None) -> str:
+        """The same as text.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
         suited = self._template.suited(messages, tools)
-        return self._ids([self._template.render(suited, tools, generation_prompt=True)])[0]
+        return self._template.render(suited, tools, generation_prompt=True)
+
+    def answer_ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer to a single question, and the end of sequence.
+
+        Raises:
+            TemplateError: the template refuses it, or its answer cannot be located.
+        """
+        asked = {"role": "user", "content": "Is it?"}
+        (tokens,) = self.encode(self.layouts([asked, {"role": "assistant", "content": "Yes."}]))
+        if isinstance(tokens, str):
+            raise TemplateError(tokens)
+        return self.ends_of(tokens)
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a plain text, with the start token where the tokenizer puts one."""

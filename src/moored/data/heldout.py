@@ -5,10 +5,14 @@ How files are read and chats are masked is in the rooms behind it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -225,18 +229,97 @@ def anchor_samples(
         return []
     reader = reader or DataReader(hold=False)
     place = "regularizer.anchors"
-    held = {text.strip() for text in resolve_text(anchors, place, reader.corpus)}
-    measured = {f"retention.{name}": corpus for name, corpus in config.retention.items()}
-    if regularizer.budget is not None:
-        measured["regularizer.budget.probe"] = regularizer.budget.probe
-    for where, corpus in measured.items():
-        shared = held.intersection(t.strip() for t in resolve_text(corpus, where, reader.corpus))
+    found = retention_samples("anchors", anchors, tokenizer, place=place, base=base, reader=reader)
+    _require_apart(config, anchors, tokenizer, base, reader)
+    return found
+
+
+# ---------------------------------------------------------------- anchors are never measured
+
+# Letters and digits of a passage: a shorter one may stand in two texts by chance.
+LEAST_SHARED = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    """A text, where it is, and whether it is compared as a whole, however short it is."""
+
+    text: str
+    where: str
+    whole: bool = True
+
+
+def _require_apart(
+    config: Config, anchors: Corpus, tokenizer: Any, base: BaseIdentity, reader: DataReader
+) -> None:
+    """Refuse anchors that share a text, a paragraph or a line with anything that is measured.
+
+    Case, punctuation, blanks and how a text was cut into rows do not count.
+    """
+    measured: dict[str, Callable[[], Iterator[_Text]]] = {}
+    corpora = {f"retention.{name}": corpus for name, corpus in config.retention.items()}
+    if config.regularizer.budget is not None:
+        corpora["regularizer.budget.probe"] = config.regularizer.budget.probe
+    for where, corpus in corpora.items():
+        if anchors.builtin is None or corpus.builtin is None:  # those are drawn apart
+            measured[where] = partial(_texts, corpus, where, tokenizer, base, reader)
+    if config.data.eval:
+        measured["data.eval"] = partial(_held_out, config, reader)
+    place, held, count = "regularizer.anchors", dict[bytes, str](), 0
+    for one in _texts(anchors, place, tokenizer, base, reader) if measured else ():
+        count += 1
+        for digest in _passages(one):
+            held.setdefault(digest, one.where)
+    for where, texts in measured.items():
+        shared = {
+            held[digest]: one.where for one in texts() for digest in _passages(one) & held.keys()
+        }
         if shared:
+            first, other = next(iter(shared.items()))
             raise UserError(
-                f"{place}: {len(shared)} of its {len(held)} texts are also in {where}: what is "
-                "measured must not be held in training: take them out of one"
+                f"{place}: {len(shared)} of its {count} texts are also in {where}, such as {first} "
+                f"in {other}: what is measured must not be held in training: take them out of one"
             )
-    return retention_samples("anchors", anchors, tokenizer, place=place, base=base, reader=reader)
+
+
+def _texts(
+    corpus: Corpus, place: str, tokenizer: Any, base: BaseIdentity, reader: DataReader
+) -> Iterator[_Text]:
+    """All that a corpus holds; of `base-samples` what the base wrote."""
+    if corpus.builtin == "base-samples":
+        for sample in drawn_samples("base-samples", corpus, base, label=place):
+            text = tokenizer.decode(sample.input_ids[sample.label_mask], skip_special_tokens=True)
+            # What a model writes in short, it writes again.
+            yield _Text(text=text, where=sample.sample_id, whole=False)
+        return
+    for document in reader.corpus(corpus, place):
+        if document.text.strip() and corpus.domain in (None, document.domain):
+            yield _Text(text=document.text, where=document.where)
+
+
+def _held_out(config: Config, reader: DataReader) -> Iterator[_Text]:
+    """What data.eval asks and answers; what the hub streams is not read for this."""
+    for source in reader.sources(config.data.eval, "data.eval", problems := []):
+        if source.source.streaming and source.source.hub:
+            continue
+        for record in source.records(problems):
+            if record.kind == "text":
+                yield _Text(text=record.text, where=record.where)
+            for message in record.messages:
+                text = message.get("content")
+                if isinstance(text, str):
+                    yield _Text(text=text, where=record.where, whole=False)
+
+
+def _passages(one: _Text) -> set[bytes]:
+    """Hashes of a text, and of its paragraphs and lines that are long enough to tell it."""
+    found: set[bytes] = set()
+    parts = {one.text, *re.split(r"\n\s*\n", one.text), *one.text.splitlines()}
+    for part in parts:
+        words = "".join(re.findall(r"\w+", unicodedata.normalize("NFKC", part).casefold()))
+        if len(words) >= LEAST_SHARED or (words and one.whole and part is one.text):
+            found.add(hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=16).digest())
+    return found
 
 
 def _windows(

@@ -36,10 +36,11 @@ MOST_DOMAINS = 20  # of one corpus: a report must stay one that a person reads
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusDocument:
-    """One text of a corpus, which may be blank, and the domain that it is of."""
+    """One text of a corpus, which may be blank, the domain that it is of, and where it is."""
 
     text: str
     domain: str | None = None
+    where: str = ""  # as messages name it
 
 
 def read_corpus(corpus: Corpus, label: str = "retention") -> list[CorpusDocument]:
@@ -164,14 +165,14 @@ def _documents(
             problems.append(f"{row.where}: {problem}")
         else:
             assert isinstance(text, str)
-            documents.append(CorpusDocument(text=text, domain=domain))
+            documents.append(CorpusDocument(text=text, domain=domain, where=row.where))
     return documents
 
 
 def _python_reference() -> list[CorpusDocument]:
     from pydoc_data.topics import topics
 
-    return [CorpusDocument(text=topics[topic]) for topic in sorted(topics)]
+    return [CorpusDocument(text=topics[topic], where=f"topic {topic}") for topic in sorted(topics)]
 
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ Nothing is measured or drawn here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ from moored.evaluation.report import (
     ArmResult,
     BaseResult,
     Report,
+    TaskScore,
     increase_intervals,
     increase_pct,
     settings_of,
 )
+from moored.evaluation.report.suite_scores import suite_change, suite_mean
 from moored.models.hub import ResolvedModel
 
 
@@ -34,6 +37,11 @@ class TrainedRun:
     weight: float | None = None  # that acted last, where a budget moved it
     budget_lost: float | None = None
     budget_held: bool | None = None
+    # KL(base || policy) on targets that were learned, nats per token; without the true token; how
+    # many they are.
+    train_kl: float | None = None
+    train_tmkl: float | None = None
+    num_train_targets: int | None = None
 
 
 def to_report(
@@ -47,6 +55,7 @@ def to_report(
     num_prompts: int,
     trained_by: Config | None,
     scale: float | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> Report:
     """The figures of one adapter as a report with one arm.
 
@@ -60,6 +69,7 @@ def to_report(
         num_prompts: prompts behind the exact match.
         trained_by: the recipe that made the adapter; None where that is not known.
         scale: factor of what the adapter adds; None: as trained.
+        settings: what else a reader needs to repeat it.
     """
     texts, task = after.retention, after.adaptation
     before = base_answered or Answered()
@@ -87,6 +97,7 @@ def to_report(
         exact_match_tally=before.exact_match,
         instruction_tally=base_followed.constraints if base_followed else None,
         last_word_tallies=base_words,
+        **_of_suite(before.suite),
     )
     blocks = {name: text.blocks for name, text in texts.items()}
     arm = ArmResult(
@@ -115,8 +126,36 @@ def to_report(
         exact_match_tally=exact,
         instruction_tally=followed.constraints if followed else None,
         last_word_tallies=last_words,
+        **_of_suite(after.answered.suite, before.suite),
+        **_of_learned(training, scale),
     )
-    return Report(base=base, arms={name: arm}, settings=settings_of(trained_by or config))
+    found = {**settings_of(trained_by or config), **(settings or {})}
+    return Report(base=base, arms={name: arm}, settings=found)
+
+
+def _of_learned(training: TrainedRun, scale: float | None) -> dict[str, Any]:
+    """The divergence on what was learned, which the run measured of its adapter as trained."""
+    if scale is not None:
+        return {}
+    return {
+        "train_drift_nats_per_token": training.train_kl,
+        "train_drift_tmkl_nats_per_token": training.train_tmkl,
+        "num_train_drift_tokens": training.num_train_targets,
+    }
+
+
+def _of_suite(
+    scores: Mapping[str, TaskScore] | None, before: Mapping[str, TaskScore] | None = None
+) -> dict[str, Any]:
+    """The suite's fields of a result, with what follows from the scores."""
+    if scores is None:
+        return {}
+    figures = {"suite_mean": suite_mean(scores), "suite_change": suite_change(before or {}, scores)}
+    found: dict[str, Any] = {"suite": dict(scores)}
+    for name, figure in figures.items():
+        if figure is not None:
+            found |= {name: figure.value, f"{name}_interval": [figure.low, figure.high]}
+    return found
 
 
 def _identity(

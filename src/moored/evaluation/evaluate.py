@@ -38,11 +38,15 @@ from moored.evaluation.report import (
     Tally,
     Where,
 )
+from moored.evaluation.task_suite import TaskSuite, open_task_suite
 from moored.loss.drift import DriftSums
 from moored.models.base_files import BaseFiles, require_positions
 from moored.models.engine import Engine
 from moored.models.reference import Reference
 from moored.utils.progress import Phase
+
+# Of what is learned: enough for two digits of a divergence, and next to nothing beside a run.
+LEARNED_SAMPLES = 64
 
 
 def _go_on() -> None:
@@ -104,6 +108,8 @@ class Suite:
         prompts: all prompts of the exact-match task, empty without one.
         instructions: all prompts of the instructions, empty without them.
         probe: the text of the forgetting budget; None without one.
+        tasks: the suite of general tasks; None without one.
+        training: some of the samples that are learned; None where nobody trains.
     """
 
     adaptation: EvalText | None
@@ -111,18 +117,25 @@ class Suite:
     prompts: Sequence[Prompt]
     instructions: Sequence[Prompt]
     probe: EvalText | None = None
+    tasks: TaskSuite | None = None
+    training: EvalText | None = None
 
     @property
     def asks(self) -> bool:
-        """Whether answers are generated, which says nothing of the base by itself."""
-        return bool(self.prompts or self.instructions)
+        """Whether something is asked of each model, which says nothing of the base by itself."""
+        return bool(self.prompts or self.instructions or self.tasks)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a reader needs to repeat it, beside the recipe."""
+        return self.tasks.settings if self.tasks else {}
 
     def without_prompts(self) -> Suite:
-        """The same without the generation of answers, which is slow."""
-        return replace(self, prompts=(), instructions=())
+        """The same without what is asked, which is slow."""
+        return replace(self, prompts=(), instructions=(), tasks=None)
 
     def only_prompts(self) -> Suite:
-        """Nothing but the generation of answers."""
+        """Nothing but what is asked."""
         return replace(self, adaptation=None, retention={})
 
 
@@ -142,6 +155,7 @@ def build_suite(
     mesh: Mesh,
     reader: DataReader | None = None,
     held_out: SampleSet | None = None,
+    learned: SampleSet | None = None,
 ) -> Suite:
     """Read and tokenise everything that will be evaluated.
 
@@ -151,6 +165,7 @@ def build_suite(
         mesh: the processes.
         reader: has read the recipe's data, if somebody has.
         held_out: all of data.eval, if somebody has tokenised it.
+        learned: data.train, where the divergence on it is to be measured.
 
     Raises:
         UserError: a file is missing, broken or too short, by name.
@@ -208,7 +223,23 @@ def build_suite(
         prompts=prompts(config, tokenizer, reader) if asked.exact_match else [],
         instructions=instruction_prompts(config, tokenizer) if asked.instructions else [],
         probe=probe,
+        tasks=open_task_suite(config, located, mesh),
+        training=text(_some(learned)) if learned is not None else None,
     )
+
+
+def _some(samples: SampleSet) -> list[Sample]:
+    """At most `LEARNED_SAMPLES`, spread evenly over all sources; of what is streamed the start."""
+    parts = samples.at_hand()
+    total = sum(map(len, parts))
+    count = min(total, LEARNED_SAMPLES)
+    wanted = [(2 * i + 1) * total // (2 * count) for i in range(count)]
+    found: list[Sample] = []
+    first = 0
+    for part in parts:
+        found += [part[n - first] for n in wanted if 0 <= n - first < len(part)]
+        first += len(part)
+    return found
 
 
 def evaluate(
@@ -260,6 +291,9 @@ def evaluate(
         poll=poll,
         arm=asked,
     )
+    if suite.tasks is not None:
+        scores = suite.tasks.ask(engine, mesh, base=base, arm=asked, poll=poll)
+        answered = replace(answered, suite=scores)
     return Evaluation(adaptation=adaptation, retention=retention, where=where, answered=answered)
 
 

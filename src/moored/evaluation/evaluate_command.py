@@ -6,7 +6,6 @@ Never trains; what is measured is `evaluate.py`'s.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from moored.distributed.mesh import Mesh, degree_for, start_mesh
 from moored.evaluation.build_report import TrainedRun, to_report
 from moored.evaluation.evaluate import Evaluation, build_suite, evaluate
 from moored.evaluation.report import Figures, Report, labels_of, merge, show, write
+from moored.evaluation.task_suite import require_harness
 from moored.models.adapters import require_scale, scaled
 from moored.models.base_files import resolve_base
 from moored.models.engine import Engine, leave
@@ -75,11 +75,8 @@ def run_command(
     """
     for scale in scales:
         require_scale(scale)
-    if lm_eval and importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "--lm-eval needs the evaluation harness, an optional extra: in the clone of Moored, "
-            ".venv/bin/pip install -c docker/constraints.txt -e '.[lm-eval]'"
-        )
+    if lm_eval:
+        require_harness("--lm-eval")
     kept = "scales" if scales else "report"
     opened = _open(targets, recipe, overrides, out, kept)
     mesh = start_mesh(
@@ -228,6 +225,7 @@ def _measure(target: Target, mesh: Mesh, scales: Sequence[float | None], tasks: 
             num_prompts=len(suite.prompts),
             trained_by=target.trained_by,
             scale=None if scale == 1.0 else scale,
+            settings=suite.settings,
         )
         for scale, after in measured.items()
     }

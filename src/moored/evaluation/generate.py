@@ -18,7 +18,7 @@ from moored.data import Prompt, pad_token_id
 from moored.data.batch import left_padded
 from moored.distributed.mesh import Mesh
 from moored.evaluation.instructions import TASKS, Task
-from moored.evaluation.report import BaseResult, Tally
+from moored.evaluation.report import BaseResult, Tally, TaskScore
 from moored.models.engine import Engine
 from moored.utils.progress import Phase
 
@@ -43,10 +43,12 @@ class Answered:
     Attributes:
         exact_match: data.eval's prompts that were answered as the reference has it.
         followed: of the instructions.
+        suite: of the suite's tasks, by name.
     """
 
     exact_match: Tally | None = None
     followed: Followed | None = None
+    suite: Mapping[str, TaskScore] | None = None
 
 
 def answered_in(base: BaseResult) -> Answered | None:
@@ -58,7 +60,9 @@ def answered_in(base: BaseResult) -> Answered | None:
         followed = Followed(
             constraints=base.instruction_tally, prompts=Tally(num=[num], hits=[full])
         )
-    answered = Answered(exact_match=base.exact_match_tally, followed=followed)
+    answered = Answered(
+        exact_match=base.exact_match_tally, followed=followed, suite=base.suite or None
+    )
     return None if answered == Answered() else answered
 
 

@@ -24,6 +24,7 @@ from moored.data.heldout import anchor_samples
 from moored.data.token_cache import content_of_texts
 from moored.distributed.mesh import alone
 from moored.evaluation.evaluate import build_suite
+from moored.evaluation.task_suite import SuiteTask
 from moored.models.base_files import resolve_base
 from moored.models.loading import require_architecture, require_layout
 from moored.utils import atomic_dir
@@ -81,7 +82,9 @@ def find_everything(config: Config) -> list[Item]:
         items += _sources(sources, samples, reader)
         if section == "data.train":
             TrainStream(config, located.tokenizer, samples).total_steps()
-    build_suite(config, located, mesh, reader)
+    suite = build_suite(config, located, mesh, reader)
+    if suite.tasks is not None:
+        items += map(_suite_task, suite.tasks.tasks)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     anchor_samples(config, located.tokenizer, base, reader)
     return items + [_corpus(place, c, base, reader) for place, c in config.corpora().items()]
@@ -129,6 +132,16 @@ def _sources(sources: Sequence[Source], samples: SampleSet, reader: DataReader) 
             identity=f"sha256:{content.digest}" if content else "unknown",
             note=note,
         )
+
+
+def _suite_task(task: SuiteTask) -> Item:
+    return Item(
+        what=f"evaluation.suite.{task.name}",
+        where=task.source,
+        num_bytes=task.num_bytes,
+        identity=f"sha256:{task.digest}",
+        note=f"{task.num_asked:,} of {task.num_questions:,} questions",
+    )
 
 
 def _corpus(place: str, corpus: Corpus, base: BaseIdentity, reader: DataReader) -> Item:

@@ -24,6 +24,7 @@ from moored.config import Config
 from moored.data import DataReader, by_domain, load_samples, retention_samples
 from moored.data.token_cache import tokens_folder
 from moored.distributed.mesh import alone
+from moored.evaluation.task_suite import open_task_suite
 from moored.models.base_files import resolve_base
 from moored.models.reference_cache import FACTS, references_folder
 from moored.models.weights import INDEX
@@ -223,6 +224,9 @@ def _fetch(config: Config, console: Console, num_ranks: int | None) -> None:
     tokenizer, size = located.tokenizer, located.vocab_size
     for place, sources in config.sources().items():
         load_samples(sources, tokenizer, config.data, size, section=place, keep=True, reader=reader)
+    tasks = open_task_suite(config, located, alone())
+    for task in tasks.tasks if tasks else ():
+        console.print(f"{task.name}: {task.num_questions:,} questions of {task.source} are here")
     for folder in draw(config, located):
         facts = atomic_dir.read_manifest(folder)
         count, texts = facts["num_tokens"], facts["num_texts"]

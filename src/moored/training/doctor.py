@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from rich.console import Console
 from rich.text import Text
 
 from moored.config import Config, DataConfig
-from moored.data import DataReader, HeldSource, SampleSet, load_samples, turn_ends
+from moored.data import BaseIdentity, DataReader, HeldSource, SampleSet, load_samples, turn_ends
 from moored.data.batch import Sample
+from moored.data.heldout import anchor_samples
 from moored.distributed.mesh import Mesh, degree_for, leave_mesh, start_mesh
 from moored.distributed.traffic import MicroBatch, Spread, micro_batch_traffic
 from moored.evaluation.evaluate import build_suite
@@ -122,6 +124,9 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
     held_out = load(config.data.eval, section="data.eval")
     ends = turn_ends(samples, tokenizer, config.data.max_length)
     suite = build_suite(config, base_files, mesh, reader, held_out)
+    anchors = anchor_samples(
+        config, tokenizer, BaseIdentity(model=config.model, revision=source.revision), reader
+    )
     del reader  # all is tokenised, and what it holds would stay beside the model
     if mesh.is_main:
         console.print(f"model       {config.model.name_or_path} from {source.origin}")
@@ -133,6 +138,12 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
         for name, text in suite.retention.items():
             scored = sum(batch.num_targets for batch in text.batches)
             console.print(f"retention   {name}: {scored} scored tokens on this rank")
+        for task in suite.tasks.tasks if suite.tasks else ():
+            counted = f"{task.num_asked:,} of {task.num_questions:,} questions"
+            console.print(f"suite       {task.name}: {counted}, {task.shown_metric}")
+        if anchors:
+            held = sum(map(len, anchors))
+            console.print(f"anchors     {len(anchors)} windows, {held} tokens, none is measured")
     degree = config.parallel.tensor_parallel_degree
     if degree > mesh.tp.size:
         require_layout(source.path, config.model, config.parallel)
@@ -147,7 +158,7 @@ def _recipe(console: Console, config: Config, mesh: Mesh) -> list[str]:
             f"adapter     {trained:,} parameters; with adapters off the model is its base"
         )
         if policy.sharding is not None:
-            console.print(f"sharding    {_sharded(policy, config, mesh)}")
+            console.print(f"sharding    {_sharded(policy, config, mesh, anchors)}")
     ends = untrained(policy.head, ends, mesh.tp)
     return [in_words(end, tokenizer, config.model.name_or_path) for end in ends]
 
@@ -188,18 +199,44 @@ def _whole_size(policy: PolicyModel, name: str) -> int:
     return parameter.numel() // parameter.shape[split.dim] * split.whole
 
 
-def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
-    """What this rank holds, and what a micro-batch of full length sends."""
+def _sharded(
+    policy: PolicyModel, config: Config, mesh: Mesh, anchors: Sequence[Sample] = ()
+) -> str:
+    """What this rank holds, and what a micro-batch of full length sends, and those beside it."""
     length, rows = config.data.max_length, config.train.micro_batch_size
     num_kl = rows * length if config.regularizer.is_divergent else 0
     batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
-    sent = micro_batch_traffic(spread_of(policy, config, mesh), batch)
     packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)
-    return (
+    spread = spread_of(policy, config, mesh)
+
+    def told(batch: MicroBatch) -> str:
+        sent = micro_batch_traffic(spread, batch)
+        size = sum(s.wire_bytes(mesh.tp.size) for s in sent) / 1e6
+        return f"{size:,.1f} MB per rank in {sum(s.count for s in sent)} collectives"
+
+    line = (
         f"rank 0 of {mesh.tp.size} holds {packed / 1e6:,.1f} MB of 4-bit weights; a micro-batch of "
-        f"{rows} x {length} tokens sends {sum(s.wire_bytes(mesh.tp.size) for s in sent) / 1e6:,.1f}"
-        f" MB per rank in {sum(s.count for s in sent)} collectives"
+        f"{rows} x {length} tokens sends {told(batch)}"
     )
+    for what, share, one in _beside(config, anchors):
+        line += f"; one of {what} ({one.rows} x {one.length}, {share:g} beside each) {told(one)}"
+    return line
+
+
+def _beside(config: Config, anchors: Sequence[Sample]) -> Iterator[tuple[str, float, MicroBatch]]:
+    """What runs beside the micro-batches of the task: what, how many to one, and the largest."""
+    regularizer, rows, length = config.regularizer, config.train.micro_batch_size, 0
+    if anchors and regularizer.anchors is not None:
+        longest = max(map(len, anchors))
+        length = config.data.max_length if config.data.packing else longest
+        # A sample's last token has no next one that could be told.
+        held = length - (length // longest if config.data.packing else 1)
+        one = MicroBatch(rows=rows, length=length, num_targets=0, num_kl=0, num_prompt=rows * held)
+        yield "anchors", regularizer.anchors.fraction / regularizer.every, one
+    if regularizer.kind == "replay":
+        length = config.data.max_length
+        one = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=0)
+        yield "replayed text", regularizer.replay_fraction, one
 
 
 def spread_of(policy: PolicyModel, config: Config, mesh: Mesh) -> Spread:

@@ -5,7 +5,11 @@ Nothing is measured or written here.
 
 from __future__ import annotations
 
-from moored.evaluation.evaluate import Evaluation
+from collections.abc import Mapping
+
+from moored.evaluation.evaluate import Evaluation, TextFigures
+from moored.evaluation.report import Report, TaskScore
+from moored.evaluation.report.suite_scores import suite_mean
 from moored.training.forgetting_budget import Controller
 from moored.training.step import StepStats
 
@@ -74,6 +78,7 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
     if answered.followed is not None:
         values["eval/instruction_following_fraction"] = answered.followed.constraints.share
         values["eval/instruction_prompts_followed_fraction"] = answered.followed.prompts.share
+    values |= _of_suite(answered.suite or {})
     for name, figures in evaluation.retention.items():
         values[f"retention/{name}/perplexity"] = figures.policy_ppl
         values[f"drift/{name}/kl_nats_per_token"] = figures.kl
@@ -82,3 +87,33 @@ def of_evaluation(evaluation: Evaluation) -> dict[str, float]:
             values[f"retention/{name}/last_word_accuracy_fraction"] = figures.last_word.share
         values[f"drift/{name}/top1_agreement_fraction"] = figures.top1_agreement
     return values
+
+
+def _of_suite(scores: Mapping[str, TaskScore]) -> dict[str, float]:
+    """The mean above a guess, and the share of each task."""
+    mean = suite_mean(scores)
+    if mean is None:
+        return {}
+    shares = {f"suite/{name}_fraction": task.share for name, task in scores.items()}
+    return {"eval/suite_mean_fraction": mean.value, **shares}
+
+
+def of_learned(figures: TextFigures) -> dict[str, float]:
+    """The divergence on what was learned."""
+    return {
+        "train_drift/kl_nats_per_token": figures.kl,
+        "train_drift/tmkl_nats_per_token": figures.tmkl,
+    }
+
+
+def of_suite_change(report: Report) -> dict[str, float]:
+    """What became of the suite's mean, of a report on one arm; nothing without a suite."""
+    (arm,) = report.arms.values()
+    if arm.suite_change is None:
+        return {}
+    low, high = arm.suite_change_interval
+    return {
+        "eval/suite_change_fraction": arm.suite_change,
+        "eval/suite_change_low_fraction": low,
+        "eval/suite_change_high_fraction": high,
+    }

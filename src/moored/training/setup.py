@@ -85,7 +85,7 @@ def assemble(config: Config, mesh: Mesh, directory: RunDirectory, tracker: Track
     stream = TrainStream(config, base_files.tokenizer, samples)
     if config.regularizer.holds_prompt:
         _require_prompts(samples)
-    suite = build_suite(config, base_files, mesh, reader)
+    suite = build_suite(config, base_files, mesh, reader, learned=samples)
     num_steps = stream.total_steps()
     _require_length(config, num_steps)
     regularizer = config.regularizer

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -165,7 +165,9 @@ def _train(run: Run) -> None:
     if mesh.is_main:
         run.directory.update_state(num_steps=run.num_steps)
     if run.step == 0 and config.evaluation.before:
-        before = _measure(run, run.suite, base=True)
+        known = run.base_answered  # by an earlier arm of a comparison
+        before = _measure(run, run.suite.without_prompts() if known else run.suite, base=True)
+        before = replace(before, answered=known) if known else before
         run.base_answered = before.answered
         run.tracker.metrics(run.step, metric_names.of_evaluation(before))
     if _evaluates_now(run) and not _was_evaluated(run):  # it was stopped in the middle of it
@@ -428,6 +430,9 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         run.directory.update_state(training=asdict(training))
     try:
         with failures_named(run.mesh):
+            training = replace(training, **_divergence(run))
+            if run.mesh.is_main:
+                run.directory.update_state(training=asdict(training))
             after = _measure(run, run.suite, pinpoint=True)
             if run.suite.asks and run.base_answered is None:
                 base = _measure(run, run.suite.only_prompts(), base=True)
@@ -449,6 +454,19 @@ def _evaluate_and_report(run: Run, name: str) -> None:
         ) from error
 
 
+def _divergence(run: Run) -> dict[str, float | int]:
+    """How far the policy went from its base on what it learned: fields of `TrainedRun`."""
+    assert run.suite.training is not None
+    what, poll = "measuring the divergence on the training data", partial(_stop_if_asked, run)
+    found = measure(run.engine, run.suite.training, run.mesh, poll=poll, what=what)
+    run.tracker.metrics(run.step, metric_names.of_learned(found))
+    return {
+        "train_kl": found.kl,
+        "train_tmkl": found.tmkl,
+        "num_train_targets": found.num_tokens,
+    }
+
+
 def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> None:
     report = to_report(
         run.config,
@@ -459,7 +477,9 @@ def _report(run: Run, name: str, after: Evaluation, training: TrainedRun) -> Non
         base_answered=run.base_answered,
         num_prompts=len(run.suite.prompts),
         trained_by=run.config,
+        settings=run.suite.settings,
     )
+    run.tracker.metrics(run.step, metric_names.of_suite_change(report))
     write(report, run.directory.report, curves={name: journal.metrics(run.directory.path)})
     run.tracker.artifact(run.directory.report, "report")
     if run.prints_summary:

@@ -963,3 +963,35 @@ compare:
     assert len(config.arms()) == len(set(names)) == 5
     assert {"tmkl-weight1-budget3-1", "tmkl-weight1-budget3-3"} <= set(names)
     assert all(Path(name).name == name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("suite", "says"),
+    [
+        (
+            "arc_challenge",
+            "'arc_challenge' is no suite: write general, or .* such as \\[arc_challenge",
+        ),
+        ([], "expected general, or a list of tasks"),
+        (["gsm8k", ""], "expected general, or a list of tasks"),
+        (["gsm8k", "gsm8k"], "holds gsm8k twice"),
+        (3, "expected general, or a list of tasks"),
+    ],
+)
+def test_a_suite_is_general_or_a_list_of_tasks(tmp_path, suite, says):
+    path = write(tmp_path, MINIMAL)
+    (problem,) = problems(path, f"evaluation.suite={json.dumps(suite)}")
+    assert re.search(f"evaluation.suite.*{says}", problem), problem
+
+
+def test_options_of_a_suite_that_is_not_asked_are_refused(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    assert (
+        load_config(path).fingerprint()
+        == load_config(path, ["evaluation.suite=null"]).fingerprint()
+    )
+    general = load_config(path, ["evaluation.suite=general", "evaluation.suite_limit=50"])
+    assert general.evaluation.suite_tasks[0] == "arc_challenge"
+    assert load_config(path).evaluation.suite_tasks == ()
+    (problem,) = problems(path, "evaluation.suite_limit=50")
+    assert "suite is null" in problem

@@ -355,14 +355,9 @@ def instruction_prompts(config: Config, tokenizer: Any) -> list[Prompt]:
         )
     found: list[Prompt] = []
     try:
+        stops = chat.answer_ends()
         for name, task in TASKS.items():
-            asked = {"role": "user", "content": task.prompt}
-            turns = [asked, {"role": "assistant", "content": "Yes."}]
-            (tokens,) = chat.encode(chat.layouts(turns))
-            if isinstance(tokens, str):
-                raise TemplateError(tokens)
-            stops = chat.ends_of(tokens)
-            ids = chat.prompt_ids([asked])
+            ids = chat.prompt_ids([{"role": "user", "content": task.prompt}])
             found.append(Prompt(sample_id=name, input_ids=ids, completion="", stop_token_ids=stops))
     except TemplateError as error:
         raise UserError(f"evaluation.instructions: {error}, {switch}") from error

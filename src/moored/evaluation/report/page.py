@@ -51,6 +51,7 @@ def html(report: Report, curves: Curves | None = None) -> str:
         forgetting=tables.forgetting(report, choice),
         panels=panels(report, curves or {}),
         harness=tables.harness(report),
+        suite=tables.suite(report),
         same_ppl=SAME_PPL_PCT,
         same_increase=SAME_INCREASE_POINTS,
         caveats=caveats(report),

@@ -195,6 +195,20 @@ class Where(Strictly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore(Strictly):
+    """What one model scored in one task of the suite, question by question."""
+
+    metric: Name  # of the evaluation harness, with its filter in brackets
+    chance: Annotated[Number, _must(lambda x: 0 <= x < 1, "{:g} is no score of a guess")]
+    scores: Annotated[list[Fraction], _must(bool, "empty: no question was asked")]
+
+    @property
+    def share(self) -> float:
+        """The mean score, 0 to 1."""
+        return sum(self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseResult(Strictly):
     """The base model, before any adapter. None: not measured; dicts are per corpus."""
 
@@ -218,6 +232,9 @@ class BaseResult(Strictly):
     last_word_tallies: dict[Text, Tally] = field(default_factory=dict)  # per passage
     # Of the evaluation harness: task -> metric -> value, `METRIC_stderr` beside it where known.
     lm_eval: dict[Text, Figures] = field(default_factory=dict)
+    suite: dict[Text, TaskScore] = field(default_factory=dict)  # of general tasks, by name
+    suite_mean: Number | None = None  # over them; 0 is guessing, 1 is all right
+    suite_mean_interval: list[Number] = field(default_factory=list)  # 95 %, [low, high]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,6 +283,15 @@ class ArmResult(Strictly):
     instruction_tally: Tally | None = None
     last_word_tallies: dict[Text, Tally] = field(default_factory=dict)
     lm_eval: dict[Text, Figures] = field(default_factory=dict)
+    suite: dict[Text, TaskScore] = field(default_factory=dict)  # of general tasks, by name
+    suite_mean: Number | None = None  # over them; 0 is guessing, 1 is all right
+    suite_mean_interval: list[Number] = field(default_factory=list)  # 95 %, [low, high]
+    # As the drift, on a sample of the targets that were learned: what forgetting is foretold by.
+    train_drift_nats_per_token: Divergence | None = None
+    train_drift_tmkl_nats_per_token: Divergence | None = None
+    num_train_drift_tokens: Count | None = None  # scored
+    suite_change: Number | None = None  # of suite_mean against the base's, question by question
+    suite_change_interval: list[Number] = field(default_factory=list)  # 95 %, [low, high]
 
     def worst(self) -> tuple[str, float] | None:
         """The corpus whose perplexity rose most and by how many percent; NaN counts as most."""
@@ -405,7 +431,7 @@ def short(value: object) -> str:
 
 def _contradictions(report: Report) -> list[str]:
     """Figures that cannot all be right, such as an increase given as a fraction."""
-    problems: list[str] = []
+    problems = [f"base.{problem}" for problem in _no_intervals(report.base)]
     for arm_name, arm in report.arms.items():
         where = f"arms.{short(arm_name)}"
         for corpus in {**arm.retention_ppl, **arm.retention_increase_pct}:
@@ -415,6 +441,7 @@ def _contradictions(report: Report) -> list[str]:
                     "measure the base on it too"
                 )
         problems += [f"{where}.{problem}" for problem in _off_their_sums(arm)]
+        problems += [f"{where}.{problem}" for problem in _no_intervals(arm)]
         for corpus, ends in arm.retention_increase_interval_pct.items():
             # Written so that NaN is refused as well.
             if len(ends) != 2 or not ends[0] <= ends[1]:
@@ -434,6 +461,17 @@ def _contradictions(report: Report) -> list[str]:
                     f"perplexities give {expected:g}: evaluate the run again"
                 )
     return problems
+
+
+def _no_intervals(result: BaseResult | ArmResult) -> list[str]:
+    """Ends of the suite's intervals that are none."""
+    names = [item.name for item in fields(result) if item.name.startswith("suite_")]
+    found = {name: getattr(result, name) for name in names if name.endswith("_interval")}
+    return [
+        f"{name}: {short(ends)} is no interval: expected [low, high] as fractions"
+        for name, ends in found.items()
+        if ends and (len(ends) != 2 or not ends[0] <= ends[1])
+    ]
 
 
 def _off_their_sums(arm: ArmResult) -> list[str]:

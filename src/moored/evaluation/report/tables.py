@@ -6,7 +6,7 @@ How a row looks, and what is said of it, is the template's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +26,13 @@ from moored.evaluation.report.results import (
     ArmResult,
     Report,
     Tally,
+    TaskScore,
     TokenChoice,
     TokenExample,
     Where,
     rise_pct,
 )
+from moored.evaluation.report.suite_scores import asked_alike, task_change
 
 # A page must stay one that a person reads: what is beyond is counted, and is in report.json.
 MOST_ARMS = 8
@@ -197,6 +199,57 @@ def harness(report: Report) -> list[dict[str, Any]]:
         for metric in figures
         if "_stderr" not in metric
     ]
+
+
+def suite(report: Report) -> dict[str, Any] | None:
+    """The suite of tasks: a row per task, base and arms beside each other, and the mean of all.
+
+    Changes are those of the score above a guess, paired by question. None without a suite.
+    """
+    base, arms = report.base, report.arms.values()
+    if not base.suite and not any(arm.suite for arm in arms):
+        return None
+    names = list(dict.fromkeys([*base.suite, *(name for arm in arms for name in arm.suite)]))
+    rows = []
+    for name in names:
+        first = next(r.suite[name] for r in (base, *arms) if name in r.suite)
+        cells = [_of_task(base.suite.get(name), arm.suite.get(name)) for arm in arms]
+        before = base.suite[name].share if name in base.suite else None
+        rows.append(
+            {"task": name, "like": first, "num": len(first.scores), "base": before, "arms": cells}
+        )
+    mean = {
+        "base": (base.suite_mean, _ends(base.suite_mean_interval)),
+        "arms": [
+            (arm.suite_mean, _ends(arm.suite_mean_interval), suite_change(arm)) for arm in arms
+        ],
+    }
+    return {"rows": rows, "mean": mean}
+
+
+def suite_change(arm: ArmResult) -> Change | None:
+    """What became of the mean over the suite's tasks, in points."""
+    value, ends = arm.suite_change, arm.suite_change_interval
+    if value is None:
+        return None
+    interval = Interval(value=100 * value, low=100 * ends[0], high=100 * ends[1]) if ends else None
+    return change(100 * value, interval, show=_points, more_is_better=True)
+
+
+def _of_task(
+    before: TaskScore | None, after: TaskScore | None
+) -> tuple[float | None, Change | None]:
+    if after is None:
+        return None, None
+    if before is None or not asked_alike(before, after):
+        return after.share, None
+    by = task_change(before, after)
+    points = Interval(value=100 * by.value, low=100 * by.low, high=100 * by.high)
+    return after.share, change(points.value, points, show=_points, more_is_better=True)
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return words.bounds(*(100 * end for end in interval)) if interval else ""
 
 
 def bent(pct: float) -> float:

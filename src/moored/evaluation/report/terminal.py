@@ -45,7 +45,10 @@ def table(report: Report) -> Table:
     followed = any(arm.instruction_following is not None for arm in arms.values())
     if followed:
         columns.append(column("instruc-\ntions", words.fraction, "instruction_following"))
-    each = len(corpora) <= MOST_COLUMNS - followed
+    suite = any(arm.suite_mean is not None for arm in arms.values())
+    if suite:
+        columns.append(column("general\ntasks", words.fraction, "suite_mean"))
+    each = len(corpora) <= MOST_COLUMNS - followed - suite
     for corpus in corpora if each else []:
         before = words.ppl(base.retention_ppl[corpus])
         columns.append((words.clean(corpus, 16), before, partial(_retention, corpus=corpus)))

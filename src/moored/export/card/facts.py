@@ -77,6 +77,15 @@ class Figures(Facts):
     exact_match_after: Number | None = None
     num_adaptation_tokens: int | None = None  # scored targets
     num_adaptation_prompts: int | None = None  # behind the exact match
+    train_kl_nats_per_token: Number | None = None  # KL(base || adapted) on what was learned
+    train_masked_kl_nats_per_token: Number | None = None  # the true token left out of both
+    num_train_tokens: int | None = None  # targets that these were measured on
+    suite_tasks: tuple[str, ...] = ()  # general tasks that were asked
+    num_suite_questions: int | None = None  # in all of them
+    suite_mean_before: Number | None = None  # over the tasks; 0 is guessing, 1 is all right
+    suite_mean_after: Number | None = None
+    suite_change: Number | None = None  # the same questions paired
+    suite_change_interval: Sequence[Number] | None = None  # low and high, 95 %
     retention: tuple[TextFacts, ...] = ()  # empty where forgetting was not measured
     budget: str | None = None  # what might be forgotten of which text
     budget_lost: Number | None = None  # by that text, in the budget's unit
@@ -101,6 +110,15 @@ class Figures(Facts):
             exact_match_after=arm.adaptation_exact_match,
             num_adaptation_tokens=base.num_adaptation_tokens,
             num_adaptation_prompts=base.num_adaptation_prompts,
+            train_kl_nats_per_token=arm.train_drift_nats_per_token,
+            train_masked_kl_nats_per_token=arm.train_drift_tmkl_nats_per_token,
+            num_train_tokens=arm.num_train_drift_tokens,
+            suite_tasks=tuple(arm.suite),
+            num_suite_questions=sum(len(t.scores) for t in arm.suite.values()) or None,
+            suite_mean_before=base.suite_mean,
+            suite_mean_after=arm.suite_mean,
+            suite_change=arm.suite_change,
+            suite_change_interval=arm.suite_change_interval or None,
             retention=tuple(
                 TextFacts(
                     name=name,
