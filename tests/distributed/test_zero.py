@@ -72,6 +72,7 @@ def train(config: Config) -> dict:
         "grad_norm": [s.grad_norm for s in stats],
         "penalty": [s.penalty or 0.0 for s in stats],
         "weight": [s.weight for s in stats],
+        "learned": [1.0 if s.learned_fraction is None else s.learned_fraction for s in stats],
         "adapter": engine.adapter_tensors(),
         "optimizer": engine.optimizer_tensors(),
         "written": engine.optimizer_tensors(wanted=mesh.is_main),
@@ -192,6 +193,7 @@ BASELINES = {
     "l2": ("regularizer.kind=l2", "regularizer.weight=3"),
     "eaft": ("regularizer.kind=eaft",),
     "asft": ("regularizer.kind=asft", "regularizer.weight=0.5"),
+    "stm": ("regularizer.kind=stm", "regularizer.max_perplexity=270"),
     "replay": (
         "regularizer.kind=replay",
         "regularizer.replay=[{path: FOLDER/fox.txt}]",
@@ -293,14 +295,15 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "prompt", "anchors"))
+@pytest.mark.parametrize("name", mostly_long(BASELINES, "stm", "replay", "prompt", "anchors"))
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
-    for key in ("penalty", "weight"):
+    for key in ("penalty", "weight", "learned"):
         np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
     for key, of in (("kl_prompt", "prompt"), ("kl_anchors", "anchors")):
         assert (min(found[key][1:]) > 0) == (name == of)
+    assert all((0 < share < 1) == (name == "stm") for share in found["learned"])
     pairs = [(found["adapter"][n], tensor) for n, tensor in expected["adapter"].items()]
     distance = sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5
     # Fifty times what the order of sums explains.

@@ -120,11 +120,12 @@ class Regularizer(Section):
     """What holds the policy near its base: a divergence, or a baseline to compare it with."""
 
     kind: Annotated[
-        Literal["none", "kl", "tmkl", "asft", "eaft", "l2", "replay"],
+        Literal["none", "kl", "tmkl", "asft", "eaft", "stm", "l2", "replay"],
         about(
             "tmkl: KL to the base without the target; kl: with it; asft: that, and targets weighed "
-            "by their probability; eaft: targets weighed by the policy's entropy; l2: squared norm "
-            "of the adapter's product; replay: cross-entropy on given text"
+            "by their probability; eaft: targets weighed by the policy's entropy; stm: no targets "
+            "that surprise the base; l2: squared norm of the adapter's product; replay: "
+            "cross-entropy on given text"
         ),
     ] = "tmkl"
     weight: Annotated[
@@ -190,6 +191,10 @@ class Regularizer(Section):
     first_tokens_factor: Annotated[
         float, Field(ge=0, description="factor of the divergence on these")
     ] = 5.0
+    max_perplexity: Annotated[
+        float,
+        Field(gt=1, description="of a target under the base, up to which stm has it learned"),
+    ] = 2.5
     replay: list[Source] = Field(
         default_factory=list[Source], description="text to replay, of kind replay"
     )
@@ -208,6 +213,16 @@ class Regularizer(Section):
     def is_divergent(self) -> bool:
         """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
         return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def selects_targets(self) -> bool:
+        """Whether the base says beforehand which targets are learned."""
+        return self.kind == "stm"
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the training needs the base's hidden states."""
+        return self.is_divergent or self.selects_targets
 
     @property
     def holds_prompt(self) -> bool:
@@ -279,6 +294,8 @@ class Regularizer(Section):
         if self.kind not in WEIGHTED:
             for name in ("weight", "schedule", "warmup_steps", "budget"):
                 yield Ignored(name, ("kind",), why)
+        if not self.selects_targets:
+            yield Ignored("max_perplexity", ("kind",), why)
         if self.kind != "replay":
             for name in ("replay", "replay_fraction"):
                 yield Ignored(name, ("kind",), why)

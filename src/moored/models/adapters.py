@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from moored.config import AdapterConfig
 from moored.models.experts import Experts4bit, Routed, experts_of, matrices_of
 from moored.models.tensor_parallel import Sharding, whole_adapters
-from moored.sinelora import SineLayer, SineLoraConfig
+from moored.sinelora import SineLoraConfig
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -371,17 +371,19 @@ def load_frozen(model: PeftModel, folder: Path) -> None:
 
 
 def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Layers with what they read of modules below them without calling these.
+    """Layers with what they read of modules below them without calling these, if only the dtype.
 
     ZeRO-3 gathers a parameter when the module that holds it is called, and must be told of others.
+    It would find them out by itself in the first forward with adapters on, and not know any more
+    the order of modules in what it has seen before: forwards of the base.
     """
     for module in model.modules():
-        if isinstance(module, (RandLoraLayer, SineLayer)):
-            assert isinstance(module, nn.Module)
-            yield from ((module, p) for p in module.parameters() if p.requires_grad)
-        elif isinstance(module, ExpertLora):
+        if isinstance(module, ExpertLora):
             for parts in (module.lora_A, module.lora_B):
                 yield from ((module, p) for p in parts.parameters())
+        elif isinstance(module, BaseTunerLayer):
+            assert isinstance(module, nn.Module)
+            yield from ((module, p) for p in module.parameters() if p.requires_grad)
 
 
 def for_training(model: PeftModel) -> PeftModel:

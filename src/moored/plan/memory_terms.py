@@ -216,6 +216,7 @@ def of_a_step(
 
 def _head(architecture: Architecture, work: Workload, *, on_gpu: bool) -> float:
     """Logits of a chunk, hidden states and their gradient."""
+    both = work.has_kl and not work.selects_targets  # else one model's logits at a time
     T, D = work.tokens, architecture.hidden_size
     v = architecture.vocab_size / work.tensor_parallel_degree
     chunk = chunk_rows(architecture, work, on_gpu=on_gpu)
@@ -224,18 +225,9 @@ def _head(architecture: Architecture, work: Workload, *, on_gpu: bool) -> float:
     )
     if not on_gpu or work.compute_bytes == 4:
         # fp32 logits of each model; hidden states, their gradient and what is made of them.
-        return (
-            (2 if work.has_kl else 1) * 4 * chunk * v
-            + (22 if work.has_kl else 16) * T * D
-            + gathered
-        )
+        return (2 if both else 1) * 4 * chunk * v + (22 if both else 16) * T * D + gathered
     # Logits of each model in fp32 and their gradient in fp16; the weight in fp16; hidden states.
-    return (
-        (10 if work.has_kl else 6) * chunk * v
-        + 2 * v * D
-        + (16 if work.has_kl else 12) * T * D
-        + gathered
-    )
+    return (10 if both else 6) * chunk * v + 2 * v * D + (16 if both else 12) * T * D + gathered
 
 
 def _layer(architecture: Architecture, work: Workload) -> float:

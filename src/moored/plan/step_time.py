@@ -264,7 +264,14 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         kl_by_entropy=work.kl_by_entropy,
     )
     num = round(rows * length * work.head_share)
-    batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)
+    with_kl = num * work.has_kl
+    batch = MicroBatch(
+        rows=rows,
+        length=length,
+        num_targets=num,
+        num_kl=0 if work.selects_targets else with_kl,
+        num_selected_from=with_kl if work.selects_targets else 0,
+    )
     return micro_batch_traffic(spread, batch)
 
 

@@ -48,7 +48,7 @@ class Workload:
         targets: names of adapted modules; None: all linear layers.
         max_length: tokens of a row at most.
         packing: several samples in a row.
-        has_kl: a reference pass and the divergence.
+        has_kl: a reference pass, and the divergence or a look at each target's probability.
         holds_prompt: the divergence also where nothing is learned.
         anchor_rows: rows beside those of a step on which the policy is held near the base.
         kl_every: in one of so many steps.
@@ -70,6 +70,7 @@ class Workload:
         epochs: passes over the data; None: not known.
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
+        selects_targets: the reference says which targets are learned, and there is no divergence.
     """
 
     nf4: bool
@@ -104,6 +105,7 @@ class Workload:
     epochs: float | None
     keep_checkpoints: int
     data: DataGlance | None
+    selects_targets: bool = False
 
     @property
     def tokens(self) -> int:
@@ -156,7 +158,7 @@ class Workload:
             targets=None if isinstance(targets, str) else tuple(targets),
             max_length=config.data.max_length,
             packing=config.data.packing,
-            has_kl=config.regularizer.is_divergent,
+            has_kl=config.regularizer.runs_base,
             holds_prompt=config.regularizer.holds_prompt,
             anchor_rows=math.ceil(anchors.fraction * rows / config.regularizer.every)
             if (anchors := config.regularizer.anchors) and config.regularizer.is_divergent
@@ -180,6 +182,7 @@ class Workload:
             epochs=train.epochs,
             keep_checkpoints=train.keep_checkpoints,
             data=data,
+            selects_targets=config.regularizer.selects_targets,
         )
         return found._with_steps()
 

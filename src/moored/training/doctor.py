@@ -190,8 +190,14 @@ def _whole_size(policy: PolicyModel, name: str) -> int:
 def _sharded(policy: PolicyModel, config: Config, mesh: Mesh) -> str:
     """What this rank holds, and what a micro-batch of full length sends."""
     length, rows = config.data.max_length, config.train.micro_batch_size
-    num_kl = rows * length if config.regularizer.is_divergent else 0
-    batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
+    num, regularizer = rows * length, config.regularizer
+    batch = MicroBatch(
+        rows=rows,
+        length=length,
+        num_targets=num,
+        num_kl=num if regularizer.is_divergent else 0,
+        num_selected_from=num if regularizer.selects_targets else 0,
+    )
     sent = micro_batch_traffic(spread_of(policy, config, mesh), batch)
     packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)
     return (

@@ -66,6 +66,7 @@ class Run:
     train_seconds: float = 0.0
     train_tokens: int = 0
     refused_in_a_row: int = 0
+    idle_in_a_row: int = 0  # updates of which no target was learned
     last_loss: float = float("nan")
     regularized: StepStats | None = None  # of the newest update with a divergence
     saved_step: int = 0  # of the newest checkpoint
@@ -234,7 +235,7 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
 
 def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
     """What is done with the next step's batches while this one is computed."""
-    if engine.references is None or not config.regularizer.is_divergent:
+    if engine.references is None or not config.regularizer.runs_base:
         return len
     return engine.references.read_ahead
 
@@ -252,6 +253,7 @@ def _resume(run: Run, folder: Path) -> None:
     run.step = run.saved_step = state["step"]
     run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
     run.refused_in_a_row = state["refused_in_a_row"]
+    run.idle_in_a_row = state.get("idle_in_a_row", 0)  # older runs never are
     run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
     run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
     log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)

@@ -32,10 +32,12 @@ class StepStats:
         kl_prompt: that from the base at positions without a target, nats per position; None when
             the step needs none, or the recipe.
         kl_anchors: that on the anchors, nats per position; None when there are none.
+        learned_fraction: share of the targets that the base let be learned (stm); None where all
+            are.
         penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
             the replayed text, nats per token (replay); None without one.
         weight: of the divergence or penalty in this update.
-        num_targets: target tokens of the global batch.
+        num_targets: target tokens of the global batch that were learned.
         num_tokens: real (unpadded) tokens of the global batch.
         grad_norm: global gradient norm before clipping; not finite if the update was refused.
         learning_rate: of this update.
@@ -47,6 +49,7 @@ class StepStats:
     kl: float | None
     kl_prompt: float | None
     kl_anchors: float | None
+    learned_fraction: float | None
     penalty: float | None
     weight: float
     num_targets: int
@@ -104,6 +107,20 @@ def dropout_seed(seed: int, step: int, batch: Batch) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
+def _learned(
+    engine: Engine, batches: Sequence[Batch], mesh: Mesh, max_perplexity: float
+) -> list[Batch]:
+    """The micro-batches with only those targets whose perplexity under the base is at most this."""
+    surprise = [
+        engine.base_cross_entropy(batch.to(mesh.device), engine.reference(batch))
+        for batch in batches
+    ]
+    # The host waits here and not above: how many are learned is the denominator of them all.
+    kept = [(ce <= math.log(max_perplexity)).to(batch.targets.device)
+            for ce, batch in zip(surprise, batches, strict=True)]  # fmt: skip
+    return [batch.learning(rows) for batch, rows in zip(batches, kept, strict=True)]
+
+
 def train_step(
     engine: Engine,
     batches: Sequence[Batch],
@@ -134,7 +151,10 @@ def train_step(
     """
     with_kl, is_l2 = needs_kl(step, regularizer), regularizer.kind == "l2"
     anchored = anchored if with_kl else ()
-    # 1. Denominators over the whole global batch, before any forward.
+    num_given = sum(batch.num_targets for batch in batches)
+    if regularizer.selects_targets:
+        batches = _learned(engine, batches, mesh, regularizer.max_perplexity)
+    # 1. Denominators over the whole global batch, before any forward of the policy.
     counts = torch.tensor(
         [
             sum(batch.num_targets for batch in batches),
@@ -143,13 +163,15 @@ def train_step(
             sum(batch.num_targets for batch in replayed),
             sum(batch.num_prompt for batch in batches),
             sum(batch.num_prompt for batch in anchored),
+            num_given,
         ],
         dtype=torch.float64,
         device=mesh.device,
     )
-    num_targets, num_kl, num_tokens, num_replayed, num_prompt, num_anchored = (
+    num_targets, num_kl, num_tokens, num_replayed, num_prompt, num_anchored, num_given = (
         int(n) for n in mesh.dp.sum(counts).tolist()
     )
+    selects = regularizer.selects_targets
     weight = regularizer.weight if weight is None else weight
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
@@ -194,6 +216,7 @@ def train_step(
         kl=kl_sum / max(1, num_kl) if with_kl else None,
         kl_prompt=kl_prompt_sum / max(1, num_prompt) if with_kl and num_prompt else None,
         kl_anchors=anchors_sum / num_anchored if num_anchored else None,
+        learned_fraction=num_targets / max(1, num_given) if selects else None,
         penalty=penalty,
         weight=kl_weight if regularizer.is_divergent else weight,
         num_targets=num_targets,

@@ -23,6 +23,7 @@ KINDS = {
     "tmkl": "TMKL",
     "asft": "ASFT",
     "eaft": "EAFT",
+    "stm": "STM",
     "l2": "L2 penalty",
     "replay": "replay",
 }
