@@ -53,6 +53,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
 PROMPT = "regularizer.positions=all"
+MOL = (
+    "regularizer.kind=mol",
+    "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+    "weight: 3.0}",
+)
 STM = ("regularizer.kind=stm", "regularizer.max_perplexity=270")
 SINE = "adapter.method=sinelora"
 Case = tuple[Any, ...]
@@ -71,7 +76,7 @@ def config_of(folder: Path, case: Case) -> Config:
         f"parallel.tensor_parallel_degree={tp}",
         f"parallel.zero_stage={stage}",
         f"train.gradient_checkpointing={checkpointing}",
-        *more,
+        *(text.replace("FOLDER", str(path)) for text in more),
     ]
     return load_config(write_recipe(path, recipe), overrides)
 
@@ -93,6 +98,7 @@ def train(config: Config) -> dict[str, Any]:
         "loss": [s.loss for s in stats],
         "kl": [s.kl or 0.0 for s in stats],
         "kl_prompt": [s.kl_prompt or 0.0 for s in stats],
+        "kl_anchors": [s.kl_anchors or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
         "optimizer": engine.optimizer_tensors(),
     }
@@ -131,6 +137,7 @@ CASES: dict[int, list[Case]] = {
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[o_proj,up_proj]"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", PROMPT),
         ("llama", "nf4", "forward", 1, 2, 1, "non_reentrant", *STM),
+        ("llama", "nf4", "forward", 1, 2, 3, "reentrant", *MOL),
         ("qwen2", "none", "jsd", 1, 2, 3, "none", PROMPT, "parallel.sequence_parallel=true"),
         *(
             (name, "nf4", "forward", 1, 2, stage, checkpointing, "parallel.sequence_parallel=true")

@@ -204,6 +204,11 @@ BASELINES = {
         "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
         "weight: 30.0}",
     ),
+    "mol": (
+        "regularizer.kind=mol",
+        "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+        "weight: 30.0}",
+    ),
     "prompt": (
         "regularizer.positions=all",
         "regularizer.prompt_weight=0.7",
@@ -295,14 +300,16 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(BASELINES, "stm", "replay", "prompt", "anchors"))
+@pytest.mark.parametrize(
+    "name", mostly_long(BASELINES, "stm", "mol", "replay", "prompt", "anchors")
+)
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
     for key in ("penalty", "weight", "learned"):
         np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
-    for key, of in (("kl_prompt", "prompt"), ("kl_anchors", "anchors")):
-        assert (min(found[key][1:]) > 0) == (name == of)
+    for key, of in (("kl_prompt", ["prompt"]), ("kl_anchors", ["anchors", "mol"])):
+        assert (min(found[key][1:]) > 0) == (name in of)
     assert all((0 < share < 1) == (name == "stm") for share in found["learned"])
     pairs = [(found["adapter"][n], tensor) for n, tensor in expected["adapter"].items()]
     distance = sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5

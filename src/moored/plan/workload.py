@@ -71,6 +71,7 @@ class Workload:
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
         selects_targets: the reference says which targets are learned, and there is no divergence.
+        anchors_alone: the divergence is on the anchors' rows, not on what is learned.
     """
 
     nf4: bool
@@ -106,6 +107,7 @@ class Workload:
     keep_checkpoints: int
     data: DataGlance | None
     selects_targets: bool = False
+    anchors_alone: bool = False
 
     @property
     def tokens(self) -> int:
@@ -161,7 +163,7 @@ class Workload:
             has_kl=config.regularizer.runs_base,
             holds_prompt=config.regularizer.holds_prompt,
             anchor_rows=math.ceil(anchors.fraction * rows / config.regularizer.every)
-            if (anchors := config.regularizer.anchors) and config.regularizer.is_divergent
+            if (anchors := config.regularizer.anchors) and config.regularizer.has_divergence
             else 0,
             kl_every=config.regularizer.every,
             direction=config.regularizer.direction,
@@ -183,6 +185,8 @@ class Workload:
             keep_checkpoints=train.keep_checkpoints,
             data=data,
             selects_targets=config.regularizer.selects_targets,
+            anchors_alone=not config.regularizer.compares_task
+            and config.regularizer.has_divergence,
         )
         return found._with_steps()
 

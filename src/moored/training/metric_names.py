@@ -49,7 +49,7 @@ def of_step(
     if held.penalty is not None:
         unit = "squared_norm" if kind == "l2" else "nats_per_token"
         values[f"train/{kind}_{unit}"] = held.penalty
-    if held.kl is not None or held.penalty is not None:
+    if any(part is not None for part in (held.kl, held.kl_anchors, held.penalty)):
         values["train/regularizer_weight"] = held.weight
     return values
 

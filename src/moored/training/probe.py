@@ -174,7 +174,7 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     peak, reserved = _peak(mesh)
     alone = Regularizer.model_validate({"kind": "none"})
     few = max(2, steps // 3)
-    without = median(batches, alone, few)[0] if regularizer.runs_base else micro
+    without = median(batches, alone, few)[0] if regularizer.compares_task else micro
     short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, mesh.dp.rank)
     host = median([short], regularizer, few)[0]
     return Probed(
@@ -202,7 +202,7 @@ def _every_step(regularizer: Regularizer) -> Regularizer:
     """
     if regularizer.selects_targets:
         return regularizer.model_copy(update={"max_perplexity": math.inf})
-    if not regularizer.is_divergent:
+    if not regularizer.has_divergence:
         return regularizer
     return regularizer.model_copy(update={"every": 1})
 

@@ -194,7 +194,7 @@ def _require_length(config: Config, num_steps: int) -> None:
         (
             "regularizer.every",
             regularizer.every,
-            regularizer.is_divergent and regularizer.every > num_steps,
+            regularizer.has_divergence and regularizer.every > num_steps,
             "the divergence would never act",
         ),
     ):
@@ -220,12 +220,14 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
             num_steps,
             max(1, num_steps // 20),
         )
-    controller = Controller(budget, config.regularizer.weight)
-    if controller.weight != config.regularizer.weight:
+    regularizer = config.regularizer
+    controller = Controller(budget, regularizer.peak_weight)
+    if controller.weight != regularizer.peak_weight:
         log.warning(
-            "regularizer.weight=%g is outside the bounds of its budget (%g to max_weight=%g): it "
+            "regularizer.%s=%g is outside the bounds of its budget (%g to max_weight=%g): it "
             "starts at %g",
-            config.regularizer.weight,
+            "anchors.weight" if regularizer.kind == "mol" else "weight",
+            regularizer.peak_weight,
             LEAST_WEIGHT,
             budget.max_weight,
             controller.weight,
@@ -235,7 +237,7 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
 
 def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
     """What is done with the next step's batches while this one is computed."""
-    if engine.references is None or not config.regularizer.runs_base:
+    if engine.references is None or not config.regularizer.compares_task:
         return len
     return engine.references.read_ahead
 

@@ -28,7 +28,7 @@ class StepStats:
             kl_prompt and kl_anchors by their own.
         ce: cross-entropy, nats per target token.
         kl: the regulariser's divergence, nats per KL position with a target; None when the step
-            needs none.
+            needs none, or the recipe.
         kl_prompt: that from the base at positions without a target, nats per position; None when
             the step needs none, or the recipe.
         kl_anchors: that on the anchors, nats per position; None when there are none.
@@ -70,12 +70,12 @@ def needs_kl(step: int, regularizer: Regularizer) -> bool:
 
     The last of every k: at the very first there is nothing to hold, policy and base are equal.
     """
-    return regularizer.is_divergent and (step + 1) % regularizer.every == 0
+    return regularizer.has_divergence and (step + 1) % regularizer.every == 0
 
 
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
     """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
-    peak, rise, end = regularizer.weight, regularizer.warmup_steps, regularizer.end_ratio
+    peak, rise, end = regularizer.peak_weight, regularizer.warmup_steps, regularizer.end_ratio
     return _scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
 
 
@@ -172,13 +172,14 @@ def train_step(
         int(n) for n in mesh.dp.sum(counts).tolist()
     )
     selects = regularizer.selects_targets
-    weight = regularizer.weight if weight is None else weight
+    weight = regularizer.peak_weight if weight is None else weight
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
+    compares_task = with_kl and regularizer.is_divergent
     objective = objective_of(regularizer)
     of_task = Scales(
         ce=1.0 / max(1, num_targets),
-        kl=kl_weight / max(1, num_kl),
+        kl=kl_weight / max(1, num_kl) if compares_task else 0.0,
         prompt=regularizer.prompt_weight_beside(kl_weight) / max(1, num_prompt),
     )
     of_replay = Scales(ce=weight / max(1, num_replayed))
@@ -192,7 +193,7 @@ def train_step(
     for i, (host_batch, scales) in enumerate(work):
         batch = host_batch.to(mesh.device)
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
-        is_compared = with_kl and scales is not of_replay
+        is_compared = compares_task if scales is of_task else scales is of_anchors
         reference_hidden = engine.reference(host_batch) if is_compared else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
@@ -213,12 +214,12 @@ def train_step(
     return StepStats(
         loss=loss_sum + (weight * penalty if is_l2 and penalty is not None else 0.0),
         ce=ce_sum / max(1, num_targets),
-        kl=kl_sum / max(1, num_kl) if with_kl else None,
+        kl=kl_sum / max(1, num_kl) if compares_task else None,
         kl_prompt=kl_prompt_sum / max(1, num_prompt) if with_kl and num_prompt else None,
         kl_anchors=anchors_sum / num_anchored if num_anchored else None,
         learned_fraction=num_targets / max(1, num_given) if selects else None,
         penalty=penalty,
-        weight=kl_weight if regularizer.is_divergent else weight,
+        weight=kl_weight if regularizer.has_divergence else weight,
         num_targets=num_targets,
         num_tokens=num_tokens,
         grad_norm=grad_norm,

@@ -133,7 +133,7 @@ def _rehearse(run: Run) -> None:
         run.engine.rehearse(
             batch,
             objective_of(regularizer),
-            with_kl=regularizer.is_divergent,
+            with_kl=regularizer.has_divergence,
             l2_scale=float(regularizer.kind == "l2"),
         )
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -258,7 +258,7 @@ def _steer(run: Run) -> None:
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
-    if stats.kl is not None:
+    if stats.kl is not None or stats.kl_anchors is not None:
         run.regularized = stats
     if run.step % run.config.train.log_every and run.step != run.num_steps:
         return

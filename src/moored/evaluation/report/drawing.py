@@ -93,6 +93,7 @@ _KINDS = {
     "l2": Style("k5", "h", 1.1, (10, 4)),
     "replay": Style("k6", "*", 1.65, (4, 2, 1, 2)),
     "stm": Style("k7", "X", 1.15, (2, 5)),
+    "mol": Style("k8", "P", 1.15, (12, 3)),
 }
 _NUM_FIXED = 3  # of these, whose look is theirs alone
 
@@ -325,7 +326,7 @@ WIDTH, HEIGHT, FONT = 300, 190, 12
 MOST_POINTS = 300  # of a curve
 
 # Their own term is no divergence from the base.
-_NOT_DIVERGENT = ("none", "eaft", "stm", "l2", "replay")
+_NOT_DIVERGENT = ("none", "eaft", "stm", "mol", "l2", "replay")
 
 
 def panels(report: Report, curves: Curves) -> list[tuple[str, Drawing]]:

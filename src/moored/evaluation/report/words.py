@@ -24,6 +24,7 @@ KINDS = {
     "asft": "ASFT",
     "eaft": "EAFT",
     "stm": "STM",
+    "mol": "MoL",
     "l2": "L2 penalty",
     "replay": "replay",
 }
