@@ -111,7 +111,7 @@ def anchored_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     located = resolve_base(config.model, mesh)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     windows = anchor_samples(config, located.tokenizer, base)
-    stream = TrainStream.of_anchors(config, located.tokenizer, windows, STEPS)
+    stream = TrainStream.of_anchors(config, located.tokenizer, windows, max(STEPS, step + 1))
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)
     return stream.next_step(dp_rank=mesh.dp.rank, dp_size=mesh.dp.size)
