@@ -92,6 +92,8 @@ def _adapter_of(
         smaller = min(linear.inputs, linear.outputs)
         num_bases = -(-smaller // work.r)
         return num_bases * (work.r + smaller)
+    if work.family == "oft":
+        return linear.inputs * (work.oft_block_size - 1) / 2
     return work.r * (inputs + outputs) + (outputs if work.family == "dora" else 0)
 
 
@@ -248,6 +250,10 @@ def _layer(architecture: Architecture, work: Workload) -> float:
     if work.family in ("dora", "sinelora", "randlora"):
         # The adapter's product, whole and in fp32, its gradient, and what is made of it.
         size += 12 * max(linear.size for linear in architecture.linears) / t
+    if work.family == "oft":
+        # The inputs of every adapted layer in fp32, and as they enter the rotation and leave it.
+        inputs = sum(linear.inputs for linear in adapted(architecture, work))
+        size += T * inputs * (4 + 2 * work.compute_bytes)
     return size
 
 

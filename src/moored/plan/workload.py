@@ -71,6 +71,7 @@ class Workload:
         keep_checkpoints: how many.
         data: None where it cannot be read cheaply.
         selects_targets: the reference says which targets are learned, and there is no divergence.
+        oft_block_size: inputs that OFT turns together.
         anchors_alone: the divergence is on the anchors' rows, not on what is learned.
     """
 
@@ -108,6 +109,7 @@ class Workload:
     data: DataGlance | None
     selects_targets: bool = False
     anchors_alone: bool = False
+    oft_block_size: int = 32
 
     @property
     def tokens(self) -> int:
@@ -184,6 +186,7 @@ class Workload:
             epochs=train.epochs,
             keep_checkpoints=train.keep_checkpoints,
             data=data,
+            oft_block_size=config.adapter.oft_block_size,
             selects_targets=config.regularizer.selects_targets,
             anchors_alone=not config.regularizer.compares_task
             and config.regularizer.has_divergence,
