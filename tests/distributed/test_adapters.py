@@ -1,4 +1,4 @@
-"""RandLoRA and SineLoRA over real processes and across a restart are those of one process.
+"""RandLoRA, SineLoRA and OFT over real processes and across a restart are those of one process.
 
 The tolerance is test_zero.py's. ZeRO-3 cuts every parameter here, where it would leave those below
 1e5 elements whole: what a layer reads of modules that it does not call must be gathered as well.
@@ -25,17 +25,18 @@ from moored.models.policy import load_policy
 from moored.training import checkpoint
 from tiny import tiny_recipe, write_recipe
 
-METHODS = ["randlora", "sinelora"]
+METHODS = ["randlora", "sinelora", "oft"]
 CASES = [
     (method, stage, kind)
     for method in METHODS
     for stage, kind in [(2, "none"), (3, "reentrant"), (3, "non_reentrant")]
-]
+] + [("oft", 3, "none")]
 
 
 def config_of(folder: Path, method: str, *overrides: str) -> Config:
     recipe = tiny_recipe(folder)
-    recipe["adapter"] = {"method": method, "r": 4, "alpha": 8.0}
+    sizes = {"oft_block_size": 16} if method == "oft" else {"r": 4, "alpha": 8.0}
+    recipe["adapter"] = {"method": method, **sizes}
     return load_config(write_recipe(folder, recipe), list(overrides))
 
 
@@ -92,7 +93,9 @@ def runs(tmp_path_factory, chosen) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize(
     "case",
-    mostly_long(CASES, ("randlora", 3, "reentrant"), ("sinelora", 3, "non_reentrant")),
+    mostly_long(
+        CASES, ("randlora", 3, "reentrant"), ("sinelora", 3, "non_reentrant"), ("oft", 3, "none")
+    ),
     ids=lambda case: "-".join(map(str, case)),
 )
 def test_two_processes_equal_one(runs, case):
@@ -148,8 +151,11 @@ def continued(rank: int, world_size: int, folder: Path, configs: dict[str, Confi
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    dropout = "adapter.dropout=0.1"
-    configs = {method: config_of(tmp_path / method, method, dropout) for method in METHODS}
+    more = {"oft": "adapter.use_cayley_neumann=false"}  # which has no dropout
+    configs = {
+        method: config_of(tmp_path / method, method, more.get(method, "adapter.dropout=0.1"))
+        for method in METHODS
+    }
     [results] = run_distributed(continued, 1, tmp_path, configs)
     for method, result in results.items():
         expected, found = result["expected"], result["found"]

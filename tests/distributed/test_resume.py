@@ -108,6 +108,11 @@ MORE = {
         "regularizer.anchors={path: fox.txt, window_tokens: 32}",
         *("regularizer.positions=all", "regularizer.token_fraction=0.5"),
     ),
+    "mol": (
+        *("regularizer.kind=mol", "regularizer.schedule=linear"),
+        "regularizer.anchors={path: fox.txt, window_tokens: 32}",
+    ),
+    "stm": ("regularizer.kind=stm", "regularizer.max_perplexity=280"),
     "fraction": ("regularizer.token_fraction=0.5", "regularizer.schedule=linear"),
 }
 CASES = [

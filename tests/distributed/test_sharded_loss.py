@@ -187,6 +187,62 @@ def test_shards_equal_the_whole_by_kernels(world_size: int) -> None:
             assert torch.equal(a, b)
 
 
+def compare_selection(rank: int, world_size: int) -> list[Tensor]:
+    """The policy learns targets that the base is sure enough of: some, all and none of them."""
+    values = []
+    for (v, cuts), dtype in itertools.product(LAYOUTS[world_size], (torch.float64, torch.float32)):
+        if v > 1000:
+            continue
+        mine = slice(cuts[rank], cuts[rank + 1])
+        shard = VocabShard(mine.start, mine.stop, v, dist.group.WORLD)
+        h, h0, weight, y = make(v, cuts[-1], dtype, t=9)
+        y = torch.where(y < 0, 2, y)
+        how: dict[str, Any] = {"logit_scale": 0.5, "logit_softcap": None if v == 507 else 6.0}
+        own = torch.nn.Parameter(weight[mine], requires_grad=False)
+        head = Head(own, shard=shard, chunk_tokens=4, **how)
+        u = U64 if dtype == torch.float64 else U32
+        limit = (bound(h, h0, weight[:v]) + 100) * u + 1e-12
+        p = torch.softmax(dense_logits(h0, weight[:v], **how), 1)
+        perplexity = 1 / p.gather(1, y[:, None]).squeeze(1)
+        ce = head(h0, y, use=Head.cross_entropy)
+        assert rel(ce, perplexity.log()) <= limit, (v, cuts, dtype)
+        known = perplexity.sort().values
+        for most in ((known[4] * known[5]).sqrt(), 2 * known[-1], known[0] / 2):
+            kept = ce <= most.log()
+            assert torch.equal(kept, perplexity <= most)
+            number = max(1, int(kept.sum()))
+            grad, sums = head(
+                h[kept],
+                None,
+                y[kept],
+                use=Head.loss,
+                objective=Objective(mask_target=False),
+                scales=Scales(1 / number),
+            )
+            exact_h = h.double().requires_grad_()
+            log_p = torch.log_softmax(dense_logits(exact_h, weight[:v], **how), 1)
+            want = -(log_p.gather(1, y[:, None]).squeeze(1) * (perplexity <= most)).sum() / number
+            (exact,) = torch.autograd.grad(want, exact_h)
+            assert grad.shape == h[kept].shape
+            assert sums.num_targets == int(kept.sum())
+            if kept.any():
+                assert rel(grad, exact[kept]) <= limit, (v, cuts, dtype)
+                assert rel(sums.loss, want) <= limit
+            else:
+                assert (float(sums.loss), float(want)) == (0.0, 0.0)
+            values += [ce, sums.loss, grad]
+    return values
+
+
+@pytest.mark.parametrize("world_size", mostly_long([1, 2, 3, 4], 2))
+def test_targets_are_selected_alike_on_shards(world_size: int) -> None:
+    first, *others = run_distributed(compare_selection, world_size)
+    assert len(first) >= 2 * 9
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            assert torch.equal(a, b)
+
+
 def compare_prompt(
     rank: int, world_size: int, dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
 ) -> list[Tensor]:

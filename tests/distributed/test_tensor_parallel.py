@@ -53,6 +53,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTING = ["none", "reentrant", "non_reentrant"]
 PROMPT = "regularizer.positions=all"
+MOL = (
+    "regularizer.kind=mol",
+    "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+    "weight: 3.0}",
+)
+STM = ("regularizer.kind=stm", "regularizer.max_perplexity=270")
 SINE = "adapter.method=sinelora"
 Case = tuple[Any, ...]
 
@@ -63,13 +69,14 @@ def config_of(folder: Path, case: Case) -> Config:
     architecture = "llama" if name == "thirds" else name
     path = folder / name
     recipe = tiny_recipe(path, architecture, **ARCHITECTURES[name])
+    has_kind = any(text.startswith("regularizer.kind=") for text in more)
     overrides = [
         f"model.quantization={quantization}",
-        f"regularizer.direction={direction}",
+        *([] if has_kind else [f"regularizer.direction={direction}"]),
         f"parallel.tensor_parallel_degree={tp}",
         f"parallel.zero_stage={stage}",
         f"train.gradient_checkpointing={checkpointing}",
-        *more,
+        *(text.replace("FOLDER", str(path)) for text in more),
     ]
     if tp > 1 and not any("sequence_parallel" in text for text in more):
         overrides.append("parallel.sequence_parallel=false")
@@ -91,8 +98,9 @@ def train(config: Config) -> dict[str, Any]:
     engine.require_equal_replicas()
     result: dict[str, Any] = {
         "loss": [s.loss for s in stats],
-        "kl": [s.kl for s in stats],
+        "kl": [s.kl or 0.0 for s in stats],
         "kl_prompt": [s.kl_prompt or 0.0 for s in stats],
+        "kl_anchors": [s.kl_anchors or 0.0 for s in stats],
         "grad_norm": [s.grad_norm for s in stats],
         "optimizer": engine.optimizer_tensors(),
     }
@@ -130,6 +138,8 @@ CASES: dict[int, list[Case]] = {
         ),
         ("llama", "nf4", "forward", 1, 2, 2, "none", "adapter.target_modules=[o_proj,up_proj]"),
         ("llama", "nf4", "forward", 1, 2, 2, "none", PROMPT),
+        ("llama", "nf4", "forward", 1, 2, 1, "non_reentrant", *STM),
+        ("llama", "nf4", "forward", 1, 2, 3, "reentrant", *MOL),
         ("qwen2", "none", "jsd", 1, 2, 3, "none", PROMPT, "parallel.sequence_parallel=true"),
         *(
             (name, "nf4", "forward", 1, 2, stage, checkpointing, "parallel.sequence_parallel=true")
@@ -165,6 +175,7 @@ CASES: dict[int, list[Case]] = {
         ("qwen2", "none", "forward", 1, 4, 2, "non_reentrant"),
         ("llama", "nf4", "forward", 2, 2, 2, "none", "parallel.sequence_parallel=true"),
         ("llama", "nf4", "reverse", 2, 2, 2, "none", PROMPT),
+        ("qwen2", "none", "forward", 2, 2, 3, "none", *STM, "parallel.sequence_parallel=true"),
     ],
 }
 ALL = [case for cases in CASES.values() for case in cases]

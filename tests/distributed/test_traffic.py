@@ -58,6 +58,10 @@ CASES = [
     ),
     ("llama", "nf4", "jsd", 1, 2, 0, "none", "regularizer.positions=all", "regularizer.every=3"),
     ("llama", "nf4", "forward", 1, 2, 0, "none", ANCHORS),
+    (
+        *("llama", "nf4", "forward", 1, 2, 0, "none"),
+        *("regularizer.kind=stm", "regularizer.max_perplexity=1e9"),
+    ),
 ]
 
 
@@ -124,6 +128,7 @@ def foretold(config: Config, mesh: Any, policy: Any) -> Counter:
             num_kl=num_kl,
             num_prompt=num_prompt,
             num_idle=len(batch.targets) - batch.num_targets - num_prompt,
+            num_selected_from=batch.num_targets if config.regularizer.selects_targets else 0,
         )
         for what in micro_batch_traffic(spread, one):
             if what.count:

@@ -76,6 +76,7 @@ def train(config: Config) -> dict:
         "grad_norm": [s.grad_norm for s in stats],
         "penalty": [s.penalty or 0.0 for s in stats],
         "weight": [s.weight for s in stats],
+        "learned": [1.0 if s.learned_fraction is None else s.learned_fraction for s in stats],
         "adapter": engine.adapter_tensors(),
         "optimizer": engine.optimizer_tensors(),
         "written": engine.optimizer_tensors(wanted=mesh.is_main),
@@ -114,7 +115,7 @@ def anchored_batches(config: Config, mesh: Mesh, step: int) -> list[Batch]:
     located = resolve_base(config.model, mesh)
     base = BaseIdentity(model=config.model, revision=located.source.revision)
     windows = anchor_samples(config, located.tokenizer, base)
-    stream = TrainStream.of_anchors(config, located.tokenizer, windows, STEPS)
+    stream = TrainStream.of_anchors(config, located.tokenizer, windows, max(STEPS, step + 1))
     for _ in range(step):
         stream.next_step(dp_rank=0, dp_size=1)
     return stream.next_step(**mesh.share)
@@ -195,6 +196,7 @@ BASELINES = {
     "l2": ("regularizer.kind=l2", "regularizer.weight=3"),
     "eaft": ("regularizer.kind=eaft",),
     "asft": ("regularizer.kind=asft", "regularizer.weight=0.5"),
+    "stm": ("regularizer.kind=stm", "regularizer.max_perplexity=270"),
     "replay": (
         "regularizer.kind=replay",
         "regularizer.replay=[{path: FOLDER/fox.txt}]",
@@ -202,6 +204,11 @@ BASELINES = {
     ),
     "entropy": ("regularizer.token_weighting=entropy", "regularizer.first_tokens=2"),
     "anchors": (
+        "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
+        "weight: 30.0}",
+    ),
+    "mol": (
+        "regularizer.kind=mol",
         "regularizer.anchors={path: FOLDER/train.jsonl, text_field: prompt, window_tokens: 24, "
         "weight: 30.0}",
     ),
@@ -296,14 +303,17 @@ def test_the_split_of_a_global_batch_does_not_matter(
     assert_same(by_world[split[0]][split][0], expected)
 
 
-@pytest.mark.parametrize("name", mostly_long(BASELINES, "replay", "prompt", "anchors"))
+@pytest.mark.parametrize(
+    "name", mostly_long(BASELINES, "stm", "mol", "replay", "prompt", "anchors")
+)
 def test_baselines_are_the_same_over_ranks(one_process, two_processes, expected, name):
     found = two_processes[name][0]
     assert_same(found, one_process[name][0])
-    for key in ("penalty", "weight"):
+    for key in ("penalty", "weight", "learned"):
         np.testing.assert_allclose(found[key], one_process[name][0][key], rtol=1e-5)
-    for key, of in (("kl_prompt", "prompt"), ("kl_anchors", "anchors")):
-        assert (min(found[key][1:]) > 0) == (name == of)
+    for key, of in (("kl_prompt", ["prompt"]), ("kl_anchors", ["anchors", "mol"])):
+        assert (min(found[key][1:]) > 0) == (name in of)
+    assert all((0 < share < 1) == (name == "stm") for share in found["learned"])
     pairs = [(found["adapter"][n], tensor) for n, tensor in expected["adapter"].items()]
     distance = sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5
     # Fifty times what the order of sums explains.

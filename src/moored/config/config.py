@@ -458,7 +458,7 @@ def _of_regularizer(config: Config, place: Key, regularizer: Regularizer) -> Ite
             (("train", "steps"),),
         )
     never = steps is not None and regularizer.every > steps
-    if never and regularizer.is_divergent and is_news("every"):
+    if never and regularizer.has_divergence and is_news("every"):
         yield Relation(
             (*place, "every"),
             f"{regularizer.every} is more than train.steps {steps}, so the divergence would never "

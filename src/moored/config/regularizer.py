@@ -16,8 +16,8 @@ from pydantic import Field
 from moored.config.inputs import Corpus, Source, short_name
 from moored.config.section import Ignored, Key, Positive, Problem, Section, about, one_of
 
-DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base
-WEIGHTED = (*DIVERGENT, "l2", "replay")  # kinds whose weight means something
+DIVERGENT = ("kl", "tmkl", "asft")  # kinds with a divergence from the base where they learn
+WEIGHTED = (*DIVERGENT, "mol", "l2", "replay")  # kinds whose weight means something
 LEAST_WEIGHT = 1e-3  # to which a budget with room lets the weight fall
 
 
@@ -93,7 +93,7 @@ class Anchors(Corpus):
         Field(
             gt=0,
             description="factor of the divergence's mean on it; moves with regularizer.weight, by "
-            "schedule or budget",
+            "schedule or budget, or alone with kind mol",
         ),
     ] = 1.0
 
@@ -120,11 +120,12 @@ class Regularizer(Section):
     """What holds the policy near its base: a divergence, or a baseline to compare it with."""
 
     kind: Annotated[
-        Literal["none", "kl", "tmkl", "asft", "eaft", "l2", "replay"],
+        Literal["none", "kl", "tmkl", "asft", "eaft", "stm", "mol", "l2", "replay"],
         about(
             "tmkl: KL to the base without the target; kl: with it; asft: that, and targets weighed "
-            "by their probability; eaft: targets weighed by the policy's entropy; l2: squared norm "
-            "of the adapter's product; replay: cross-entropy on given text"
+            "by their probability; eaft: targets weighed by the policy's entropy; stm: no targets "
+            "that surprise the base; mol: KL to the base on anchors alone; l2: squared norm of the "
+            "adapter's product; replay: cross-entropy on given text"
         ),
     ] = "tmkl"
     weight: Annotated[
@@ -190,6 +191,10 @@ class Regularizer(Section):
     first_tokens_factor: Annotated[
         float, Field(ge=0, description="factor of the divergence on these")
     ] = 5.0
+    max_perplexity: Annotated[
+        float,
+        Field(gt=1, description="of a target under the base, up to which stm has it learned"),
+    ] = 2.5
     replay: list[Source] = Field(
         default_factory=list[Source], description="text to replay, of kind replay"
     )
@@ -206,8 +211,28 @@ class Regularizer(Section):
 
     @property
     def is_divergent(self) -> bool:
-        """Whether there is a divergence, and so a reference: asft of weight 0 has none."""
+        """Whether there is a divergence where the task is learned: asft of weight 0 has none."""
         return self.kind in DIVERGENT and self.weight > 0
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether there is a divergence anywhere."""
+        return self.is_divergent or self.kind == "mol"
+
+    @property
+    def selects_targets(self) -> bool:
+        """Whether the base says beforehand which targets are learned."""
+        return self.kind == "stm"
+
+    @property
+    def compares_task(self) -> bool:
+        """Whether the training needs the base's hidden states of what is learned."""
+        return self.is_divergent or self.selects_targets
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether the training needs the base's hidden states of anything."""
+        return self.compares_task or self.has_divergence
 
     @property
     def holds_prompt(self) -> bool:
@@ -218,10 +243,17 @@ class Regularizer(Section):
         """The weight of the divergence where nothing is learned, when at targets it is this."""
         return self.prompt_weight * kl_weight / self.weight if self.holds_prompt else 0.0
 
+    @property
+    def peak_weight(self) -> float:
+        """What schedule and budget move: the weight, or where anchors alone are held, theirs."""
+        alone = self.kind == "mol" and self.anchors is not None
+        return self.anchors.weight if alone and self.anchors else self.weight
+
     def anchors_weight_beside(self, kl_weight: float) -> float:
         """The weight of the divergence on the anchors, when at targets it is this."""
-        held = self.anchors is not None and self.is_divergent
-        return self.anchors.weight * kl_weight / self.weight if self.anchors and held else 0.0
+        if self.anchors is None or not self.has_divergence:
+            return 0.0
+        return self.anchors.weight * kl_weight / self.peak_weight
 
     @property
     def mask_target(self) -> bool:
@@ -248,7 +280,7 @@ class Regularizer(Section):
     @property
     def kl_weight(self) -> float:
         """The weight that acts, at the start; 0 where there is none."""
-        return self.weight if self.kind in WEIGHTED else 0.0
+        return self.peak_weight if self.kind in WEIGHTED else 0.0
 
     def sections(self) -> Iterator[tuple[Key, Section]]:
         """This section and those inside it, by their keys below it."""
@@ -264,8 +296,9 @@ class Regularizer(Section):
         """Without a divergence there is nothing to weigh."""
         why = f"kind is {self.kind}"
         if self.kind not in DIVERGENT:
-            names = ("direction", "temperature", "every", "token_weighting", "token_fraction")
-            for name in (*names, "first_tokens", "positions", "anchors"):
+            of_any = ("direction", "temperature", "every", "token_weighting", "token_fraction")
+            names = () if self.kind == "mol" else (*of_any, "anchors")
+            for name in (*names, "first_tokens", "positions"):
                 yield Ignored(name, ("kind",), why)
         elif self.kind == "asft" and self.weight == 0:
             for name in ("positions", "anchors"):
@@ -276,9 +309,13 @@ class Regularizer(Section):
         if not self.holds_prompt:
             switches = ("positions", "kind", "weight")
             yield Ignored("prompt_weight", switches, "nothing but targets is held")
+        if self.kind == "mol":
+            yield Ignored("weight", ("kind",), f"{why}, whose weight is anchors.weight")
         if self.kind not in WEIGHTED:
             for name in ("weight", "schedule", "warmup_steps", "budget"):
                 yield Ignored(name, ("kind",), why)
+        if not self.selects_targets:
+            yield Ignored("max_perplexity", ("kind",), why)
         if self.kind != "replay":
             for name in ("replay", "replay_fraction"):
                 yield Ignored(name, ("kind",), why)
@@ -293,7 +330,8 @@ class Regularizer(Section):
 
     def problems(self) -> Iterator[Problem]:
         """Weight 0 is spelt kind none; parts are of the forward divergence; replay needs text."""
-        if self.kind in WEIGHTED and self.weight == 0 and self.kind != "asft":  # which is DFT then
+        has_zero = self.kind not in ("asft", "mol")  # the first is DFT then, the second has another
+        if self.kind in WEIGHTED and self.weight == 0 and has_zero:
             yield Problem(
                 "weight", f"0 switches {self.kind} off: set kind to none instead", ("kind",)
             )
@@ -306,6 +344,13 @@ class Regularizer(Section):
                     f"direction to forward, or remove {name}",
                     ("direction",),
                 )
+        if self.kind == "mol" and self.anchors is None:
+            yield Problem(
+                "anchors",
+                "kind is mol, but there is no text on which the base is held: add a path, a hub "
+                "data set or builtin base-samples under it",
+                ("kind",),
+            )
         if self.kind == "replay" and not self.replay:
             yield Problem(
                 "replay", "kind is replay, but there is no text: add a source under it", ("kind",)

@@ -39,27 +39,60 @@ NEUTRAL_INITS = ("default", "gaussian")
 _REWRITES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-class AdapterConfig(Section):
-    """The trained part: one of the four adapters of the paper, see docs/adapters.md."""
+# What is asked for by name, and cannot be had.
+_REFUSED_METHODS = {
+    "osf": "takes every weight apart in full precision, which 4-bit weights are not in, trains "
+    "half of what it finds, and starts beside the base by rounding"
+}
 
-    method: Annotated[Literal["lora", "dora", "randlora", "sinelora"], about("adapter family")] = (
-        "lora"
-    )
-    r: Annotated[Positive, about("rank; of each random basis with randlora, whose size falls")] = 16
+
+def _method(value: object) -> object:
+    why = _REFUSED_METHODS.get(value.lower()) if isinstance(value, str) else None
+    if why is not None:
+        raise invalid(f"{value} {why}: use lora, dora, randlora, sinelora or oft")
+    return value
+
+
+class AdapterConfig(Section):
+    """The trained part: one of the four adapters of the paper, or oft; see docs/adapters.md."""
+
+    method: Annotated[
+        Literal["lora", "dora", "randlora", "sinelora", "oft"],
+        BeforeValidator(_method),
+        about("adapter family"),
+    ] = "lora"
+    r: Annotated[
+        Positive, about("rank; of each random basis with randlora, whose size falls; not oft")
+    ] = 16
     alpha: Annotated[
-        float, Field(gt=0, description="scale is alpha / r; left out with randlora: 20 r")
+        float,
+        Field(gt=0, description="scale is alpha / r; left out with randlora: 20 r; not oft"),
     ] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1, description="probability")] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1, description="probability; not oft")] = 0.0
     target_modules: Annotated[
         list[str] | Literal["all-linear"],
         BeforeValidator(_target_modules),
         about("module names that get an adapter"),
     ] = "all-linear"
-    use_rslora: Annotated[bool, about("scale by alpha / sqrt(r); not randlora")] = False
-    init: Annotated[Text, about("of A, beside B = 0: default, gaussian; not randlora")] = "default"
+    use_rslora: Annotated[bool, about("scale by alpha / sqrt(r); not randlora or oft")] = False
+    init: Annotated[Text, about("of A, beside B = 0: default, gaussian; not randlora or oft")] = (
+        "default"
+    )
     omega: Annotated[
         float, Field(gt=0, description="frequency of sinelora's sine, in radians per unit of B A")
     ] = 200.0
+    oft_block_size: Annotated[
+        int,
+        Field(
+            ge=2,
+            description="inputs of a layer that oft turns together: a larger one trains more; "
+            "divides the inputs of every adapted layer",
+        ),
+    ] = 32
+    use_cayley_neumann: Annotated[
+        bool,
+        about("of oft: five terms of a series; false: exact rotations, by solving equations"),
+    ] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -73,11 +106,13 @@ class AdapterConfig(Section):
 
     def ignored(self) -> Iterator[Ignored]:
         """What another method knows."""
+        of_oft = ("oft_block_size", "use_cayley_neumann")
         others = {
-            "lora": ("omega",),
-            "dora": ("omega",),
-            "randlora": ("use_rslora", "init", "omega"),
-            "sinelora": (),
+            "lora": ("omega", *of_oft),
+            "dora": ("omega", *of_oft),
+            "randlora": ("use_rslora", "init", "omega", *of_oft),
+            "sinelora": of_oft,
+            "oft": ("r", "alpha", "dropout", "use_rslora", "init", "omega"),
         }
         for name in others[self.method]:
             yield Ignored(name, ("method",), f"method is {self.method}")
@@ -104,10 +139,14 @@ class AdapterConfig(Section):
                 "parts: set parallel.zero_stage to 2",
                 ("parallel.zero_stage", "model.quantization"),
             )
-        if self.method == "randlora" and tensor_parallel_degree > 1:
+        whole = {
+            "randlora": "randlora's bases are shared by layers of all sizes and",
+            "oft": "oft's rotations are of all inputs of a layer and",
+        }
+        if self.method in whole and tensor_parallel_degree > 1:
             yield Problem(
                 "method",
-                "randlora's bases are shared by layers of all sizes and not spread over ranks: set "
+                f"{whole[self.method]} not spread over ranks: set "
                 "parallel.tensor_parallel_degree to 1, or take lora, dora or sinelora",
                 ("parallel.tensor_parallel_degree",),
             )

@@ -111,6 +111,20 @@ class Batch:
         length = self.input_ids.shape[1]
         return (self.target_index % length) // -(-length // size) == rank
 
+    def learning(self, kept: Tensor) -> Batch:
+        """The same batch with only these of its N positions: bool [N], on its device."""
+        targets, kl_mask = self.targets[kept], self.kl_mask[kept]
+        learned = targets >= 0
+        return replace(
+            self,
+            target_index=self.target_index[kept],
+            targets=targets,
+            kl_mask=kl_mask,
+            num_targets=int(learned.sum()),
+            num_kl=int((kl_mask & learned).sum()),
+            num_prompt=int((kl_mask & ~learned).sum()),
+        )
+
 
 def collate(
     rows: Sequence[Row],

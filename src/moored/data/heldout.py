@@ -224,7 +224,7 @@ def anchor_samples(
         UserError: as `retention_samples`; or a text of theirs is one that is measured.
     """
     regularizer = config.regularizer
-    anchors = regularizer.anchors if regularizer.is_divergent else None
+    anchors = regularizer.anchors if regularizer.has_divergence else None
     if anchors is None:
         return []
     reader = reader or DataReader(hold=False)

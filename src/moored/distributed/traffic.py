@@ -54,6 +54,7 @@ class MicroBatch:
         num_prompt: further rows, with the divergence alone.
         num_idle: rows of which the hidden states are at hand, but which have neither: those not
             drawn by token_fraction.
+        num_selected_from: targets of which the base said beforehand which are learned.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class MicroBatch:
     num_kl: int
     num_prompt: int = 0
     num_idle: int = 0
+    num_selected_from: int = 0
 
 
 ENTROPY_NUMBERS = 20  # per row and rank: `divergence.NUM_TOPS`
@@ -109,7 +111,7 @@ def micro_batch_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     """Forward of reference and policy, loss and backward of one micro-batch."""
     if spread.degree == 1:
         return []
-    passes = 2 if batch.num_kl or batch.num_prompt else 1
+    passes = 2 if batch.num_kl or batch.num_prompt or batch.num_selected_from else 1
     regions = 2 * spread.num_layers
     length = batch.length
     if spread.sequence_parallel:
@@ -162,6 +164,7 @@ def _head_traffic(spread: Spread, batch: MicroBatch) -> list[Sent]:
     groups = [
         (with_kl, per_row + ce_tops + kl_tops, spread.direction == "jsd"),
         (batch.num_targets - batch.num_kl, 2 + ce_tops, False),
+        (batch.num_selected_from, 2, False),
     ]
     for rows, numbers, is_jsd in groups:
         if not rows:

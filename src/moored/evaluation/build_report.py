@@ -172,7 +172,7 @@ def _identity(
         "setting": trained_by.setting(),
         "adapter": trained_by.adapter.method,
     }
-    if regularizer.is_divergent:
+    if regularizer.has_divergence:
         found |= {"direction": regularizer.direction, "temperature": regularizer.temperature}
     if regularizer.budget is not None and scale is None:  # its verdict is of scale 1
         texts = measured_by.model_copy(update={"regularizer": regularizer})

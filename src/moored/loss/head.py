@@ -296,6 +296,27 @@ class Head(nn.Module):
         return grad_ND, LossSums(*sums, plan.num_targets, plan.num_kl, plan.num_prompt)
 
     @torch.no_grad()
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Each row's cross-entropy, [N] in nats and fp64, the same on every rank.
+
+        Args:
+            hidden: [N, D], rows already selected.
+            targets: int64 [N], global ids.
+        """
+        plan = RowPlan.of_batch(targets, None, with_kl=False)
+        return run_chunks(
+            self._logits(),
+            hidden,
+            None,
+            targets,
+            plan,
+            Objective(),
+            Scales(),
+            self.chunk_tokens,
+            with_gradient=False,
+        ).ce_N
+
+    @torch.no_grad()
     def drift(
         self,
         hidden: Tensor,

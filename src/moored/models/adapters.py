@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     RandLoraConfig,
@@ -29,6 +31,7 @@ from peft import (
 )
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.oft import OFTLayer
 from peft.tuners.randlora import RandLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -38,7 +41,7 @@ from torch import Tensor, nn
 from moored.config import AdapterConfig
 from moored.models.experts import Experts4bit, Routed, experts_of, matrices_of
 from moored.models.tensor_parallel import Sharding, whole_adapters
-from moored.sinelora import SineLayer, SineLoraConfig
+from moored.sinelora import SineLoraConfig
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -201,7 +204,8 @@ def add_adapters(
     try:
         settings = _settings(config, targets, parameters, seed)
         torch.manual_seed(seed)
-        with experts_shown_whole(causal_lm):
+        with experts_shown_whole(causal_lm), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Invalid `oft_block_size`")  # refused below
             model = get_peft_model(causal_lm, settings, autocast_adapter_dtype=True)
     except torch.OutOfMemoryError:
         raise
@@ -215,10 +219,24 @@ def add_adapters(
         sharding.adopt(causal_lm)
         assert isinstance(settings, LoraConfig)  # the recipe refuses the others on such a mesh
         _set_parts(model, sharding, whole_adapters(causal_lm, sharding.layout, settings, seed))
+    _require_blocks(model, config.oft_block_size)
+    own = str(model.base_model.prefix)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora" not in name:
+        if parameter.requires_grad and own not in name:
             raise UserError(f"adapter: {name} of the base would be trained: adapt it by LoRA")
     return for_training(model)
+
+
+def _require_blocks(model: PeftModel, size: int) -> None:
+    """OFT's blocks fill the inputs of a layer; PEFT would take others where they do not."""
+    for name, layer in model.named_modules():
+        inputs = int(layer.in_features or 0) if isinstance(layer, OFTLayer) else 0
+        if inputs % size:
+            path = name.removeprefix("base_model.model.")
+            raise UserError(
+                f"adapter.oft_block_size: {size} does not divide the {inputs} inputs of {path}: "
+                "take a number that divides those of all adapted layers"
+            )
 
 
 def _targets(
@@ -311,7 +329,14 @@ def _is_taken(causal_lm: Any, target: str) -> bool:
 
 def _settings(config: AdapterConfig, targets: Any, parameters: list[str], seed: int) -> PeftConfig:
     """The recipe's adapter in PEFT's words."""
-    shared: dict[str, Any] = {"r": config.r, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    shared: dict[str, Any] = {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    if config.method == "oft":
+        return OFTConfig(
+            oft_block_size=config.oft_block_size,
+            use_cayley_neumann=config.use_cayley_neumann,
+            **shared,
+        )
+    shared["r"] = config.r
     if config.method == "randlora":
         # The bases are kept with the adapter: drawn again from the key they may differ, since PEFT
         # draws and normalises them in what half precision the machine has.
@@ -371,17 +396,19 @@ def load_frozen(model: PeftModel, folder: Path) -> None:
 
 
 def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Layers with what they read of modules below them without calling these.
+    """Layers with what they read of modules below them without calling these, if only the dtype.
 
     ZeRO-3 gathers a parameter when the module that holds it is called, and must be told of others.
+    It would find them out by itself in the first forward with adapters on, and not know any more
+    the order of modules in what it has seen before: forwards of the base.
     """
     for module in model.modules():
-        if isinstance(module, (RandLoraLayer, SineLayer)):
-            assert isinstance(module, nn.Module)
-            yield from ((module, p) for p in module.parameters() if p.requires_grad)
-        elif isinstance(module, ExpertLora):
+        if isinstance(module, ExpertLora):
             for parts in (module.lora_A, module.lora_B):
                 yield from ((module, p) for p in parts.parameters())
+        elif isinstance(module, BaseTunerLayer):
+            assert isinstance(module, nn.Module)
+            yield from ((module, p) for p in module.parameters() if p.requires_grad)
 
 
 def for_training(model: PeftModel) -> PeftModel:

@@ -148,6 +148,18 @@ class Engine:
                 l2_scale=l2_scale,
             )
 
+    def base_cross_entropy(self, batch: Batch, reference_hidden: Reference) -> torch.Tensor:
+        """Of the base at the batch's N targets, [N] in nats: no grad, no dropout.
+
+        Args:
+            batch: with N targets, on the device.
+            reference_hidden: what `reference` said of it.
+        """
+        with torch.no_grad(), self._calling("select", reference_hidden):
+            return self._engine.module(
+                batch, use=PolicyModel.base_cross_entropy, reference_hidden=reference_hidden
+            )
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Accumulate gradients that come out *summed* over the data-parallel axis.
 

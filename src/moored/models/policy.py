@@ -156,6 +156,16 @@ class PolicyModel(nn.Module):
             total = total + l2_scale * product_norm(self.causal_lm)
         return total, sums
 
+    def base_cross_entropy(self, batch: Batch, reference_hidden: Reference) -> torch.Tensor:
+        """Of the base at the batch's N targets, [N] in nats.
+
+        Args:
+            batch: with N targets.
+            reference_hidden: the base's final hidden states there, or where they are to be found.
+        """
+        of_reference = self._of_reference(batch, reference_hidden)
+        return self.head(of_reference, batch.targets, use=Head.cross_entropy)
+
     def drift(
         self, batch: Batch, reference_hidden: Reference | torch.Tensor, *, num_spots: int = 0
     ) -> DriftSums:

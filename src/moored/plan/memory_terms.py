@@ -93,6 +93,8 @@ def _adapter_of(
         smaller = min(linear.inputs, linear.outputs)
         num_bases = -(-smaller // work.r)
         return num_bases * (work.r + smaller)
+    if work.family == "oft":
+        return linear.inputs * (work.oft_block_size - 1) / 2
     return work.r * (inputs + outputs) + (outputs if work.family == "dora" else 0)
 
 
@@ -231,6 +233,7 @@ def of_a_step(
 
 def _head(architecture: Architecture, work: Workload, *, on_gpu: bool) -> float:
     """Logits of a chunk, hidden states and their gradient."""
+    both = work.has_kl and not work.selects_targets  # else one model's logits at a time
     T, D = work.tokens, architecture.hidden_size
     v = architecture.vocab_size / work.tensor_parallel_degree
     chunk = chunk_rows(architecture, work, on_gpu=on_gpu)
@@ -239,18 +242,9 @@ def _head(architecture: Architecture, work: Workload, *, on_gpu: bool) -> float:
     )
     if not on_gpu or work.compute_bytes == 4:
         # fp32 logits of each model; hidden states, their gradient and what is made of them.
-        return (
-            (2 if work.has_kl else 1) * 4 * chunk * v
-            + (22 if work.has_kl else 16) * T * D
-            + gathered
-        )
+        return (2 if both else 1) * 4 * chunk * v + (22 if both else 16) * T * D + gathered
     # Logits of each model in fp32 and their gradient in fp16; the weight in fp16; hidden states.
-    return (
-        (10 if work.has_kl else 6) * chunk * v
-        + 2 * v * D
-        + (16 if work.has_kl else 12) * T * D
-        + gathered
-    )
+    return (10 if both else 6) * chunk * v + 2 * v * D + (16 if both else 12) * T * D + gathered
 
 
 def _layer(architecture: Architecture, work: Workload) -> float:
@@ -271,6 +265,10 @@ def _layer(architecture: Architecture, work: Workload) -> float:
     if work.family in ("dora", "sinelora", "randlora"):
         # The adapter's product, whole and in fp32, its gradient, and what is made of it.
         size += 12 * max(linear.size for linear in architecture.linears) / t
+    if work.family == "oft":
+        # The inputs of every adapted layer in fp32, and as they enter the rotation and leave it.
+        inputs = sum(linear.inputs for linear in adapted(architecture, work))
+        size += T * inputs * (4 + 2 * work.compute_bytes)
     return size
 
 

@@ -102,6 +102,7 @@ def make_plan(config: Config, cluster: Cluster, host_factor: float | None = None
     architecture = find_architecture(config.model)
     work = Workload.of(config, by_tokens=architecture.by_tokens)
     _require_targets(architecture, work)
+    _require_blocks(architecture, work)
     _require_mesh(architecture, work, cluster)
     _require_fit(config.name, architecture, work, cluster)
     best = best_layout(architecture, work, cluster, host_factor)
@@ -239,8 +240,8 @@ def why_not_degree(architecture: Architecture, work: Workload, degree: int) -> s
     if architecture.num_experts and degree > architecture.num_experts:
         few = architecture.num_experts
         return f"layers have {few} experts, which are dealt out whole: at most {few}"
-    if work.family == "randlora":
-        return "randlora is not spread over ranks: 1"
+    if work.family in ("randlora", "oft"):
+        return f"{work.family} is not spread over ranks: 1"
     return None
 
 
@@ -283,6 +284,19 @@ def _require_targets(architecture: Architecture, work: Workload) -> None:
             f"adapter.target_modules: none of {', '.join(work.targets)} is a linear layer of a "
             f"{architecture.model_type}: there are {names}"
         )
+
+
+def _require_blocks(architecture: Architecture, work: Workload) -> None:
+    """OFT's blocks fill the inputs of every adapted layer."""
+    if work.family != "oft":
+        return
+    for linear in adapted(architecture, work):
+        if linear.inputs % work.oft_block_size:
+            raise UserError(
+                f"adapter.oft_block_size: {work.oft_block_size} does not divide the "
+                f"{linear.inputs} inputs of {linear.name}: take a number that divides those of all "
+                "adapted layers"
+            )
 
 
 def _require_mesh(architecture: Architecture, work: Workload, cluster: Cluster) -> None:

@@ -81,8 +81,9 @@ def counted(architecture: Architecture, work: Workload, *, reference: bool) -> C
     attention = scores * (1 + again + 2.5 + reference)
     rows = T * work.head_share
     words = 2 * rows * architecture.vocab_size * architecture.hidden_size / t
-    head = words * (3 if work.has_kl else 2)
-    logits = rows * architecture.vocab_size / t * (18 if work.has_kl else 9)
+    has_kl = work.has_kl and (reference or not work.anchors_alone)
+    head = words * (3 if has_kl else 2)
+    logits = rows * architecture.vocab_size / t * (18 if has_kl else 9)
     moved = architecture.num_layers * T * _moved(architecture, work, t) * (3 + again)
     if reference:
         moved += 0.75 * architecture.num_layers * T * _moved(architecture, work, t)
@@ -234,6 +235,8 @@ def _share_of_references(work: Workload) -> float:
     if not work.has_kl:
         return 0.0
     share = 1 / work.kl_every
+    if work.anchors_alone:  # of which there are none in the other steps
+        share = work.anchor_rows / (work.rows_per_step + work.anchor_rows)
     if work.cached_reference and work.cached_by_sample:
         return share / max(1.0, work.epochs or 1.0)
     return share
@@ -285,7 +288,14 @@ def tensor_parallel_traffic(architecture: Architecture, work: Workload) -> list[
         by_kernels=True,  # a plan is of GPUs
     )
     num = round(rows * length * work.head_share)
-    batch = MicroBatch(rows=rows, length=length, num_targets=num, num_kl=num * work.has_kl)
+    with_kl = num * work.has_kl
+    batch = MicroBatch(
+        rows=rows,
+        length=length,
+        num_targets=num,
+        num_kl=0 if work.selects_targets else with_kl,
+        num_selected_from=with_kl if work.selects_targets else 0,
+    )
     return micro_batch_traffic(spread, batch)
 
 
@@ -293,12 +303,13 @@ def gathered_bytes(architecture: Architecture, work: Workload, d: int) -> float:
     """What a rank receives of the others under ZeRO-3 in one micro-batch."""
     if work.zero_stage != 3 or d == 1:
         return 0.0
-    passes = 2 + (work.recomputed(architecture.num_layers) > 0) + work.has_kl
+    bases = _share_of_references(work) if work.anchors_alone else float(work.has_kl)
+    passes = 2 + (work.recomputed(architecture.num_layers) > 0) + bases
     per = 0.5 if work.nf4 else work.compute_bytes
     linear = per * architecture.linear_size + 4 * adapter_size(architecture, work)
     experts = per * architecture.num_layers * architecture.expert_size
     words = architecture.embedding_size * work.compute_bytes
-    whole = passes * (linear + experts) + (1 + work.has_kl) * words
+    whole = passes * (linear + experts) + (1 + bases) * words
     return whole / work.tensor_parallel_degree * (d - 1) / d
 
 

@@ -48,7 +48,7 @@ class Workload:
         targets: names of adapted modules; None: all linear layers.
         max_length: tokens of a row at most.
         packing: several samples in a row.
-        has_kl: a reference pass and the divergence.
+        has_kl: a reference pass, and the divergence or a look at each target's probability.
         holds_prompt: the divergence also where nothing is learned.
         anchor_rows: rows beside those of a step on which the policy is held near the base.
         kl_every: in one of so many steps.
@@ -72,6 +72,9 @@ class Workload:
         data: None where it cannot be read cheaply.
         context_parallel_degree: data-parallel ranks that share a row.
         may_share_rows: no option of the recipe looks at whole rows.
+        selects_targets: the reference says which targets are learned, and there is no divergence.
+        oft_block_size: inputs that OFT turns together.
+        anchors_alone: the divergence is on the anchors' rows, not on what is learned.
     """
 
     nf4: bool
@@ -108,6 +111,9 @@ class Workload:
     data: DataGlance | None
     context_parallel_degree: int = 1
     may_share_rows: bool = False
+    selects_targets: bool = False
+    anchors_alone: bool = False
+    oft_block_size: int = 32
 
     @property
     def tokens(self) -> int:
@@ -161,10 +167,10 @@ class Workload:
             targets=None if isinstance(targets, str) else tuple(targets),
             max_length=config.data.max_length,
             packing=config.data.packing,
-            has_kl=config.regularizer.is_divergent,
+            has_kl=config.regularizer.runs_base,
             holds_prompt=config.regularizer.holds_prompt,
             anchor_rows=math.ceil(anchors.fraction * rows / config.regularizer.every)
-            if (anchors := config.regularizer.anchors) and config.regularizer.is_divergent
+            if (anchors := config.regularizer.anchors) and config.regularizer.has_divergence
             else 0,
             kl_every=config.regularizer.every,
             direction=config.regularizer.direction,
@@ -191,6 +197,10 @@ class Workload:
             and not config.adapter.dropout
             and not config.reference.cache
             and all(r.first_tokens is None for _, r in config.regularizers()),
+            oft_block_size=config.adapter.oft_block_size,
+            selects_targets=config.regularizer.selects_targets,
+            anchors_alone=not config.regularizer.compares_task
+            and config.regularizer.has_divergence,
         )
         return found._with_steps()
 

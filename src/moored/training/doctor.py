@@ -204,8 +204,14 @@ def _sharded(
 ) -> str:
     """What this rank holds, and what a micro-batch of full length sends, and those beside it."""
     length, rows = config.data.max_length, config.train.micro_batch_size
-    num_kl = rows * length if config.regularizer.is_divergent else 0
-    batch = MicroBatch(rows=rows, length=length, num_targets=rows * length, num_kl=num_kl)
+    num, regularizer = rows * length, config.regularizer
+    batch = MicroBatch(
+        rows=rows,
+        length=length,
+        num_targets=num,
+        num_kl=num if regularizer.is_divergent else 0,
+        num_selected_from=num if regularizer.selects_targets else 0,
+    )
     packed = sum(p.nbytes for p in policy.parameters() if p.dtype == torch.uint8)
     spread = spread_of(policy, config, mesh)
 

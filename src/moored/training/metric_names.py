@@ -48,10 +48,12 @@ def of_step(
         values["train/kl_prompt_nats_per_token"] = held.kl_prompt
     if held.kl_anchors is not None:
         values["train/kl_anchors_nats_per_token"] = held.kl_anchors
+    if stats.learned_fraction is not None:
+        values["train/learned_targets_fraction"] = stats.learned_fraction
     if held.penalty is not None:
         unit = "squared_norm" if kind == "l2" else "nats_per_token"
         values[f"train/{kind}_{unit}"] = held.penalty
-    if held.kl is not None or held.penalty is not None:
+    if any(part is not None for part in (held.kl, held.kl_anchors, held.penalty)):
         values["train/regularizer_weight"] = held.weight
     return values
 

@@ -174,7 +174,7 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
     peak, reserved = _peak(mesh)
     alone = Regularizer.model_validate({"kind": "none"})
     few = max(2, steps // 3)
-    without = median(batches, alone, few)[0] if regularizer.is_divergent else micro
+    without = median(batches, alone, few)[0] if regularizer.compares_task else micro
     short = _batch((1, min(HOST_TOKENS, rows[1])), vocab_size, rank)
     host = median([short], regularizer, few)[0]
     return Probed(
@@ -196,8 +196,13 @@ def _measure(config: Config, mesh: Mesh, folder: Path, steps: int) -> Probed:
 
 
 def _every_step(regularizer: Regularizer) -> Regularizer:
-    """The same with its divergence in each step, so that each is alike."""
-    if not regularizer.is_divergent:
+    """The same with its divergence in each step, so that each is alike.
+
+    All targets are learned, though a base of random weights is sure of none.
+    """
+    if regularizer.selects_targets:
+        return regularizer.model_copy(update={"max_perplexity": math.inf})
+    if not regularizer.has_divergence:
         return regularizer
     return regularizer.model_copy(update={"every": 1})
 

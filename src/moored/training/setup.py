@@ -66,6 +66,7 @@ class Run:
     train_seconds: float = 0.0
     train_tokens: int = 0
     refused_in_a_row: int = 0
+    idle_in_a_row: int = 0  # updates of which no target was learned
     last_loss: float = float("nan")
     regularized: StepStats | None = None  # of the newest update with a divergence
     saved_step: int = 0  # of the newest checkpoint
@@ -193,7 +194,7 @@ def _require_length(config: Config, num_steps: int) -> None:
         (
             "regularizer.every",
             regularizer.every,
-            regularizer.is_divergent and regularizer.every > num_steps,
+            regularizer.has_divergence and regularizer.every > num_steps,
             "the divergence would never act",
         ),
     ):
@@ -219,12 +220,14 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
             num_steps,
             max(1, num_steps // 20),
         )
-    controller = Controller(budget, config.regularizer.weight)
-    if controller.weight != config.regularizer.weight:
+    regularizer = config.regularizer
+    controller = Controller(budget, regularizer.peak_weight)
+    if controller.weight != regularizer.peak_weight:
         log.warning(
-            "regularizer.weight=%g is outside the bounds of its budget (%g to max_weight=%g): it "
+            "regularizer.%s=%g is outside the bounds of its budget (%g to max_weight=%g): it "
             "starts at %g",
-            config.regularizer.weight,
+            "anchors.weight" if regularizer.kind == "mol" else "weight",
+            regularizer.peak_weight,
             LEAST_WEIGHT,
             budget.max_weight,
             controller.weight,
@@ -234,7 +237,7 @@ def _controller(config: Config, num_steps: int) -> Controller | None:
 
 def _read_ahead(engine: Engine, config: Config) -> Callable[[Sequence[Batch]], object]:
     """What is done with the next step's batches while this one is computed."""
-    if engine.references is None or not config.regularizer.is_divergent:
+    if engine.references is None or not config.regularizer.compares_task:
         return len
     return engine.references.read_ahead
 
@@ -252,6 +255,7 @@ def _resume(run: Run, folder: Path) -> None:
     run.step = run.saved_step = state["step"]
     run.train_seconds, run.train_tokens = state["train_seconds"], state["train_tokens"]
     run.refused_in_a_row = state["refused_in_a_row"]
+    run.idle_in_a_row = state.get("idle_in_a_row", 0)  # older runs never are
     run.last_loss = float("nan") if state["last_loss"] is None else state["last_loss"]
     run.tracker.event("resumed", step=run.step, checkpoint=folder.name)
     log.info("going on from step %d of %d (%s)", run.step, run.num_steps, folder)

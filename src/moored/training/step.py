@@ -28,14 +28,16 @@ class StepStats:
             kl_prompt and kl_anchors by their own.
         ce: cross-entropy, nats per target token.
         kl: the regulariser's divergence, nats per KL position with a target; None when the step
-            needs none.
+            needs none, or the recipe.
         kl_prompt: that from the base at positions without a target, nats per position; None when
             the step needs none, or the recipe.
         kl_anchors: that on the anchors, nats per position; None when there are none.
+        learned_fraction: share of the targets that the base let be learned (stm); None where all
+            are.
         penalty: a baseline's term: squared norm of the adapter's product (l2), cross-entropy of
             the replayed text, nats per token (replay); None without one.
         weight: of the divergence or penalty in this update.
-        num_targets: target tokens of the global batch.
+        num_targets: target tokens of the global batch that were learned.
         num_tokens: real (unpadded) tokens of the global batch.
         grad_norm: global gradient norm before clipping; not finite if the update was refused.
         learning_rate: of this update.
@@ -47,6 +49,7 @@ class StepStats:
     kl: float | None
     kl_prompt: float | None
     kl_anchors: float | None
+    learned_fraction: float | None
     penalty: float | None
     weight: float
     num_targets: int
@@ -67,12 +70,12 @@ def needs_kl(step: int, regularizer: Regularizer) -> bool:
 
     The last of every k: at the very first there is nothing to hold, policy and base are equal.
     """
-    return regularizer.is_divergent and (step + 1) % regularizer.every == 0
+    return regularizer.has_divergence and (step + 1) % regularizer.every == 0
 
 
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
     """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
-    peak, rise, end = regularizer.weight, regularizer.warmup_steps, regularizer.end_ratio
+    peak, rise, end = regularizer.peak_weight, regularizer.warmup_steps, regularizer.end_ratio
     return _scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
 
 
@@ -102,6 +105,20 @@ def dropout_seed(seed: int, step: int, batch: Batch) -> int:
     """The seed of a micro-batch's adapter dropout: a function of what it holds, not of its rank."""
     text = f"{seed}:{step}:{'|'.join(batch.sample_ids)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def _learned(
+    engine: Engine, batches: Sequence[Batch], mesh: Mesh, max_perplexity: float
+) -> list[Batch]:
+    """The micro-batches with only those targets whose perplexity under the base is at most this."""
+    surprise = [
+        engine.base_cross_entropy(batch.to(mesh.device), reference)
+        for batch, reference in zip(batches, engine.references_of(batches), strict=True)
+    ]
+    # The host waits here and not above: how many are learned is the denominator of them all.
+    kept = [(ce <= math.log(max_perplexity)).to(batch.targets.device)
+            for ce, batch in zip(surprise, batches, strict=True)]  # fmt: skip
+    return [batch.learning(rows) for batch, rows in zip(batches, kept, strict=True)]
 
 
 def train_step(
@@ -139,9 +156,14 @@ def train_step(
         [batch.part(mesh.cp.rank, mesh.cp.size) for batch in given]
         for given in (batches, anchored, replayed)
     )
+    num_given = sum(batch.num_targets for batch in batches)
+    if regularizer.selects_targets:
+        batches = _learned(engine, batches, mesh, regularizer.max_perplexity)
+    compares_task = with_kl and regularizer.is_divergent
     # 1. What is kept of the base's hidden states, and the denominators over the whole global batch:
     # the ranks meet before the first forward, and the host waits for no device until the update.
-    references = iter(engine.references_of([*batches, *anchored] if with_kl else []))
+    compared = [*(batches if compares_task else ()), *anchored]
+    references = iter(engine.references_of(compared))
     counts = torch.tensor(
         [
             sum(batch.num_targets for batch in batches),
@@ -150,20 +172,22 @@ def train_step(
             sum(batch.num_targets for batch in replayed),
             sum(batch.num_prompt for batch in batches),
             sum(batch.num_prompt for batch in anchored),
+            num_given,
         ],
         dtype=torch.float64,
         device=mesh.device,
     )
-    num_targets, num_kl, num_tokens, num_replayed, num_prompt, num_anchored = (
+    num_targets, num_kl, num_tokens, num_replayed, num_prompt, num_anchored, num_given = (
         int(n) for n in mesh.dp.sum(counts).tolist()
     )
-    weight = regularizer.weight if weight is None else weight
+    selects = regularizer.selects_targets
+    weight = regularizer.peak_weight if weight is None else weight
     # A KL on every k-th step with k times the weight has the same expectation.
     kl_weight = weight * regularizer.every if with_kl else 0.0
     objective = objective_of(regularizer)
     of_task = Scales(
         ce=1.0 / max(1, num_targets),
-        kl=kl_weight / max(1, num_kl),
+        kl=kl_weight / max(1, num_kl) if compares_task else 0.0,
         prompt=regularizer.prompt_weight_beside(kl_weight) / max(1, num_prompt),
     )
     of_replay = Scales(ce=weight / max(1, num_replayed))
@@ -177,7 +201,7 @@ def train_step(
     for i, (host_batch, scales) in enumerate(work):
         batch = host_batch.to(mesh.device)
         # 2. The reference: the same frozen weights, adapters and dropout off, no gradient.
-        is_compared = with_kl and scales is not of_replay
+        is_compared = compares_task if scales is of_task else scales is of_anchors
         reference_hidden = next(references) if is_compared else None
         # 3. Policy and head in one module forward; the gradient is formed there.
         torch.manual_seed(dropout_seed(seed, step, batch))
@@ -198,11 +222,12 @@ def train_step(
     return StepStats(
         loss=loss_sum + (weight * penalty if is_l2 and penalty is not None else 0.0),
         ce=ce_sum / max(1, num_targets),
-        kl=kl_sum / max(1, num_kl) if with_kl else None,
+        kl=kl_sum / max(1, num_kl) if compares_task else None,
         kl_prompt=kl_prompt_sum / max(1, num_prompt) if with_kl and num_prompt else None,
         kl_anchors=anchors_sum / num_anchored if num_anchored else None,
+        learned_fraction=num_targets / max(1, num_given) if selects else None,
         penalty=penalty,
-        weight=kl_weight if regularizer.is_divergent else weight,
+        weight=kl_weight if regularizer.has_divergence else weight,
         num_targets=num_targets,
         num_tokens=num_tokens,
         grad_norm=grad_norm,

@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 # Steps between looks whether what the ranks of a tensor-parallel group share is equal bit for bit.
 REPLICA_CHECK_EVERY = 50
 MOST_REFUSED = 5  # updates in a row whose gradient is not finite; then the run ends
+MOST_IDLE = 10  # updates in a row of which no target is learned; likewise
 
 
 def run(
@@ -138,7 +139,7 @@ def _rehearse(run: Run) -> None:
         run.engine.rehearse(
             batch,
             objective_of(regularizer),
-            with_kl=regularizer.is_divergent,
+            with_kl=regularizer.has_divergence,
             l2_scale=float(regularizer.kind == "l2"),
         )
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -202,6 +203,7 @@ def _train(run: Run) -> None:
                 tokens_per_second=run.train_tokens / run.train_seconds,
             )
             _require_finite(run, stats, batches)
+            _require_learned(run, stats)
             if run.step % REPLICA_CHECK_EVERY == 0:
                 engine.require_equal_replicas()
             _steer(run)
@@ -264,7 +266,7 @@ def _steer(run: Run) -> None:
 
 
 def _track_step(run: Run, stats: StepStats, seconds: float) -> None:
-    if stats.kl is not None:
+    if stats.kl is not None or stats.kl_anchors is not None:
         run.regularized = stats
     if run.step % run.config.train.log_every and run.step != run.num_steps:
         return
@@ -294,6 +296,23 @@ def _require_finite(run: Run, stats: StepStats, batches: Sequence[Batch]) -> Non
             "lower optim.learning_rate, or look at the data of these steps; the adapter is as it "
             "was before them"
         )
+
+
+def _require_learned(run: Run, stats: StepStats) -> None:
+    """Say where the base let no target of an update be learned; stop when it goes on so."""
+    if stats.learned_fraction is None or stats.num_targets:
+        run.idle_in_a_row = 0
+        return
+    run.idle_in_a_row += 1
+    most = run.config.regularizer.max_perplexity
+    why = f"no target has a perplexity under the base of at most {most:g}, so nothing is learned"
+    if run.idle_in_a_row < min(MOST_IDLE, run.num_steps):
+        log.warning("step %d: %s of it", run.step, why)
+        return
+    raise TrainingRefusedError(
+        f"{run.idle_in_a_row} updates in a row (last at step {run.step}): {why}: raise "
+        "regularizer.max_perplexity"
+    )
 
 
 def _tell_references(run: Run) -> None:
@@ -340,6 +359,7 @@ def _save(run: Run) -> None:
             "train_seconds": run.train_seconds,
             "train_tokens": run.train_tokens,
             "refused_in_a_row": run.refused_in_a_row,
+            "idle_in_a_row": run.idle_in_a_row,
             "last_loss": run.last_loss if math.isfinite(run.last_loss) else None,
             "seed": run.config.train.seed,
             "world_size": run.mesh.world.size,

@@ -164,12 +164,21 @@ def test_seeds_of_a_setting_share_a_number():
 
 
 def test_every_built_in_kind_looks_different():
-    kinds = ("none", "kl", "tmkl", "asft", "eaft", "l2", "replay")
+    kinds = ("none", "kl", "tmkl", "asft", "eaft", "stm", "mol", "l2", "replay")
     looks = styles(report_of(*(arm(kind, 1.05, 27.0, 4.2) for kind in kinds)))
     for what in ("colour", "marker", "dash"):
         assert len({getattr(looks[kind], what) for kind in kinds}) == len(kinds)
     page = check(html(report_of(*(arm(kind, 1.05, 27.0, 4.2) for kind in kinds))))
-    for name in ("plain fine-tuning", "unmasked KL", "TMKL", "ASFT", "EAFT", "L2 penalty"):
+    for name in (
+        "plain fine-tuning",
+        "unmasked KL",
+        "TMKL",
+        "ASFT",
+        "EAFT",
+        "STM",
+        "MoL",
+        "L2 penalty",
+    ):
         assert name in page.words
 
 

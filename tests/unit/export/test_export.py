@@ -174,7 +174,8 @@ def test_kl_is_of_the_trained_model_to_the_merged():
 def finished_run(folder: Path, *overrides: str, dtype=torch.float32, **adapter) -> Path:
     """A run directory as training leaves it; its adapter is random, but Moored's own."""
     recipe = tiny_recipe(folder)
-    recipe["adapter"] |= adapter
+    of_lora = ("r", "alpha") if adapter.get("method") == "oft" else ()
+    recipe["adapter"] = {k: v for k, v in recipe["adapter"].items() if k not in of_lora} | adapter
     template = folder / "template.jinja"
     template.write_text("{% generation %}" + tiny_tokenizer().chat_template + "{% endgeneration %}")
     recipe["data"]["chat_template"] = str(template)
@@ -189,7 +190,7 @@ def finished_run(folder: Path, *overrides: str, dtype=torch.float32, **adapter) 
     policy = load_policy(Path(config.model.name_or_path), config, ALONE)
     torch.manual_seed(2)
     # RandLoRA's gamma and DoRA's magnitudes stay near where they are, lambda is small beside B.
-    sizes = {"lora_A": 0.2, "lora_B": 0.2, "randlora_lambda": 0.02}
+    sizes = {"lora_A": 0.2, "lora_B": 0.2, "randlora_lambda": 0.02, "oft_R": 0.05}
     tensors = {}
     for name, p in policy.trainable().items():
         size = next((size for part, size in sizes.items() if part in name), None)
@@ -288,6 +289,17 @@ def test_randlora_is_merged_and_equals_what_stock_peft_loads(tmp_path):
     """In bf16 over NF4, where PEFT's own layers need autocast."""
     bf16 = {"dtype": torch.bfloat16, "method": "randlora", "alpha": 20.0}
     path = finished_run(tmp_path, "model.dtype=bfloat16", **bf16)
+    run_command(path, tmp_path / "merged", merged=True, base="nf4")
+    assert verified_well(tmp_path / "merged")["kind"] == "merged"
+
+
+def test_oft_is_merged_and_equals_what_stock_peft_loads(tmp_path):
+    path = finished_run(tmp_path, method="oft", oft_block_size=16)
+    run_command(path, tmp_path / "alone")
+    alone = verified_well(tmp_path / "alone")
+    assert (alone["kind"], "import_first" in alone) == ("adapter", False)
+    card = json.loads((tmp_path / "alone" / "forgetting-card.json").read_text())
+    assert (card["adapter"]["method"], card["adapter"]["r"]) == ("oft", None)
     run_command(path, tmp_path / "merged", merged=True, base="nf4")
     assert verified_well(tmp_path / "merged")["kind"] == "merged"
 

@@ -39,12 +39,14 @@ METHODS = {
     "randlora-uneven": {"method": "randlora", "r": 5},  # 64 and 32 are no multiples of 5
     "sinelora": {"method": "sinelora"},
     "sinelora-slow": {"method": "sinelora", "omega": 7.0, "use_rslora": True},
+    "oft": {"method": "oft", "oft_block_size": 16},
+    "oft-exact": {"method": "oft", "oft_block_size": 8, "use_cayley_neumann": False},
 }
 
 
 def config_of(folder: Path, adapter: dict[str, Any], *overrides: str) -> Config:
     recipe = tiny_recipe(folder)
-    recipe["adapter"] = {"r": 4} | adapter
+    recipe["adapter"] = ({} if adapter.get("method") == "oft" else {"r": 4}) | adapter
     return load_config(write_recipe(folder, recipe), list(overrides))
 
 
@@ -90,12 +92,33 @@ def plain_change(layer: Any, config: AdapterConfig, parts: dict[str, torch.Tenso
     return scale * product
 
 
+def plain_rotation(config: AdapterConfig, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """OFT's R [in, in], by which the inputs are multiplied: a block for each run of them.
+
+    With Q skew-symmetric, (I - Q) (I + Q)^-1, or the first terms of its series in -Q.
+    """
+    size, blocks = config.oft_block_size, []
+    one = torch.eye(size, dtype=torch.float64)
+    for values in parts["R"]:
+        q = torch.zeros(size, size, dtype=torch.float64)
+        rows, columns = zip(*((i, j) for i in range(size) for j in range(i + 1, size)), strict=True)
+        q = q.index_put((torch.tensor(rows), torch.tensor(columns)), values)
+        q = q - q.t()
+        if config.use_cayley_neumann:
+            blocks.append(one + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q)
+        else:
+            blocks.append((one - q) @ torch.linalg.inv(one + q))
+    return torch.block_diag(*blocks)
+
+
 def plain_output(
     layer: Any, config: AdapterConfig, parts: dict[str, torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
     base = layer.get_base_layer()
     weight = base.dequantized(torch.float64) if isinstance(base, FrozenLinear4bit) else base.weight
     weight = weight.detach().double()
+    if config.method == "oft":
+        return x @ plain_rotation(config, parts) @ weight.t()
     change = plain_change(layer, config, parts)
     if config.method != "dora":
         return x @ (weight + change).t()
@@ -104,11 +127,12 @@ def plain_output(
 
 
 def parts_of(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """lambda, gamma, A, B, magnitude -> parameter."""
+    """lambda, gamma, A, B, magnitude, R -> parameter."""
     found = {}
     for name, parameter in layer.named_parameters():
         if parameter.requires_grad:
-            found[name.split(".")[0].removeprefix("rand").removeprefix("lora_")] = parameter
+            part = name.split(".")[0].removeprefix("rand").removeprefix("lora_")
+            found[part.removeprefix("oft_")] = parameter
     return {name.removesuffix("_vector"): parameter for name, parameter in found.items()}
 
 
@@ -153,7 +177,7 @@ def test_the_sine_keeps_no_matrix_of_the_weights_size():
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["dora", "randlora", "sinelora"])
+@pytest.mark.parametrize("kind", ["dora", "randlora", "sinelora", "oft", "oft-exact"])
 def test_training_starts_at_the_base_and_leaves_it_alone(tmp_path, kind, dtype, quantization):
     config = config_of(
         tmp_path, METHODS[kind], f"model.quantization={quantization}", f"model.dtype={dtype}"
@@ -242,6 +266,11 @@ def test_what_the_recipe_refuses_is_found_in_the_model_too(tmp_path, init, says)
         ({"method": "lora", "omega": 30.0}, "omega: would be ignored, since method is lora"),
         ({"method": "sinelora", "omega": 0.0}, "omega: must be greater than 0"),
         ({"method": "sinlora"}, "did you mean sinelora"),
+        ({"method": "oft", "r": 4}, "adapter.r: would be ignored, since method is oft"),
+        ({"method": "oft", "dropout": 0.1}, "dropout: would be ignored, since method is oft"),
+        ({"method": "lora", "oft_block_size": 16}, "oft_block_size: would be ignored"),
+        ({"method": "oft", "oft_block_size": 1}, "oft_block_size: must be at least 2"),
+        ({"method": "osf"}, r"adapter.method: osf takes every weight apart .*: use lora, dora"),
     ],
 )
 def test_options_of_another_method_are_refused(tmp_path, adapter, says):
@@ -252,8 +281,30 @@ def test_options_of_another_method_are_refused(tmp_path, adapter, says):
 def test_what_a_mesh_cannot_spread_is_refused_by_the_recipe(tmp_path):
     with pytest.raises(UserErrors, match=r"adapter\.method: randlora's bases .*degree to 1"):
         config_of(tmp_path, METHODS["randlora"], "parallel.tensor_parallel_degree=2")
+    with pytest.raises(UserErrors, match=r"adapter\.method: oft's rotations .*degree to 1"):
+        config_of(tmp_path, METHODS["oft"], "parallel.tensor_parallel_degree=2")
     with pytest.raises(UserErrors, match=r"adapter\.method: DoRA reads .*zero_stage to 2"):
         config_of(tmp_path, {"method": "dora"}, "parallel.zero_stage=3")
+
+
+def test_blocks_that_do_not_fill_a_layer_are_refused(tmp_path):
+    """PEFT would take others, with a warning."""
+    says = (
+        r"adapter\.oft_block_size: 48 does not divide the 64 inputs of model\.layers\.0\.self_attn"
+    )
+    with pytest.raises(UserError, match=says):
+        policy_of(config_of(tmp_path, {"method": "oft", "oft_block_size": 48}))
+
+
+def test_why_osf_is_no_method():
+    """What is said of it is so in this PEFT: it starts beside the base, and trains half of it."""
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False))
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = layer(x)
+        model = peft.get_peft_model(layer, peft.OSFConfig(target_modules=["0"]))
+        assert not torch.equal(model(x), before)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 64 * 64
 
 
 def test_a_recipe_resolves_its_method(tmp_path):
@@ -281,7 +332,9 @@ def saved(folder: Path, kind: str) -> tuple[Config, PolicyModel, Path]:
     return config, policy, folder / "adapter"
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "randlora", "randlora-uneven", "sinelora"])
+@pytest.mark.parametrize(
+    "kind", ["rslora", "dora", "randlora", "randlora-uneven", "sinelora", "oft"]
+)
 def test_peft_loads_and_merges_what_was_saved(tmp_path, kind):
     config, policy, adapter = saved(tmp_path, kind)
     ids = some_batch().input_ids
@@ -382,6 +435,29 @@ def test_every_merged_matrix_is_the_formula(tmp_path, kind, architecture):
 # ---------------------------------------------------------------- in part
 
 
+@pytest.mark.parametrize("kind", ["oft", "oft-exact"])
+def test_every_merged_matrix_is_the_rotated_one(tmp_path, kind):
+    """Sums of 16 terms in fp32, of blocks that are good to some 1e-6."""
+    config, policy, adapter = saved(tmp_path, kind)
+    source, cpu = Path(config.model.name_or_path), torch.device("cpu")
+    held = ModelConfig(name_or_path=str(source), dtype="float32")
+    (tmp_path / "out").mkdir()
+    merge.write(merge.plan(source, held, adapter, "w16", cpu), tmp_path / "out", cpu)
+    before, after = (load_file(at / "model.safetensors") for at in (source, tmp_path / "out"))
+    changed = 0
+    for name, weight in before.items():
+        layer: Any = policy.causal_lm.get_base_model().get_submodule(name.rpartition(".")[0])
+        if not hasattr(layer, "base_layer"):
+            assert torch.equal(after[name], weight), name
+            continue
+        changed += 1
+        parts = {part: p.detach().double() for part, p in parts_of(layer).items()}
+        expected = weight.double() @ plain_rotation(config.adapter, parts).t()
+        assert (after[name].double() - expected).norm() < 3e-6 * expected.norm(), name
+        assert (expected - weight).norm() > 0.1 * expected.norm()
+    assert changed == 14
+
+
 @pytest.mark.parametrize("kind", ["rslora", "randlora", "sinelora"])
 def test_a_scale_is_a_factor_of_all_that_is_added(tmp_path, kind):
     config, policy, adapter = saved(tmp_path, kind)
@@ -401,8 +477,9 @@ def test_a_scale_is_a_factor_of_all_that_is_added(tmp_path, kind):
         assert (written(x) - expected).norm() < bound
 
 
-def test_a_dora_adapter_has_no_scale(tmp_path):
-    _, policy, adapter = saved(tmp_path, "dora")
+@pytest.mark.parametrize("kind", ["dora", "oft"])
+def test_an_adapter_that_is_not_linear_has_no_scale(tmp_path, kind):
+    _, policy, adapter = saved(tmp_path, kind)
     with (
         pytest.raises(UserError, match="this one is not: leave it out"),
         scaled(policy.causal_lm, 0.5),

@@ -112,7 +112,7 @@ def test_a_known_model_has_the_parameters_that_are_published(name, published, no
 def test_adapters_have_the_parameters_that_peft_gives_them(tmp_path):
     """On a real model, with targets of both kinds and every family."""
     import transformers
-    from peft import LoraConfig, RandLoraConfig, get_peft_model
+    from peft import LoraConfig, OFTConfig, RandLoraConfig, get_peft_model
 
     import tiny
 
@@ -122,6 +122,8 @@ def test_adapters_have_the_parameters_that_peft_gives_them(tmp_path):
         ("lora", ["q_proj", "down_proj"]),
         ("dora", "all-linear"),
         ("randlora", "all-linear"),
+        ("oft", "all-linear"),
+        ("oft", ["q_proj", "down_proj"]),
     ):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         settings = (
@@ -131,11 +133,15 @@ def test_adapters_have_the_parameters_that_peft_gives_them(tmp_path):
                 r=6, target_modules=targets, use_dora=family == "dora", task_type="CAUSAL_LM"
             )
         )
+        sizes = {"r": 6}
+        if family == "oft":
+            sizes = {"oft_block_size": 16}
+            settings = OFTConfig(target_modules=targets, task_type="CAUSAL_LM", **sizes)
         peft = get_peft_model(model, settings)
         expected = sum(p.numel() for p in peft.parameters() if p.requires_grad)
         config = load_config(
             recipe(
-                tmp_path, str(folder), adapter={"r": 6, "method": family, "target_modules": targets}
+                tmp_path, str(folder), adapter=sizes | {"method": family, "target_modules": targets}
             )
         )
         found = adapter_size(find_architecture(config.model), Workload.of(config))
@@ -457,6 +463,23 @@ def test_rows_of_the_head_are_what_is_learned_or_held(no_hub, tmp_path):
     assert held.time.micro_batches == 1.5 * few.time.micro_batches
     (seldom, _) = planned(anchors=anchors, every=4)
     assert seldom.time.micro_batches == 1.125 * few.time.micro_batches
+    # The base on the anchors' rows alone, a third of all, which cost the head a third product.
+    (alone, third) = planned(kind="mol", anchors=anchors)
+    assert alone.time.micro_batches == held.time.micro_batches
+    without = counted(alone.architecture, alone.work, reference=False)
+    assert (third.head, without.head) == (targets.head, targets.head * 2 / 3)
+    (plain, _) = planned(kind="none")
+    low, high = plain.time.gpu, few.time.gpu
+    assert alone.time.gpu == pytest.approx(low + (high - low) / 3, rel=1e-6)
+
+
+def test_a_base_that_selects_targets_is_run_but_compared_with_nothing(no_hub, tmp_path):
+    stm, tmkl, none = (
+        plan(tmp_path, "1xh100-80gb", L8, regularizer={"kind": kind})
+        for kind in ("stm", "tmkl", "none")
+    )
+    assert stm.time.gpu == tmkl.time.gpu > none.time.gpu
+    assert total(stm.memory) == total(none.memory) < total(tmkl.memory)
 
 
 def test_epochs_are_steps_where_the_data_can_be_seen(no_hub, tmp_path):
@@ -555,6 +578,11 @@ REFUSALS = [
     ("2xh100-80gb", {"parallel": {"tensor_parallel_degree": 4}}, "does not divide the 2 GPUs"),
     ("16xh100-80gb", {"parallel": {"tensor_parallel_degree": 16}}, "8 key/value heads"),
     ("8xh100-80gb", {"adapter": {"target_modules": ["wq"]}}, "there are q_proj, k_proj"),
+    (
+        "8xh100-80gb",
+        {"adapter": {"method": "oft", "oft_block_size": 48}},
+        "adapter.oft_block_size: 48 does not divide the 8192 inputs of q_proj",
+    ),
 ]
 
 

@@ -50,6 +50,8 @@ COLOURS = {
     "k4": ("#8a6d00", "#e0c04c"),
     "k5": ("#b0305c", "#ff8fb0"),
     "k6": ("#5a5fb8", "#a9a5f5"),
+    "k7": ("#7a4b2a", "#d9a27c"),
+    "k8": ("#3d6b00", "#a3d65c"),
     "alt": ("#4a7fa5", "#6aa9d4"),
     "shift": ("#d0902f", "#e0ac4c"),
 }
@@ -90,6 +92,8 @@ _KINDS = {
     "eaft": Style("k4", "v", 1.15, (1, 3)),
     "l2": Style("k5", "h", 1.1, (10, 4)),
     "replay": Style("k6", "*", 1.65, (4, 2, 1, 2)),
+    "stm": Style("k7", "X", 1.15, (2, 5)),
+    "mol": Style("k8", "P", 1.15, (12, 3)),
 }
 _NUM_FIXED = 3  # of these, whose look is theirs alone
 
@@ -322,7 +326,7 @@ WIDTH, HEIGHT, FONT = 300, 190, 12
 MOST_POINTS = 300  # of a curve
 
 # Their own term is no divergence from the base.
-_NOT_DIVERGENT = ("none", "eaft", "l2", "replay")
+_NOT_DIVERGENT = ("none", "eaft", "stm", "mol", "l2", "replay")
 
 
 def panels(report: Report, curves: Curves) -> list[tuple[str, Drawing]]:

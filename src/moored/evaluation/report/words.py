@@ -23,6 +23,8 @@ KINDS = {
     "tmkl": "TMKL",
     "asft": "ASFT",
     "eaft": "EAFT",
+    "stm": "STM",
+    "mol": "MoL",
     "l2": "L2 penalty",
     "replay": "replay",
 }

@@ -227,7 +227,7 @@ def adapter_of(folder: Path) -> Adapter:
         sizes = [math.prod(tensors.get_slice(name).get_shape()) for name in trained]
     return Adapter(
         method="dora" if config.get("use_dora") else method,
-        r=config.get("r"),
+        r=config.get("r") or None,  # OFT's of which the blocks have a size
         alpha=config.get(f"{prefix}_alpha"),
         rslora=bool(config.get("use_rslora")),
         dropout=config.get(f"{prefix}_dropout"),
