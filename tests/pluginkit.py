@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -69,8 +70,17 @@ def dense(
     options: Options,
     *,
     num_items: int | None = None,
+    num_held: int | None = None,
 ) -> dict[str, Tensor]:
-    """The same from whole logits of fp64, by autograd."""
+    """The same from whole logits of fp64, by autograd.
+
+    Args:
+        model: in any mode.
+        given: a batch.
+        options: of the divergence.
+        num_items: targets of the global batch; None: this batch is all of it.
+        num_held: its held prompt positions; None: this batch's mean counts by its targets.
+    """
     inputs = {name: x for name, x in given.items() if name != "labels"}
     labels = given["labels"][:, 1:]
     policy = model(**inputs).logits[:, :-1].double()
@@ -79,14 +89,11 @@ def dense(
         base = model(**inputs).logits[:, :-1].double()
         model.train()
     valid = labels != -100
-    mask = given["attention_mask"].bool()
-    held = mask[:, 1:] & mask[:, :-1] & ~valid
-    if "position_ids" in given:
-        held &= given["position_ids"][:, 1:] == given["position_ids"][:, :-1] + 1
+    held = held_positions(given)
     t = options.temperature
     s, q = policy / t, base / t
     if options.kind == "tmkl":
-        target = torch.nn.functional.one_hot(labels.clamp(min=0), VOCABULARY).bool()
+        target = torch.nn.functional.one_hot(labels.clamp(min=0), s.shape[-1]).bool()
         hidden = target & valid[..., None]
         s_rest, q_rest = (x.masked_fill(hidden, -torch.inf) for x in (s, q))
     else:
@@ -102,9 +109,21 @@ def dense(
     num = int(valid.sum()) if num_items is None else num_items
     loss = (ce[valid].sum() + options.weight * kl[valid].sum()) / num
     if options.positions == "all":
-        share = int(valid.sum()) / num
-        loss = loss + options.prompt_weight * share * kl[held].mean()
+        per = int(held.sum()) * num / int(valid.sum()) if num_held is None else num_held
+        loss = loss + options.prompt_weight * kl[held].sum() / per
     return {"loss": loss, "ce": ce[valid].mean(), "kl": kl[valid].mean(), "prompt": kl[held].mean()}
+
+
+def held_positions(given: dict[str, Tensor]) -> Tensor:
+    """Where the next token is of the same sample, and is not learned, bool [B, L - 1]."""
+    labels = given["labels"][:, 1:]
+    held = labels == -100
+    if "attention_mask" in given:
+        mask = given["attention_mask"].bool()
+        held &= mask[:, 1:] & mask[:, :-1]
+    if "position_ids" in given:
+        held &= given["position_ids"][:, 1:] == given["position_ids"][:, :-1] + 1
+    return held
 
 
 def gradients(model: peft.PeftModel) -> Tensor:
@@ -112,3 +131,53 @@ def gradients(model: peft.PeftModel) -> Tensor:
     found = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
     model.zero_grad(set_to_none=True)
     return torch.cat(found)
+
+
+class Gradients(transformers.TrainerCallback):
+    """The adapter's gradient before every update."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Keep a copy."""
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.found.append(torch.cat(grads).clone())
+
+
+def rows(given: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch as a data set of rows."""
+    return [{name: x[row] for name, x in given.items()} for row in range(len(given["labels"]))]
+
+
+def trainer(
+    folder: Path,
+    model: Any,
+    data: list[Any],
+    *callbacks: Any,
+    eval_dataset: list[Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A trainer that sees the rows in their order."""
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_grad_norm": 0.0,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    arguments = transformers.TrainingArguments(**settings | options)
+    return transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )

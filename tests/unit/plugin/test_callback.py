@@ -12,21 +12,9 @@ import transformers
 from torch import Tensor
 
 from moored.plugin import TMKL, Options
-from pluginkit import adapted, batch, dense, gradients
+from pluginkit import Gradients, adapted, batch, dense, gradients, rows, trainer
 
 ROWS = 8
-
-
-class Gradients(transformers.TrainerCallback):
-    """The adapter's gradient before every update."""
-
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
-        """Keep a copy."""
-        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        self.found.append(torch.cat(grads).clone())
 
 
 class Reported(transformers.TrainerCallback):
@@ -38,44 +26,6 @@ class Reported(transformers.TrainerCallback):
     def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
         """Keep it."""
         self.logs.append(dict(logs))
-
-
-def rows(given: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A batch as a data set of rows."""
-    return [{name: x[row] for name, x in given.items()} for row in range(len(given["labels"]))]
-
-
-def trainer(
-    folder: Path,
-    model: Any,
-    data: list[Any],
-    *callbacks: Any,
-    eval_dataset: list[Any] | None = None,
-    **options: Any,
-) -> Any:
-    """A trainer that sees the rows in their order."""
-    settings = {
-        "output_dir": str(folder),
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2,
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "max_grad_norm": 0.0,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-    arguments = transformers.TrainingArguments(**settings | options)
-    return transformers.Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=eval_dataset,
-        callbacks=list(callbacks),
-    )
 
 
 @pytest.mark.parametrize(
