@@ -64,6 +64,8 @@ def _updated(
         arguments |= FSDP
     found = trainer(folder, model, rows(given), TMKL(**options), **arguments)
     found.train()
+    kinds = {"zero3": "ds_id", "fsdp2": "full_tensor"}
+    assert all(hasattr(p, kinds.get(how, "grad")) for p in found.model.parameters())
     after = _whole(found, before)
     moved = torch.cat([(before[n] - after[n]).flatten().double() for n in before])
     return found.state.log_history[0]["loss"], moved

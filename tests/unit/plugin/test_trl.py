@@ -83,6 +83,8 @@ def test_the_update_is_that_of_the_global_batch(
     model, watch = model_for_tokenizer(), Gradients()
     found = sft(tmp_path, model, watch, TMKL(**asdict(options)), **shape)
     batches = global_batch(found, accumulated)
+    if packed:  # rows of several samples, which their positions keep apart
+        assert all(int((b["position_ids"] == 0).sum()) > 1 for b in batches)
     num = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     held = sum(int(held_positions(b).sum()) for b in batches)
     expected = sum(dense(model, b, options, num_items=num, num_held=held)["loss"] for b in batches)
