@@ -109,7 +109,7 @@ def test_the_sdist_has_what_the_wheel_needs(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "src/moored/plugin/attach.py"} <= names
+    assert {"pyproject.toml", "LICENSE", "src/moored/plugin/attached.py"} <= names
     assert "src/moored/evaluation/report/templates" in {str(Path(name).parent) for name in names}
 
 

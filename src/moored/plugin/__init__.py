@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moored.plugin.attach import Attached, attach, detach
+    from moored.plugin.attached import Attached, attach, detach
     from moored.plugin.axolotl import Axolotl
     from moored.plugin.callback import TMKL
     from moored.plugin.options import Options
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["TMKL", "Attached", "Axolotl", "Options", "attach", "detach"]
 
 _HOMES = {
-    "Attached": "attach",
+    "Attached": "attached",
     "Axolotl": "axolotl",
     "Options": "options",
     "TMKL": "callback",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "attached",
+    "detach": "attached",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from moored.plugin.attach import Attached, attach
+from moored.plugin.attached import Attached, attach
 from moored.plugin.options import Options
 
 

@@ -1,7 +1,7 @@
 """What TRL's SFTTrainer reads of a model with a fused head, made of our loss.
 
 Its loss is minus the sum of `log_probs` over the number of targets, so `log_probs` carries the
-divergence; entropy and accuracy are of the model alone. Legend: as in attach.py.
+divergence; entropy and accuracy are of the model alone. Legend: as in attached.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moored.loss.logits import Logits
 from moored.loss.rows import default_chunk_tokens, precomputed
 
 if TYPE_CHECKING:
-    from moored.plugin.attach import Attached
+    from moored.plugin.attached import Attached
 
 IGNORED = -100
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import moored.plugin
 from moored.plugin import TMKL, Options
 from pluginkit import Gradients, adapted, batch, dense, gradients, rows, trainer
 
@@ -126,3 +127,9 @@ def test_losses_of_its_own_are_refused(
         setattr(found, name, value)
     with pytest.raises(ValueError, match=message):
         found.train()
+
+
+def test_names_of_the_package_are_not_those_of_its_files() -> None:
+    """Importing a file puts its name into the package, over what was there."""
+    files = {path.stem for path in Path(moored.plugin.__file__).parent.glob("*.py")}
+    assert not files & set(moored.plugin.__all__)
