@@ -57,7 +57,7 @@ install-dev: $(VENV)/.installed-dev
 
 # One stamp per set of extras: `make quickstart` needs no linters. A stamp older than the versions or
 # the metadata means installing again; a checkout that was moved needs a new .venv.
-EXTRAS_run :=
+EXTRAS_run := [train]
 EXTRAS_test := [test]
 EXTRAS_dev := [dev]
 PLACE := $(shell cat $(VENV)/.place 2>/dev/null || echo $(CURDIR))

@@ -65,7 +65,8 @@ packages() {
     "$venv/bin/python" - "$root/pyproject.toml" >"$work/requirements.txt" <<'PY'
 import sys, tomllib
 with open(sys.argv[1], "rb") as file:
-    print(*tomllib.load(file)["project"]["dependencies"], sep="\n")
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["train"], sep="\n")
 PY
     pip_install --requirement "$work/requirements.txt"
 }

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dense_reference import divergence, per_row
 from distributed.runner import run_distributed
+from moored.adapted import adapters_off, dropout_off
 from moored.config import Config, load_config
 from moored.data.batch import Batch, Sample, collate
 from moored.distributed.mesh import start_mesh
 from moored.models.engine import Engine
 from moored.models.policy import load_policy
-from moored.models.reference import adapters_off, dropout_off
 from moored.tracking.journal import metrics
 from moored.training import train
 from moored.training.step import train_step

@@ -23,6 +23,7 @@ from torch import nn
 from dense_reference import dense_with_prompt
 from distributed.runner import mostly_long, run_distributed
 from distributed.test_zero import build, by_case, global_batch, step_once
+from moored.adapted import adapters_off
 from moored.config import Config, load_config
 from moored.data.batch import batches_of
 from moored.distributed.mesh import start_mesh
@@ -32,7 +33,6 @@ from moored.models.experts import Experts4bit
 from moored.models.forward import final_hidden
 from moored.models.nf4 import FrozenLinear4bit
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off
 from tiny import ALONE, tiny_recipe, write_recipe
 
 STEPS = 5

@@ -29,6 +29,7 @@ from moored.utils.errors import (
     TrainingRefusedError,
     UserError,
     UserErrors,
+    missing_package,
 )
 from moored.utils.log import redact, setup
 
@@ -151,6 +152,12 @@ def _run(args: list[str], *, debug: bool) -> int:
         if error.errno not in _OF_THE_MACHINE:
             return _bug()
         _complain([f"{error.filename or 'output'}: {error.strerror}"], debug=debug)
+        return UserError.exit_code
+    except ModuleNotFoundError as error:
+        try:
+            _complain([missing_package(error)], debug=debug)
+        except ModuleNotFoundError:
+            return _bug()
         return UserError.exit_code
     except Exception:
         return _bug()

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from moored import sinelora
+from moored.adapted import adapters_off, dropout_off
 from moored.config import Config
 from moored.data import BaseIdentity, eval_samples, load_samples, retention_samples
 from moored.distributed.mesh import Mesh
@@ -29,7 +30,6 @@ from moored.models.experts import experts_of, matrices_of, routers_of
 from moored.models.loading import require_architecture
 from moored.models.open_adapters import read_settings
 from moored.models.policy import load_policy
-from moored.models.reference import adapters_off, dropout_off
 from moored.utils.errors import UserError
 from moored.utils.progress import watch
 

@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from moored.adapted import dropout_off, logit_factors
 from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh, is_lost_peer
 from moored.loss.head import Head
 from moored.models.attention import samples_apart
-from moored.models.reference import dropout_off
 from moored.models.tensor_parallel import Sharding
 from moored.models.tensor_parallel.regions import TokensNotApartError
 from moored.utils.errors import UserError
@@ -76,10 +76,7 @@ def install_head(causal_lm: Any, device: torch.device, sharding: Sharding | None
             f"{name}: its output layer is {type(lm_head).__name__}, not a plain linear lm_head: "
             "use a causal language model with an unquantised lm_head"
         )
-    config = causal_lm.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale, softcap = logit_factors(causal_lm.config.get_text_config())
     shard = sharding.vocabulary(lm_head, causal_lm) if sharding else None
     head = Head(
         cast(nn.Parameter, lm_head.weight),

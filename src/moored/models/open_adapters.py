@@ -30,9 +30,9 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from moored.adapted import Replaced, on_with_adapters
 from moored.loss.head import Head
 from moored.models.adapters import experts_shown_whole, for_training
-from moored.models.reference import Replaced, on_with_adapters
 from moored.models.tensor_parallel import Sharding
 from moored.utils.errors import UserError
 

@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moored.adapted import Switches, dropout_off
 from moored.config import Config
 from moored.data.batch import Batch, answer_offsets
 from moored.distributed.mesh import Mesh
@@ -31,13 +32,7 @@ from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
 from moored.models.open_adapters import open_adapter, require_language_model, require_measurable
-from moored.models.reference import (
-    Reference,
-    Switches,
-    dropout_off,
-    of_base,
-    require_identity,
-)
+from moored.models.reference import Reference, of_base, require_identity
 from moored.models.tensor_parallel import Sharding
 from moored.models.zero import Partition
 from moored.utils.errors import UserError

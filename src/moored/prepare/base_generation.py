@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from moored.adapted import dropout_off
 from moored.config import Config, Corpus
 from moored.config.regularizer import Anchors
 from moored.data import pad_token_id
@@ -31,7 +32,6 @@ from moored.distributed.mesh import alone
 from moored.evaluation.generate import each_token
 from moored.models.base_files import BaseFiles, resolve_dtype
 from moored.models.loading import load_base
-from moored.models.reference import dropout_off
 from moored.utils import atomic_dir
 from moored.utils.progress import Phase
 

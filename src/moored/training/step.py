@@ -17,6 +17,7 @@ from moored.data.batch import Batch
 from moored.distributed.mesh import Mesh
 from moored.loss.divergence import Objective, Scales
 from moored.models.engine import Engine
+from moored.utils.ramp import scheduled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class StepStats:
 def learning_rate_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The learning rate of update `step` (from 0) of `num_steps`; a pure function."""
     peak, rise = optim.learning_rate, optim.warmup_steps
-    return _scheduled(step, num_steps, peak, optim.schedule, rise, end_ratio=0.0)
+    return scheduled(step, num_steps, peak, optim.schedule, rise, end_ratio=0.0)
 
 
 def needs_kl(step: int, regularizer: Regularizer) -> bool:
@@ -76,23 +77,7 @@ def needs_kl(step: int, regularizer: Regularizer) -> bool:
 def weight_at(step: int, num_steps: int, regularizer: Regularizer) -> float:
     """The regulariser's weight in update `step` (from 0) of `num_steps`; a pure function."""
     peak, rise, end = regularizer.peak_weight, regularizer.warmup_steps, regularizer.end_ratio
-    return _scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
-
-
-def _scheduled(
-    step: int, num_steps: int, peak: float, schedule: str, warmup_steps: int, end_ratio: float
-) -> float:
-    """A linear rise to `peak`, then its schedule towards `end_ratio` times that."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    if schedule == "constant":
-        factor = 1.0
-    elif schedule == "linear":
-        factor = 1.0 - progress
-    else:
-        factor = 0.5 * (1.0 + math.cos(math.pi * progress))
-    return peak * (end_ratio + (1.0 - end_ratio) * factor)
+    return scheduled(step, num_steps, peak, regularizer.schedule, rise, end)
 
 
 def objective_of(regularizer: Regularizer) -> Objective:

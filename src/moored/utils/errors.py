@@ -63,3 +63,18 @@ class PreemptedError(MooredError):
     """A signal asked the run to leave; its state is saved and it can be requeued."""
 
     exit_code = 75
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install where a package of the extra `train` is not there.
+
+    Raises:
+        ModuleNotFoundError: the given one, if it is a module of Moored that is missing.
+    """
+    name = (error.name or "").split(".")[0]
+    if name in ("", "moored"):
+        raise error
+    return (
+        f"{name} is not installed: the losses and moored.plugin need torch alone, this command the "
+        "rest: pip install 'moored[train]'"
+    )

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import moored
+from moored.adapted import adapters_off
 from moored.config import Config, Regularizer, load_config
 from moored.data import TrainStream, load_samples
 from moored.data.batch import Batch, collate
 from moored.loss.divergence import Objective, Scales
 from moored.models.base_files import resolve_base
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off
 from moored.training.step import needs_kl, objective_of, weight_at
 from moored.utils.errors import UserErrors
 from tiny import ALONE, tiny_recipe, write_recipe, write_text

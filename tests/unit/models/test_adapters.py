@@ -19,12 +19,12 @@ from torch import nn
 
 from forking import stock
 from moored import sinelora
+from moored.adapted import adapters_off
 from moored.config import AdapterConfig, Config, ModelConfig, load_config
 from moored.export import merge
 from moored.models.adapters import add_adapters, frozen_buffers, scaled, write_scaled
 from moored.models.nf4 import FrozenLinear4bit
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off
 from moored.training import checkpoint
 from moored.utils.errors import UserError, UserErrors
 from tiny import ALONE, tiny_recipe, write_recipe

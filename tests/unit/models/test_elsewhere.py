@@ -13,12 +13,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from moored.adapted import adapters_off, dropout_off
 from moored.config import Config, ModelConfig, load_config
 from moored.data.batch import Batch
 from moored.export import merge, run_command
 from moored.models.adapters import scaled, write_scaled
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off, dropout_off, of_base
+from moored.models.reference import of_base
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_recipe, write_recipe
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from moored.adapted import adapters_off, dropout_off
 from moored.config import Config, load_config
 from moored.data.batch import Batch, Sample, collate
 from moored.loss.divergence import Objective, Scales
@@ -19,7 +20,6 @@ from moored.models import forward
 from moored.models.loading import load_base
 from moored.models.nf4 import FrozenLinear4bit, make_zero_safe
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off, dropout_off
 from moored.models.weights import Loader
 from moored.utils.errors import UserError
 from tiny import ALONE, tiny_model, tiny_recipe, write_recipe
