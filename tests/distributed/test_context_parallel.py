@@ -16,13 +16,13 @@ from distributed import test_mesh_run as mesh_run
 from distributed import test_tensor_parallel as dense
 from distributed.runner import mostly_long, run_distributed
 from distributed.test_zero import by_case
+from moored.adapted import adapters_off
 from moored.config import Config, load_config
 from moored.data.batch import Batch, collate
 from moored.data.token_arrays import Sample
 from moored.distributed.mesh import start_mesh
 from moored.loss.divergence import Objective, Scales
 from moored.models.policy import PolicyModel, load_policy
-from moored.models.reference import adapters_off
 from moored.training import train
 from moored.utils.errors import UserError, UserErrors
 from tiny import tiny_recipe, write_recipe

@@ -28,11 +28,11 @@ from distributed.test_positions import (
     samples,
     train_each,
 )
+from moored.adapted import dropout_off
 from moored.config import Config, Regularizer
 from moored.data.batch import Batch, collate
 from moored.distributed.mesh import start_mesh
 from moored.models.engine import Engine
-from moored.models.reference import dropout_off
 from moored.tracking.journal import metrics
 from moored.training.step import StepStats, train_step, weight_at
 from moored.utils.errors import UserErrors
