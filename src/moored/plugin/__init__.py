@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from moored.plugin.attached import Attached, attach, detach
     from moored.plugin.axolotl import Axolotl
     from moored.plugin.callback import TMKL
-    from moored.plugin.options import Options
+    from moored.plugin.plugin_options import Options
 
 __all__ = ["TMKL", "Attached", "Axolotl", "Options", "attach", "detach"]
 
 _HOMES = {
     "Attached": "attached",
     "Axolotl": "axolotl",
-    "Options": "options",
+    "Options": "plugin_options",
     "TMKL": "callback",
     "attach": "attached",
     "detach": "attached",

@@ -29,7 +29,7 @@ from moored.loss.chunks import Chunked, run_chunks
 from moored.loss.divergence import NO_TARGET, Scales
 from moored.loss.logits import Logits
 from moored.loss.rows import RowPlan, precomputed
-from moored.plugin.options import Options
+from moored.plugin.plugin_options import Options
 
 IGNORED = -100  # a label of which nothing is learned, as everywhere in the field
 CHECKED_TOKENS = 16  # of the first batch, on which head and model must agree

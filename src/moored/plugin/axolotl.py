@@ -12,7 +12,7 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
 from moored.plugin.callback import TMKL
-from moored.plugin.options import Options
+from moored.plugin.plugin_options import Options
 
 
 class Arguments(BaseModel):

@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from moored.plugin.attached import Attached, attach
-from moored.plugin.options import Options
+from moored.plugin.plugin_options import Options
 
 
 class TMKL(TrainerCallback):
