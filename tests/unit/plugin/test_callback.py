@@ -58,7 +58,8 @@ def test_the_update_is_that_of_the_global_batch(
     found.train()
     torch.testing.assert_close(watch.found[0], wanted, rtol=1e-7, atol=1e-11)
     (logs,) = [logs for logs in reported.logs if "loss" in logs]
-    assert logs["loss"] == pytest.approx(expected["loss"].item(), rel=1e-6)
+    # Older versions of transformers log four decimals.
+    assert logs["loss"] == pytest.approx(expected["loss"].item(), rel=1e-6, abs=5e-5)
     assert logs["ce"] == pytest.approx(expected["ce"].item())
     assert logs["tmkl"] == pytest.approx(expected["kl"].item())
     assert found.state.log_history[0]["tmkl"] == logs["tmkl"]
