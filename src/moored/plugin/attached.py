@@ -274,7 +274,7 @@ class Attached:
         """What makes a sum over prompts, divided by the number of targets, a mean over prompts."""
         if self.counts is not None:
             num_targets, num_prompt = self.counts
-            return num_targets / num_prompt.clamp(min=1)
+            return num_targets.double() / num_prompt.clamp(min=1)
         return max(1, plan.num_targets) / max(1, plan.num_prompt)
 
     def by_head(self, use: Callable[[Logits], Any]) -> Any:
