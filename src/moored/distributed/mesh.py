@@ -179,6 +179,7 @@ class Mesh:
         world: all processes.
         dp: the processes that hold different data.
         tp: the processes that hold different slices of the same layers.
+        zero_hpz: those of `dp` over which ZeRO-3 cuts the base; None: all.
         device: this process's device.
         first_on_machine: whether it is of the first tensor-parallel group of its machine.
     """
@@ -188,6 +189,12 @@ class Mesh:
     tp: Axis
     device: torch.device
     first_on_machine: bool = True
+    zero_hpz: Axis | None = None
+
+    @property
+    def shards(self) -> Axis:
+        """The processes over which ZeRO-3 cuts the base."""
+        return self.zero_hpz or self.dp
 
     @property
     def is_main(self) -> bool:
@@ -320,6 +327,7 @@ def start_mesh(
     *,
     wait_seconds: float = RENDEZVOUS_SECONDS,
     folder: Path | None = None,
+    zero_hpz_partition_size: int | None = None,
 ) -> Mesh:
     """Join the processes that the launcher started and arrange them.
 
@@ -329,6 +337,8 @@ def start_mesh(
         wait_seconds: how long to wait for the other processes, unless the environment says it.
         folder: which all processes share, for the secret by which they know each other where the
             launcher gave them none; None: Moored's cache.
+        zero_hpz_partition_size: neighbouring data-parallel ranks over which ZeRO-3 cuts the base;
+            None: all of them.
 
     Raises:
         UserError: the environment is incomplete, the world does not divide, not all processes came,
@@ -340,6 +350,13 @@ def start_mesh(
             f"parallel.tensor_parallel_degree={tensor_parallel_degree} does not divide "
             f"the {place.world_size} processes: start a multiple of it"
         )
+    dp_size = place.world_size // tensor_parallel_degree
+    hpz_size = zero_hpz_partition_size or dp_size
+    if dp_size > 1 and dp_size % hpz_size:
+        raise UserError(
+            f"parallel.zero_hpz_partition_size={hpz_size} does not divide the {dp_size} "
+            "data-parallel ranks: set it to the ranks of a machine, or leave it out"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
@@ -347,7 +364,7 @@ def start_mesh(
         torch.cuda.set_device(device)
     first = place.local_rank < tensor_parallel_degree
     if dist.is_initialized():
-        return _arranged(tensor_parallel_degree, device, first)
+        return _arranged(tensor_parallel_degree, device, first, hpz_size)
     try:
         with joined(
             place,
@@ -356,9 +373,9 @@ def start_mesh(
             rendezvous_seconds=wait_seconds,
             folder=folder,
         ) as key:
-            mesh = _arranged(tensor_parallel_degree, device, first)
+            mesh = _arranged(tensor_parallel_degree, device, first, hpz_size)
             if key is not None:
-                for axis in (mesh.world, mesh.dp, mesh.tp):
+                for axis in (mesh.world, mesh.dp, mesh.tp, mesh.shards):
                     prove(axis, key)
     except UserError:
         leave_mesh()
@@ -366,19 +383,37 @@ def start_mesh(
     return mesh
 
 
-def _arranged(tensor_parallel_degree: int, device: torch.device, first: bool) -> Mesh:
+def _arranged(
+    tensor_parallel_degree: int, device: torch.device, first: bool, hpz_size: int
+) -> Mesh:
     """The mesh of the group that is there."""
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
+    hpz = _zero_hpz(world, tensor_parallel_degree, hpz_size)
     if tensor_parallel_degree == 1:
-        dp = Axis(name="dp", rank=world.rank, size=world.size)
-        return Mesh(world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first)
+        dp, tp = Axis(name="dp", rank=world.rank, size=world.size), Axis(name="tp")
+        return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first, zero_hpz=hpz)
     shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
     dp, tp = (
         Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
         for name, size in zip(("dp", "tp"), shape, strict=True)
     )
-    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first)
+    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first, zero_hpz=hpz)
+
+
+def _zero_hpz(world: Axis, tp_size: int, size: int) -> Axis | None:
+    """The data-parallel ranks that share one base under ZeRO-3, if that is not all. Collective."""
+    if size * tp_size >= world.size:
+        return None
+    own: Axis | None = None
+    for first in range(0, world.size, size * tp_size):
+        for slice_ in range(tp_size):  # every rank takes part in making every group
+            ranks = [first + slice_ + tp_size * i for i in range(size)]
+            group: Any = dist.new_group(ranks)
+            if world.rank in ranks:
+                rank = ranks.index(world.rank)
+                own = Axis(name="zero_hpz", rank=rank, size=size, group=group)
+    return own
 
 
 def degree_for(wanted: int) -> int:

@@ -52,6 +52,7 @@ def run(config: Config | None) -> None:
             degree_for(config.parallel.tensor_parallel_degree),
             wait_seconds=config.parallel.rendezvous_seconds,
             folder=config.output.dir,
+            zero_hpz_partition_size=config.parallel.zero_hpz_partition_size,
         )
     try:
         if mesh.is_main:

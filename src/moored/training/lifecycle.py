@@ -43,6 +43,7 @@ def join_mesh(config: Config) -> Mesh:
         config.parallel.tensor_parallel_degree,
         wait_seconds=config.parallel.rendezvous_seconds,
         folder=config.output.dir,
+        zero_hpz_partition_size=config.parallel.zero_hpz_partition_size,
     )
 
 
