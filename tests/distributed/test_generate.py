@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import transformers
 from peft import PeftModel
 
 from distributed.runner import run_distributed
-from moored.config import load_config
+from distributed.test_zero import build, recipe_config
+from moored.config import Config, load_config
 from moored.evaluation.instructions import TASKS
 from moored.evaluation.instructions.tasks import instruction_prompts
+from moored.models import partition
 from moored.tracking.journal import metrics
 from moored.training import train
 from moored.utils.errors import UserError
@@ -91,3 +94,72 @@ def test_a_base_without_a_template_cannot_be_asked(tmp_path):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match=r"evaluation\.instructions: .*/model has no chat template"):
         instruction_prompts(config, tokenizer)
+
+
+# ---------------------------------------------------------------- over ZeRO-3's parts
+
+
+PROMPTS = ([[5, 9, 4], [7, 3, 8]], [[11, 6, 2], [4, 4, 9]])
+
+
+def generating(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str, Any]:
+    """Token ids of two generations of unequal length per rank, and how often was gathered."""
+    found: dict[str, Any] = {}
+    gather = torch.distributed.all_gather_into_tensor
+    for name, config in configs.items():
+        partition._SHARE_FOR_GENERATION = 0.0 if name == "by layers" else 0.5
+        _, engine = build(config)
+        gathers: list[int] = []
+
+        def counted(whole: Any, part: Any, *args: Any, to: Any = gathers, **options: Any) -> Any:
+            to.append(whole.nbytes)
+            return gather(whole, part, *args, **options)
+
+        torch.distributed.all_gather_into_tensor = counted
+        tokens = []
+        try:
+            with engine.generating():
+                for length in (3 + 4 * rank, 6):
+                    ids = torch.tensor(PROMPTS[rank])
+                    mask = torch.ones_like(ids)
+                    new = engine.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        min_new_tokens=length,
+                        max_new_tokens=length,
+                        do_sample=False,
+                    )
+                    tokens.append(new.tolist())
+        finally:
+            torch.distributed.all_gather_into_tensor = gather
+        cut = engine.policy.partition
+        found[name] = {
+            "tokens": tokens,
+            "gathers": len(gathers),
+            "buffers": len(cut.buffers) if cut else 0,
+            "left whole": sum(w.is_contiguous() for b in cut.buffers for w in b.weights)
+            if cut
+            else 0,
+        }
+        engine.close()
+    return found
+
+
+def test_a_generation_gathers_the_base_once_where_it_fits(tmp_path):
+    """And by layers for every token where not: the same words, also if ranks say unequally many."""
+    configs = {
+        name: recipe_config(tmp_path, f"parallel.zero_stage={stage}")
+        for name, stage in {"zero-2": 2, "once": 3, "by layers": 3}.items()
+    }
+    for rank, found in enumerate(run_distributed(generating, 2, configs)):
+        expected = found["zero-2"]["tokens"]
+        assert [len(row) for row in expected[0]] == [6 + 4 * rank] * 2
+        assert expected[0][0] != expected[0][1], "not a test"
+        for name in ("once", "by layers"):
+            assert found[name]["tokens"] == expected, name
+            assert found[name]["left whole"] == (name == "by layers")  # the last one at work
+        assert found["zero-2"]["gathers"] == 0
+        once, by_layers = found["once"], found["by layers"]
+        assert once["gathers"] == once["buffers"] == 3  # two layers and the table of words
+        forwards = 7 + 6  # the rank that has less to say walks along
+        assert by_layers["gathers"] >= forwards * 3

@@ -25,8 +25,8 @@ from moored.distributed.mesh import start_mesh
 from moored.models import policy
 from moored.models.engine import Engine
 from moored.models.loading import load_base
+from moored.models.partition import Partition
 from moored.models.policy import load_policy
-from moored.models.zero import Partition
 from tiny import tiny_recipe, write_recipe
 
 MIB = 2**20
@@ -97,11 +97,12 @@ def loading(rank: int, world_size: int, cases: list[Config], warm_up: Config) ->
     for config in [warm_up, *cases]:  # the first one pays for what is imported and allocated once
         mesh = start_mesh(config.parallel.tensor_parallel_degree)
         is_cut = config.parallel.zero_stage == 3 and mesh.dp.size > 1
-        after = Partition(config, mesh) if is_cut else None
+        after = Partition(mesh.dp) if is_cut else None
         path = Path(config.model.name_or_path)
         load = partial(load_base, path, config.model, mesh, config.parallel, after)
         (base, _), peak = peak_of(load)
-        stored = [getattr(p, "ds_tensor", p).untyped_storage() for p in base.parameters()]
+        stored = [p.untyped_storage() for p in base.parameters()]
+        stored += [buffer.part.untyped_storage() for buffer in after.buffers] if after else []
         states = [getattr(p, "quant_state", None) for p in base.parameters()]
         scales = sum(state.absmax.nbytes for state in states if state is not None)
         held = sum(storage.nbytes() for storage in stored) + scales
@@ -199,22 +200,32 @@ def partitioned(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     mesh = start_mesh(1)
     path = Path(config.model.name_or_path)
     engine = Engine(load_policy(path, config, mesh), config, mesh)
-    cut = {
-        name: p.ds_tensor.clone()
-        for name, p in engine.policy.named_parameters()
-        if hasattr(p, "ds_tensor") and not p.requires_grad
-    }
+    assert engine.policy.partition is not None
+    buffers = engine.policy.partition.buffers
+    cut = {str(index): buffer.part.clone() for index, buffer in enumerate(buffers)}
+    for buffer in buffers:
+        buffer.restore()
+    names = {name: p for name, p in engine.policy.named_parameters() if not p.requires_grad}
+    whole = {name: p.detach().clone() for name, p in names.items()}
     engine.close()
-    return cut
+    return cut | whole
 
 
 def whole_first(rank: int, world_size: int, config: Config) -> dict[str, Any]:
-    policy._partition = lambda *_: None
-    return partitioned(rank, world_size, config)
+    policy._is_dora = lambda *_: True
+    found = partitioned(rank, world_size, config)
+    stage_2 = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"zero_stage": 2})}
+    )
+    never_cut = load_policy(Path(config.model.name_or_path), stage_2, start_mesh(1))
+    for name, parameter in never_cut.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(found[name], parameter), name
+    return found
 
 
 @pytest.mark.parametrize("quantization", mostly_long(["nf4", "none"], "nf4"))
-def test_partitions_made_while_loading_are_the_engines_own(tmp_path, quantization):
+def test_parts_made_while_loading_are_those_of_a_base_loaded_whole(tmp_path, quantization):
     config = small(tmp_path, "parallel.zero_stage=3", f"model.quantization={quantization}")
     ours = run_distributed(partitioned, 2, config)
     theirs = run_distributed(whole_first, 2, config)

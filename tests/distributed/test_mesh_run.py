@@ -192,7 +192,7 @@ def refused(rank: int, world_size: int, config: Config, folder: Path) -> None:
     engine.require_equal_replicas()
     name = next(name for name in policy.trainable() if "q_proj.lora_A" in name)
     with torch.no_grad():
-        engine._engine.module.get_parameter(name).ds_tensor.view(-1)[0] += 1e-6 * rank
+        engine._engine.module.get_parameter(name).view(-1)[0] += 1e-6 * rank
     with pytest.raises(TrainingRefusedError, match=r"q_proj\.lora_A.*differs between the ranks"):
         engine.require_equal_replicas()
     engine.close()

@@ -1,7 +1,7 @@
 """ZeRO-3 fetches ahead in every kind of call, whatever was called in between.
 
-DeepSpeed fetches ahead only while its trace of the modules that were called holds: so each module's
-fetch is counted by the state of the trace in which it is made.
+What is ahead is one layer: so of each call the layers may be waited for that come first in it, and
+those behind the embedding and the head, which are larger and are gathered when they are needed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from distributed.runner import mostly_long, run_distributed
 from distributed.test_zero import build, local_batches, recipe_config, step_once
 from moored.config import Config
 from moored.data.batch import Batch
+from moored.models import partition
 from moored.models.engine import Engine
 from moored.models.reference import Reference, of_base
-from moored.models.zero import deepspeed
 
 CASES = {
     "tmkl": (),
@@ -38,27 +39,24 @@ STEPS, WARM_UP = 8, 4
 PHASES = ("step", "measured", "asked", "base asked")
 
 
+def fetched(engine: Engine) -> Counter[Any]:
+    assert engine.policy.partition is not None
+    return engine.policy.partition.fetched
+
+
 @contextmanager
-def fetches_counted() -> Iterator[dict[str, Counter[str]]]:
-    """By what was going on (set it as `now` of what is yielded) and by the state of the trace."""
-    kind = deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator
-    fetch, forget = kind.fetch_sub_module, kind._invalidate_trace
-    found: dict[str, Counter[str]] = {phase: Counter() for phase in ("warm-up", *PHASES)}
-    found["now"] = found["warm-up"]
+def gathers_counted() -> Iterator[Counter[str]]:
+    gather, found = dist.all_gather_into_tensor, Counter[str]()
 
-    def counted(self: Any, *args: Any, **options: Any) -> Any:
-        found["now"]["ahead" if self.is_complete_trace() else "late"] += 1
-        return fetch(self, *args, **options)
+    def counted(*args: Any, **options: Any) -> Any:
+        found["gathers"] += 1
+        return gather(*args, **options)
 
-    def forgotten(self: Any) -> Any:
-        found["now"]["forgotten"] += 1
-        return forget(self)
-
-    kind.fetch_sub_module, kind._invalidate_trace = counted, forgotten
+    dist.all_gather_into_tensor = counted
     try:
         yield found
     finally:
-        kind.fetch_sub_module, kind._invalidate_trace = fetch, forget
+        dist.all_gather_into_tensor = gather
 
 
 def ask(engine: Engine, num_tokens: int, *, base: bool = False) -> None:
@@ -74,15 +72,17 @@ def ask(engine: Engine, num_tokens: int, *, base: bool = False) -> None:
 
 
 def fetches(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str, dict]:
+    partition._SHARE_FOR_GENERATION = 0.0  # generations, too, layer by layer
     results: dict[str, dict] = {}
     for case, config in configs.items():
         mesh, engine = build(config)
         engine.keep_references(config, "none", 300)
         losses = []
-        with fetches_counted() as found:
-            for step in range(STEPS):
-                for phase in PHASES:
-                    found["now"] = found[phase if step >= WARM_UP else "warm-up"]
+        found: dict[str, Counter[Any]] = {phase: Counter() for phase in ("warm-up", *PHASES)}
+        for step in range(STEPS):
+            for phase in PHASES:
+                fetched(engine).clear()
+                with gathers_counted() as gathers:
                     if phase == "step":
                         stats = step_once(engine, mesh, config, data_step(case, step))
                         losses.append(stats.loss)
@@ -90,7 +90,7 @@ def fetches(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str,
                         engine.drift(local_batches(config, mesh, 0)[0])
                     else:
                         ask(engine, 3 + step % 3, base=phase == "base asked")
-        del found["now"]
+                found[phase if step >= WARM_UP else "warm-up"] += fetched(engine) + gathers
         engine.close()
         results[case] = {"found": found, "losses": losses, "by itself": by_itself(case, config)}
     return results
@@ -135,7 +135,10 @@ def counted(tmp_path_factory, chosen) -> dict[str, dict]:
 def test_zero_3_fetches_ahead_in_every_kind_of_call(counted, case):
     found = counted[case]["found"]
     for phase in PHASES:
-        assert found[phase]["ahead"] > 50, phase
-        assert not found[phase]["forgotten"], (phase, found[phase])
-        assert found[phase]["late"] == 0, (phase, found[phase])
+        num = found[phase].pop("gathers")
+        asked = [count for key, count in found[phase].items() if key[1] != "held"]
+        assert num == sum(asked), (phase, "no layer is sent for nothing")
+        layers = {key: count for key, count in found[phase].items() if ".layers." in key[0]}
+        assert {how for _, how in layers} == {"ahead"}, (phase, layers)
+        assert sum(layers.values()) >= 8, phase
     assert counted[case]["losses"] == counted[case]["by itself"]

@@ -21,7 +21,7 @@ from moored.config import Config, load_config
 from moored.distributed.mesh import start_mesh
 from moored.models.experts import Experts4bit, experts_of
 from moored.models.loading import load_base
-from moored.models.zero import Partition
+from moored.models.partition import Partition
 from tiny import tiny_recipe, write_recipe
 
 Case = tuple[Any, ...]
@@ -187,13 +187,16 @@ def holdings(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str
     found: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         mesh = start_mesh(config.parallel.tensor_parallel_degree)
-        after = Partition(config, mesh) if config.parallel.zero_stage == 3 else None
+        after = Partition(mesh.dp) if config.parallel.zero_stage == 3 else None
         path = Path(config.model.name_or_path)
         base, _ = load_base(path, config.model, mesh, config.parallel, after)
         layers: list[Any] = list(experts_of(base).values())
         parameters = [getattr(layer, kind) for layer in layers for kind in layer.matrices]
+        of_experts = {id(p) for p in parameters}
+        buffers = after.buffers if after else ()
+        parts = [b.part for b in buffers if of_experts & {id(weight) for weight in b.weights}]
         found[name] = {
-            "bytes": sum(getattr(p, "ds_tensor", p).untyped_storage().nbytes() for p in parameters),
+            "bytes": sum(t.untyped_storage().nbytes() for t in (*parameters, *parts)),
             "packed": all(isinstance(layer, Experts4bit) for layer in layers),
             "tensors": [] if after else [dict(layer.held()) for layer in layers],
         }

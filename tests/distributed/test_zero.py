@@ -37,6 +37,7 @@ from moored.models.engine import adamw as plain_adamw
 from moored.models.policy import load_policy
 from moored.training import checkpoint
 from moored.training.step import StepStats, objective_of, train_step
+from moored.utils.errors import UserError
 from tiny import tiny_recipe, write_recipe
 
 STEPS = 3
@@ -59,6 +60,7 @@ def build(config: Config) -> tuple[Mesh, Engine]:
     mesh = start_mesh(
         parallel.tensor_parallel_degree,
         context_parallel_degree=parallel.context_parallel_degree,
+        zero_hpz_partition_size=parallel.zero_hpz_partition_size,
     )
     policy = load_policy(Path(config.model.name_or_path), config, mesh)
     return mesh, Engine(policy, config, mesh)
@@ -513,14 +515,13 @@ def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -
         if case == "bitsandbytes' own layer":
             loading.make_zero_safe = leave_bitsandbytes_layers
         mesh, engine = build(config)
-        shards = {
-            p.ds_tensor.untyped_storage().data_ptr()
-            for p in engine.policy.parameters()
-            if hasattr(p, "ds_tensor")
-        }
+        assert engine.policy.partition is not None
+        parts = [buffer.part for buffer in engine.policy.partition.buffers]
+        shards = {part.untyped_storage().data_ptr() for part in parts}
         packed = [p for p in engine.policy.parameters() if type(p).__name__ == "Params4bit"]
-        sizes = {p.ds_numel for p in packed}
-        for step in range(2):  # ZeRO-3 prefetches and keeps only once it has seen a whole step
+        # Layers are gathered into one buffer; a view of one weight keeps all of it.
+        sizes = {len(part) * world_size for part in parts}
+        for step in range(2):  # a layer is fetched ahead only once a whole step has been seen
             step_once(engine, mesh, config, step)
         batch = local_batches(config, mesh, 2)[0]
         reference = engine.reference(batch)
@@ -547,9 +548,9 @@ def packed_bytes_alive(rank: int, world_size: int, configs: dict[Any, Config]) -
                         alive[storage.data_ptr()] = storage.nbytes()
         results[case] = {
             "alive": sum(n for place, n in alive.items() if place not in shards and n in sizes),
-            "layer": sum(p.ds_numel for p in packed) // config_layers(engine),
-            "whole": sum(p.ds_numel for p in packed),
-            "weight": max(sizes),
+            "layer": sum(p.numel() for p in packed) // config_layers(engine),
+            "whole": sum(p.numel() for p in packed),
+            "head": engine.policy.head.weight.nbytes,
         }
         engine.backward(loss, last=True)
         engine.close()
@@ -562,8 +563,7 @@ def config_layers(engine: Engine) -> int:
 
 @pytest.mark.long
 def test_packed_bytes_alive_under_zero_3_are_at_most_two_layers(tmp_path):
-    """One at work and one ahead, and the weight with which DeepSpeed sees that it is enough."""
-    # Wide enough for no weight to be below ZeRO-3's threshold of 1e5, under which it stays whole.
+    """One at work, here the head, and one ahead."""
     wide = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 128}
     recipe = tiny_recipe(tmp_path, num_key_value_heads=4, **wide)
     configs: dict[Any, Config] = {
@@ -578,6 +578,45 @@ def test_packed_bytes_alive_under_zero_3_are_at_most_two_layers(tmp_path):
     for kind in CHECKPOINTING:
         for result in results[kind]:
             assert result["whole"] == 4 * result["layer"] > 0
-            assert result["alive"] <= 2 * result["layer"] + result["weight"], (kind, result)
+            assert 0 < result["alive"] <= 2 * result["layer"], (kind, result)
+            assert result["alive"] <= result["head"] + result["layer"], (kind, result)
     for result in results["bitsandbytes' own layer"]:
         assert result["alive"] > 3 * result["layer"], result
+
+
+# ---------------------------------------------------------------- over a part of the ranks
+
+
+def parts_of(rank: int, world_size: int, configs: dict[str, Config]) -> dict[str, dict]:
+    found = {name: train(config) for name, config in configs.items()}
+    mesh, engine = build(configs["hpz"])
+    partition = engine.policy.partition
+    assert partition is not None
+    held = sum(buffer.part.nbytes for buffer in partition.buffers)
+    whole = sum(buffer.nbytes for buffer in partition.buffers)
+    ranks = torch.distributed.get_process_group_ranks(mesh.shards.group)
+    engine.close()
+    with pytest.raises(UserError, match="zero_hpz_partition_size=3 does not divide the 4"):
+        start_mesh(1, zero_hpz_partition_size=3)
+    return found | {"cut": {"held": held, "whole": whole, "ranks": ranks}}
+
+
+def test_the_base_may_be_cut_over_the_ranks_of_a_machine_alone(tmp_path):
+    """Four ranks as two machines of two: the numbers of ZeRO-2 over all four, bit for bit."""
+    configs = {
+        name: recipe_config(tmp_path, *options, "train.gradient_checkpointing=non_reentrant")
+        for name, options in {
+            "hpz": ("parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"),
+            "all": ("parallel.zero_stage=3",),
+            "zero-2": ("parallel.zero_stage=2",),
+        }.items()
+    }
+    results = run_distributed(parts_of, 4, configs)
+    for rank, found in enumerate(results):
+        assert found["cut"]["ranks"] == [[0, 1], [2, 3]][rank // 2]
+        assert found["cut"]["held"] * 2 == found["cut"]["whole"] > 0
+        for name in ("hpz", "all"):
+            assert found[name]["loss"] == found["zero-2"]["loss"]
+            assert found[name]["grad_norm"] == found["zero-2"]["grad_norm"]
+            for key, tensor in found["zero-2"]["adapter"].items():
+                assert torch.equal(found[name]["adapter"][key], tensor), (name, key)

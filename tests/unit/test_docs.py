@@ -185,10 +185,7 @@ def estimate(shape, T, zero_stage=2, tensor_parallel_degree=1, gpus=1):
     base = (0.5 * N + words * 2 * V * D) / t / (d if zero_3 else 1)
     base += N / t * (0.0625 if t > 1 else 0.016) + (N / layers + 2**26) * zero_3
     cut = sum(D + o / t for o in (D, K, K, I, I)) + sum(i / t + D for i in (D, I))
-    sizes = [r * x for o in (D, K, K, I, I) for x in (D, o / t)]
-    sizes += [r * x for i in (D, I) for x in (i / t, D)]
-    small = sum(size for size in sizes if size <= 10**5) if zero_3 and d > 1 else 0
-    adapter = layers * r * cut * {0: 16, 2: 4 + 16 / d, 3: 20 / d}[zero_stage] + 4 * layers * small
+    adapter = layers * r * cut * {0: 16, 2: 4 + 16 / d, 3: 4 + 16 / d}[zero_stage]
     checkpoints = 2 * T * D * ((layers - 1) / t + 1)
     C = min(T, 4096, 2**27 // int(v) // 128 * 128)
     head = 10 * C * v + 2 * v * D * (1 + zero_3) + 16 * T * D

@@ -178,6 +178,13 @@ class ParallelConfig(Section):
     tensor_parallel_degree: Annotated[
         Positive, about("neighbouring ranks that share each layer")
     ] = 1
+    zero_hpz_partition_size: Annotated[
+        Positive | None,
+        about(
+            "neighbouring data-parallel ranks over which ZeRO-3 cuts the base, such as those of a "
+            "machine; null: all of them"
+        ),
+    ] = None
     sequence_parallel: Annotated[
         bool | Literal["auto"],
         about(
@@ -205,7 +212,10 @@ class ParallelConfig(Section):
             )
 
     def ignored(self) -> Iterator[Ignored]:
-        """One rank shares nothing."""
+        """One rank shares nothing; below ZeRO-3 nothing of the base is cut."""
+        if self.zero_stage != 3:
+            why = f"zero_stage is {self.zero_stage}"
+            yield Ignored("zero_hpz_partition_size", ("zero_stage",), why)
         if self.tensor_parallel_degree == 1:
             switches = ("tensor_parallel_degree",)
             yield Ignored("sequence_parallel", switches, "tensor_parallel_degree is 1")

@@ -191,6 +191,7 @@ class Mesh:
         world: all processes.
         dp: the processes that hold different data.
         tp: the processes that hold different slices of the same layers.
+        zero_hpz: those of `dp` over which ZeRO-3 cuts the base; None: all.
         device: this process's device.
         first_on_machine: whether it is of the first tensor-parallel group of its machine.
         cp: neighbours along `dp` that hold different tokens of the same rows.
@@ -210,6 +211,13 @@ class Mesh:
             "dp_rank": self.dp.rank // self.cp.size,
             "dp_size": self.dp.size // self.cp.size,
         }
+
+    zero_hpz: Axis | None = None
+
+    @property
+    def shards(self) -> Axis:
+        """The processes over which ZeRO-3 cuts the base."""
+        return self.zero_hpz or self.dp
 
     @property
     def is_main(self) -> bool:
@@ -343,6 +351,7 @@ def start_mesh(
     wait_seconds: float = RENDEZVOUS_SECONDS,
     folder: Path | None = None,
     context_parallel_degree: int = 1,
+    zero_hpz_partition_size: int | None = None,
 ) -> Mesh:
     """Join the processes that the launcher started and arrange them.
 
@@ -354,6 +363,8 @@ def start_mesh(
             launcher gave them none; None: Moored's cache.
         context_parallel_degree: processes that share each row, neighbours along the data-parallel
             axis.
+        zero_hpz_partition_size: neighbouring data-parallel ranks over which ZeRO-3 cuts the base;
+            None: all of them.
 
     Raises:
         UserError: the environment is incomplete, the world does not divide, not all processes came,
@@ -372,6 +383,13 @@ def start_mesh(
             f"{tensor_parallel_degree} = {shared} does not divide the {place.world_size} "
             "processes: start a multiple of it"
         )
+    dp_size = place.world_size // tensor_parallel_degree
+    hpz_size = zero_hpz_partition_size or dp_size
+    if dp_size > 1 and dp_size % hpz_size:
+        raise UserError(
+            f"parallel.zero_hpz_partition_size={hpz_size} does not divide the {dp_size} "
+            "data-parallel ranks: set it to the ranks of a machine, or leave it out"
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # With one GPU visible per task LOCAL_RANK counts tasks, not visible devices.
@@ -379,7 +397,7 @@ def start_mesh(
         torch.cuda.set_device(device)
     first = place.local_rank < tensor_parallel_degree
     if dist.is_initialized():
-        return _arranged(tensor_parallel_degree, context_parallel_degree, device, first)
+        return _arranged(tensor_parallel_degree, context_parallel_degree, device, first, hpz_size)
     try:
         with joined(
             place,
@@ -388,9 +406,11 @@ def start_mesh(
             rendezvous_seconds=wait_seconds,
             folder=folder,
         ) as key:
-            mesh = _arranged(tensor_parallel_degree, context_parallel_degree, device, first)
+            mesh = _arranged(
+                tensor_parallel_degree, context_parallel_degree, device, first, hpz_size
+            )
             if key is not None:
-                for axis in (mesh.world, mesh.dp, mesh.tp, mesh.cp):
+                for axis in (mesh.world, mesh.dp, mesh.tp, mesh.cp, mesh.shards):
                     prove(axis, key)
     except UserError:
         leave_mesh()
@@ -399,15 +419,26 @@ def start_mesh(
 
 
 def _arranged(
-    tensor_parallel_degree: int, context_parallel_degree: int, device: torch.device, first: bool
+    tensor_parallel_degree: int,
+    context_parallel_degree: int,
+    device: torch.device,
+    first: bool,
+    hpz_size: int,
 ) -> Mesh:
     """The mesh of the group that is there."""
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
+    hpz = _zero_hpz(world, tensor_parallel_degree, hpz_size)
     if tensor_parallel_degree == 1:
-        dp = Axis(name="dp", rank=world.rank, size=world.size)
+        dp, tp = Axis(name="dp", rank=world.rank, size=world.size), Axis(name="tp")
         cp = _neighbours(dp, 1, context_parallel_degree)
         return Mesh(
-            world=world, dp=dp, tp=Axis(name="tp"), device=device, first_on_machine=first, cp=cp
+            world=world,
+            dp=dp,
+            tp=tp,
+            device=device,
+            first_on_machine=first,
+            cp=cp,
+            zero_hpz=hpz,
         )
     shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
@@ -416,7 +447,15 @@ def _arranged(
         for name, size in zip(("dp", "tp"), shape, strict=True)
     )
     cp = _neighbours(dp, tensor_parallel_degree, context_parallel_degree)
-    return Mesh(world=world, dp=dp, tp=tp, device=device, first_on_machine=first, cp=cp)
+    return Mesh(
+        world=world,
+        dp=dp,
+        tp=tp,
+        device=device,
+        first_on_machine=first,
+        cp=cp,
+        zero_hpz=hpz,
+    )
 
 
 def _neighbours(dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
@@ -432,6 +471,21 @@ def _neighbours(dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
     mine = next(i for i, ranks in enumerate(groups) if dist.get_rank() in ranks)
     group = cast("dist.ProcessGroup", made[mine])
     return Axis(name="cp", rank=dp.rank % degree, size=degree, group=group)
+
+
+def _zero_hpz(world: Axis, tp_size: int, size: int) -> Axis | None:
+    """The data-parallel ranks that share one base under ZeRO-3, if that is not all. Collective."""
+    if size * tp_size >= world.size:
+        return None
+    own: Axis | None = None
+    for first in range(0, world.size, size * tp_size):
+        for slice_ in range(tp_size):  # every rank takes part in making every group
+            ranks = [first + slice_ + tp_size * i for i in range(size)]
+            group: Any = dist.new_group(ranks)
+            if world.rank in ranks:
+                rank = ranks.index(world.rank)
+                own = Axis(name="zero_hpz", rank=rank, size=size, group=group)
+    return own
 
 
 def degree_for(wanted: int) -> int:

@@ -5,6 +5,7 @@ Perplexities and divergences, which need no generation, are `evaluate.py`'s.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,12 +95,13 @@ def answer_all(
     size = config.micro_batch_size
     ask = partial(_answers, engine, mesh, tokenizer=tokenizer, size=size, base=base, poll=poll)
     exact = followed = None
-    if prompts:
-        what, limit = f"answering data.eval ({arm})", config.max_new_tokens
-        exact = exact_match(ask(prompts, max_new_tokens=limit, what=what), mesh)
-    if instructions:
-        what, limit = f"answering the instructions ({arm})", config.instruction_tokens
-        followed = follow(ask(instructions, max_new_tokens=limit, what=what), mesh)
+    with engine.generating() if prompts or instructions else contextlib.nullcontext():
+        if prompts:
+            what, limit = f"answering data.eval ({arm})", config.max_new_tokens
+            exact = exact_match(ask(prompts, max_new_tokens=limit, what=what), mesh)
+        if instructions:
+            what, limit = f"answering the instructions ({arm})", config.instruction_tokens
+            followed = follow(ask(instructions, max_new_tokens=limit, what=what), mesh)
     return Answered(exact_match=exact, followed=followed)
 
 

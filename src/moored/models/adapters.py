@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from moored.config import AdapterConfig
 from moored.models.experts import Experts4bit, Routed, experts_of, matrices_of
+from moored.models.partition import is_cut
 from moored.models.tensor_parallel import Sharding, whole_adapters
 from moored.sinelora import SineLoraConfig
 from moored.utils.errors import UserError
@@ -303,9 +304,9 @@ def _require_expert_lora(
             "adapter.target_modules: experts take LoRA without dropout only: set adapter.method to "
             "lora and adapter.dropout to 0, or leave the experts out"
         )
-    is_cut = any(hasattr(p, "ds_shape") for m in experts for p in m.parameters(recurse=False))
+    in_parts = any(is_cut(p) for m in experts for p in m.parameters(recurse=False))
     is_packed = all(isinstance(module, Experts4bit) for module in experts)
-    if (sharding is not None or is_cut) and not is_packed:
+    if (sharding is not None or in_parts) and not is_packed:
         raise UserError(
             "adapter.target_modules: experts in full precision are adapted on whole weights only: "
             "set model.quantization to nf4, or parallel.tensor_parallel_degree to 1 and "
@@ -393,22 +394,6 @@ def load_frozen(model: PeftModel, folder: Path) -> None:
         if name not in saved or saved[name].shape != tensor.shape:
             raise UserError(f"{folder}: no fitting {name}: resume with the recipe that wrote it")
         tensor.copy_(saved[name])
-
-
-def read_outside(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Layers with what they read of modules below them without calling these, if only the dtype.
-
-    ZeRO-3 gathers a parameter when the module that holds it is called, and must be told of others.
-    It would find them out by itself in the first forward with adapters on, and not know any more
-    the order of modules in what it has seen before: forwards of the base.
-    """
-    for module in model.modules():
-        if isinstance(module, ExpertLora):
-            for parts in (module.lora_A, module.lora_B):
-                yield from ((module, p) for p in parts.parameters())
-        elif isinstance(module, BaseTunerLayer):
-            assert isinstance(module, nn.Module)
-            yield from ((module, p) for p in module.parameters() if p.requires_grad)
 
 
 def for_training(model: PeftModel) -> PeftModel:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,11 @@ from moored.distributed.mesh import Mesh, leave_mesh
 from moored.loss.divergence import Objective, Scales
 from moored.loss.drift import DriftSums
 from moored.loss.head import LossSums
-from moored.models.adapters import read_outside
 from moored.models.forward import probe_batch
 from moored.models.policy import PolicyModel
 from moored.models.reference import Reference, of_base
 from moored.models.reference_cache import ReferenceCache, open_cache
-from moored.models.zero import Traces, deepspeed, zero_config
+from moored.models.zero import deepspeed, zero_config
 from moored.utils.errors import TrainingRefusedError, UserError
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Engine:
     """The policy under ZeRO, and the optimizer that moves its adapters.
 
     Attributes:
-        policy: the model; its parameters may be partitioned (stage 3).
+        policy: the model; its base may be cut (stage 3).
         stage: the ZeRO stage.
         references: what is kept of the base's hidden states; None: nothing.
     """
@@ -67,22 +66,18 @@ class Engine:
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         unit = _ModelParallelUnit(mesh) if mesh.tp.size > 1 else None
         if policy.partition is not None:
-            policy.partition.hand_over()
+            policy.partition.hand_over(policy)
         deepspeed.utils.groups.mpu = unit  # not that of an earlier engine of this process
         self._engine: Any = deepspeed.initialize(
             model=policy,
             optimizer=optimizer,
-            config=zero_config(config, policy),
+            config=zero_config(config),
             dist_init_required=False,
             mpu=unit,
         )[0]
         if len(optimizer.param_groups) > 1:
             # DeepSpeed looks for it once the first group has taken its first step.
             self._create_optimizer_state(0.0)
-        self._traces = Traces(self._engine.optimizer)
-        if self.stage == 3:
-            for module, parameter in read_outside(policy):
-                deepspeed.zero.register_external_parameter(module, parameter)
 
     # -- forward and backward ---------------------------------------------------------------
 
@@ -113,17 +108,22 @@ class Engine:
             vocab_size: of the base.
         """
         if config.reference.cache:
-            self._traces.follow("base")
+            self._begin("base")
             probe = of_base(self._engine.module, probe_batch(vocab_size, self.mesh.device))
             self.references = open_cache(
                 config, revision, self.mesh, probe, by_tokens=self.policy.sequence_parallel
             )
 
+    def _begin(self, kind: Hashable) -> None:
+        """Say what kind of call follows: each needs the layers in an order of its own."""
+        if self.policy.partition is not None:
+            self.policy.partition.begin(kind)
+
     @contextlib.contextmanager
     def _calling(self, use: str, reference: Reference | torch.Tensor | None) -> Iterator[None]:
         """Around a call of the policy, which runs the base too where the reference is not known."""
         asked = reference if isinstance(reference, Reference) and reference.hidden is None else None
-        self._traces.follow((use, asked is not None))
+        self._begin((use, asked is not None))
         yield
         if asked is not None and self.references is not None:
             assert asked.hidden is not None
@@ -181,6 +181,8 @@ class Engine:
             The global gradient norm before clipping. If it is not finite (inf or nan), nothing
             was changed but the gradients, which are gone.
         """
+        if self.policy.partition is not None:
+            self.policy.partition.release()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.stage == 0:
@@ -287,18 +289,32 @@ class Engine:
 
     def generate(self, *, base: bool = False, **arguments: Any) -> torch.Tensor:
         """Token ids from Hugging Face's `generate`, by the policy or (`base`) by the base."""
-        arguments["synced_gpus"] = self.stage == 3 and self.mesh.dp.size > 1
         switches = self.policy.switches
         off = switches.adapters_off() if base else switches.dropout_off()
-        with torch.no_grad(), off, self._forward_by_forward("base" if base else "policy"):
-            return self._engine.module(use=PolicyModel.generate, **arguments)
+        with torch.no_grad(), off, self.generating() as is_whole:
+            arguments["synced_gpus"] = not is_whole
+            with self._forward_by_forward("base" if base else "policy"):
+                return self._engine.module(use=PolicyModel.generate, **arguments)
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[bool]:
+        """Gather what ZeRO-3 has cut once for several generations, where it fits. Collective.
+
+        Yields:
+            Whether every rank has the whole base, so that none need walk along with the others.
+        """
+        if self.policy.partition is None:
+            yield True
+            return
+        partition, mesh = self.policy.partition, self.mesh
+        with partition.whole_if_it_fits(mesh.device, mesh.world) as is_whole:
+            yield is_whole
 
     @contextlib.contextmanager
     def _forward_by_forward(self, of: str) -> Iterator[None]:
         """Every forward of a generation has the same modules, however many forwards there are."""
-        self._traces.follow(("generate", of))
         handle = self.policy.causal_lm.get_base_model().register_forward_pre_hook(
-            lambda *_: self._traces.begin(("token", of)), prepend=True
+            lambda *_: self._begin(("token", of)), prepend=True
         )
         try:
             yield
@@ -315,10 +331,9 @@ class Engine:
         """
         tensors = {}
         for name, parameter in self._trainable.items():
-            with self._gathered(parameter):
-                whole = self._whole(name, parameter.detach())
-                if wanted:
-                    tensors[name] = _on_host(whole)
+            whole = self._whole(name, parameter.detach())
+            if wanted:
+                tensors[name] = _on_host(whole)
         return tensors
 
     def require_equal_replicas(self) -> None:
@@ -343,9 +358,8 @@ class Engine:
             )
 
     def _checksum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        with self._gathered(parameter):
-            bits = parameter.detach().contiguous().view(torch.int32).flatten().long()
-            return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+        bits = parameter.detach().contiguous().view(torch.int32).flatten().long()
+        return (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
 
     def _whole(self, name: str, local: torch.Tensor) -> torch.Tensor:
         return local if self._sharding is None else self._sharding.whole(name, local)
@@ -389,8 +403,6 @@ class Engine:
         optimizer = self._engine.optimizer
         if self.stage == 0:
             return list(self._trainable.values())
-        if self.stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
 
     @property
@@ -411,13 +423,12 @@ class Engine:
                 state["step"] = torch.tensor(0.0, dtype=torch.float32, device=where)
                 state.update({key: torch.zeros_like(flat) for key in MOMENTS})
             state["step"].fill_(steps)
-        if self.stage in (1, 2):
+        if self.stage:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _get_moment(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         if not self._adam_state.get(self._flat_parameters[0]):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            return torch.zeros(shape, dtype=torch.float32, device=self.mesh.device)
+            return torch.zeros(parameter.shape, dtype=torch.float32, device=self.mesh.device)
         if self.stage == 0:
             return self._adam_state[parameter][key].detach()
         whole = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
@@ -431,18 +442,12 @@ class Engine:
         else:
             deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
 
-    @contextlib.contextmanager
-    def _gathered(self, parameter: torch.nn.Parameter) -> Iterator[None]:
-        if self.stage == 3:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield
-        else:
-            yield
-
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers, so that another engine can follow."""
         if self.references is not None:
             self.references.flush()
+        if self.policy.partition is not None:
+            self.policy.partition.release()
         self._engine.destroy()
 
 

@@ -40,8 +40,7 @@ def matrices_of(module: nn.Module) -> tuple[str, ...]:
         return ()
     kinds = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     own = dict(module.named_parameters(recurse=False))
-    # Under ZeRO-3 a parameter that is cut has no shape of its own.
-    shapes = [getattr(own[kind], "ds_shape", own[kind].shape) for kind in kinds if kind in own]
+    shapes = [own[kind].shape for kind in kinds if kind in own]
     return kinds if len(shapes) == 2 and all(len(shape) == 3 for shape in shapes) else ()
 
 
@@ -248,6 +247,7 @@ class Experts4bit(nn.Module):
     def dequantized(self, kind: str, expert: int, dtype: torch.dtype) -> Tensor:
         """One expert's matrix [O, I] in `dtype`, a fresh tensor."""
         codes: Tensor = getattr(self, kind).data[expert]
+        assert codes.is_contiguous(), "ZeRO-3 has not gathered these experts"
         state = self._states[kind][expert]
         return bnb_functional.dequantize_4bit(codes.unsqueeze(-1), state).to(dtype)
 

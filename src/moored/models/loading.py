@@ -10,7 +10,6 @@ Two ways lead to the same base: weights are streamed from safetensors tensor by 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +39,13 @@ from moored.models.experts import (
 from moored.models.forward import changed_by_tokens, install_head
 from moored.models.nf4 import make_zero_safe
 from moored.models.tensor_parallel import Sharding, layout_of, why_not_by_tokens
-from moored.models.weights import AfterModule, Files, Loader, RandomFiles
+from moored.models.weights import (
+    AfterModule,
+    Files,
+    Loader,
+    RandomFiles,
+    is_out_of_address_space,
+)
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -143,9 +148,9 @@ def _failures_named(config: ModelConfig, device: torch.device) -> Iterator[None]
 
 def _require_mapped(label: str, error: Exception) -> None:
     """Say of a file that the machine would not map that it is too large for it, not broken."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    if getattr(error, "errno", None) != errno.ENOMEM and "Cannot allocate memory" not in text:
+    if not is_out_of_address_space(error):
         return
+    text = str(error).splitlines()[0] if str(error) else ""
     raise UserError(
         f"{label}: this machine does not map a file of that size into memory ({text[:200]}): raise "
         "the limit of the job's memory (ulimit -v, SLURM's --mem) or allow overcommitment "

@@ -155,6 +155,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out_features, in_features] in `dtype`, a fresh tensor."""
         weight = cast(bnb.nn.Params4bit, self.weight)
+        assert weight.is_contiguous(), "ZeRO-3 has not gathered this weight"
         return bnb_functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

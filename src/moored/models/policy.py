@@ -32,9 +32,9 @@ from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
 from moored.models.open_adapters import open_adapter, require_language_model, require_measurable
+from moored.models.partition import Partition
 from moored.models.reference import Reference, of_base, require_identity
 from moored.models.tensor_parallel import Sharding
-from moored.models.zero import Partition
 from moored.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -228,8 +228,10 @@ def load_policy(
     """
     if adapter is not None:
         (require_measurable if to_measure else require_language_model)(adapter)
-    partition = _partition(config, mesh, adapter)
-    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel, partition)
+    partition = _partition(config, mesh)
+    # DoRA's magnitudes are made of whole weights: then the base is cut later.
+    at_once = None if _is_dora(config, adapter) else partition
+    causal_lm, sharding = load_base(path, config.model, mesh, config.parallel, at_once)
     dtype = resolve_dtype(config.model, mesh.device)
     vocab_size = causal_lm.config.get_text_config().vocab_size  # pyright: ignore
     batch = probe_batch(vocab_size, mesh.device)
@@ -275,15 +277,17 @@ def load_policy(
     return policy
 
 
-def _partition(config: Config, mesh: Mesh, adapter: Path | None) -> Partition | None:
-    """How the base is cut while it loads: under ZeRO-3, unless DoRA needs its weights whole."""
-    if config.parallel.zero_stage != 3 or mesh.dp.size == 1:
-        return None
-    use_dora = config.adapter.method == "dora"
+def _partition(config: Config, mesh: Mesh) -> Partition | None:
+    """How the base is cut: under ZeRO-3."""
+    is_cut = config.parallel.zero_stage == 3 and mesh.shards.size > 1
+    return Partition(mesh.shards) if is_cut else None
+
+
+def _is_dora(config: Config, adapter: Path | None) -> bool:
     if adapter is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
-            use_dora = getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False)
-    return None if use_dora else Partition(config, mesh)
+            return bool(getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False))
+    return config.adapter.method == "dora"
 
 
 def _require_neutral(on: torch.Tensor, off: torch.Tensor, adapter: str) -> None:

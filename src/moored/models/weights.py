@@ -11,8 +11,10 @@ keeps and one tensor. Nothing is known here of architectures: names and shapes a
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from moored.models.experts import Experts4bit, ExpertScales, matrices_of, pack
 from moored.models.tensor_parallel import ShardLayout, Split
 from moored.utils.progress import Phase
 
+log = logging.getLogger(__name__)
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIECE = {"cpu": 2**20, "cuda": 2**24}  # elements that are cast and quantised at a time
 AfterModule = Callable[[str, nn.Module], None]
@@ -41,7 +44,8 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 class Files:
     """The tensors of a folder with safetensors, by name.
 
-    A file is mapped only while one tensor is read, so that its pages count for no longer.
+    A file is mapped only while one tensor is read, so that its pages count for no longer; what
+    cannot be mapped is read by place.
 
     Attributes:
         names: of all tensors; empty where the folder has no safetensors.
@@ -55,7 +59,7 @@ class Files:
                 raise OSError(f"{INDEX} has no weight_map")
             self._of = {name: folder / file for name, file in weight_map.items()}
         elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, framework="pt") as file:
+            with _opened(folder / SINGLE) as file:
                 self._of = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118
         self.names = frozenset(self._of)
 
@@ -63,7 +67,7 @@ class Files:
     def open(self, name: str) -> Iterator[Any]:
         """A slice object of one tensor: `get_shape()` and indexing."""
         try:
-            with safe_open(self._of[name], framework="pt") as file:
+            with _opened(self._of[name]) as file:
                 yield file.get_slice(name)
         except FileNotFoundError as error:
             raise OSError(f"{self._of[name].name} is missing, which should hold {name}") from error
@@ -81,7 +85,7 @@ class Files:
         found: dict[str, list[int]] = {}
         for path, names in of_file.items():
             try:
-                with safe_open(path, framework="pt") as file:
+                with _opened(path) as file:
                     found |= {name: list(file.get_slice(name).get_shape()) for name in names}
             except FileNotFoundError as error:
                 raise OSError(f"{path.name} is missing, which should hold {names[0]}") from error
@@ -96,6 +100,136 @@ class Files:
         """A tensor of its own, all of it."""
         with self.open(name) as stored:
             return _slice(stored, None, 0).clone()
+
+
+def _opened(path: Path) -> Any:
+    """A file of safetensors: mapped, or, where the machine maps none of its size, read by place.
+
+    A model in one file may have more bytes than a process may map (`ulimit -v`, SLURM's --mem,
+    strict overcommitment); what is read of it at a time is a few rows or one tensor.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not is_out_of_address_space(error):
+            raise
+    log.info("%s: this machine does not map a file of that size: it is read by place", path.name)
+    return _ReadByPlace(path)
+
+
+def is_out_of_address_space(error: BaseException) -> bool:
+    """Whether it is what safetensors and torch say of a file that cannot be mapped."""
+    is_said = "Cannot allocate memory" in str(error)
+    return is_said or getattr(error, "errno", None) == errno.ENOMEM
+
+
+class _ReadByPlace:
+    """What safetensors' file objects do, by reading at offsets: no mapping.
+
+    Raises:
+        OSError: the header is none, or not that of a file of this size.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (`__exit__` closes it)
+        try:
+            size = path.stat().st_size
+            first = self._file.read(8)
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+                raise OSError(f"{path.name}: its header is broken")
+            try:
+                header = json.loads(_read(self._file, 8, length))
+                header.pop("__metadata__", None)
+                self._tensors = {
+                    name: _PlacedTensor(self._file, 8 + length, **entry)
+                    for name, entry in header.items()
+                }
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise OSError(f"{path.name}: its header is broken ({error})") from error
+            end = max((tensor.end for tensor in self._tensors.values()), default=8 + length)
+            if end != size:
+                raise OSError(f"{path.name}: has {size} bytes, but its header says {end}")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> _ReadByPlace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def get_slice(self, name: str) -> _PlacedTensor:
+        if name not in self._tensors:
+            raise OSError(f"{self._file.name} has no tensor {name}")
+        return self._tensors[name]
+
+
+class _PlacedTensor:
+    """What safetensors' slice objects do: rows are read, and cut further in memory."""
+
+    def __init__(
+        self, file: Any, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]
+    ):
+        self._file, self._dtype, self._shape = file, dtype, shape
+        self._kind = _KINDS[dtype]
+        first, last = data_offsets
+        self._start, self.end = start + first, start + last
+        if not 0 <= first <= last or last - first != math.prod(shape) * self._kind.itemsize:
+            raise ValueError(f"a tensor of shape {shape} in {dtype} has {last - first} bytes")
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return self._dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        parts = index if isinstance(index, tuple) else (index,)
+        rows = range(self._shape[0] if self._shape else 1)
+        if self._shape and isinstance(parts[0], slice):
+            rows = rows[parts[0]]
+            parts = (slice(None), *parts[1:])
+        row_bytes = math.prod(self._shape[1:]) * self._kind.itemsize
+        data = _read(self._file, self._start + rows.start * row_bytes, len(rows) * row_bytes)
+        shape = [len(rows), *self._shape[1:]] if self._shape else []
+        if not data:
+            return torch.empty(shape, dtype=self._kind)[parts]
+        return torch.frombuffer(data, dtype=torch.uint8).view(self._kind).view(shape)[parts]
+
+
+def _read(file: Any, start: int, length: int) -> bytearray:
+    """Bytes of a file; the system hands over 2 GiB at a time at most."""
+    data = bytearray(length)
+    view, done = memoryview(data), 0
+    file.seek(start)
+    while done < length:
+        got = file.readinto(view[done:])
+        if not got:
+            raise OSError(f"{file.name} ends at byte {start + done}, {length - done} too early")
+        done += got
+    return data
+
+
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+_KINDS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 class RandomFiles(Files):

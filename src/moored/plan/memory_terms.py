@@ -18,7 +18,6 @@ from moored.plan.workload import Workload
 
 GIB = 2**30
 BUCKET = 2**26  # bytes of DeepSpeed's buffer of gradients, see `REDUCE_BUCKET` in zero.py
-PERSISTENT = 100_000  # elements: smaller parameters ZeRO-3 leaves gathered, by DeepSpeed's default
 # A process that has opened CUDA holds its context, cuBLAS' workspaces and loaded kernels; NCCL
 # holds buffers per group of ranks. Beside torch's own count, and different from driver to driver.
 CONTEXT, NCCL = 0.6 * GIB, 0.3 * GIB
@@ -112,7 +111,7 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
     """What one process holds from loading to the end: the base, and what is trained."""
     t = work.tensor_parallel_degree
     d = world // t
-    cut = d if work.zero_stage == 3 else 1  # ZeRO-3 parts weights over data-parallel ranks
+    cut = shards(work, d)
     adapters = adapter_size(architecture, work, t)
     terms = [_base(architecture, work, t, cut)]
     if architecture.num_experts:
@@ -128,36 +127,25 @@ def held(architecture: Architecture, work: Workload, world: int) -> list[Term]:
     state = 8 * adapters if work.zero_stage == 0 else 12 * adapters / d
     if work.offload:
         state = 0.0
-    per, gradients = 4.0, 4.0
+    gradients = 4.0
     why = "fp32: parameters, gradients, Adam's two moments"
-    if work.zero_stage == 2:
+    if work.zero_stage >= 2:
         gradients = 4 / d
         why = "fp32: parameters; gradients, masters and moments over the data-parallel ranks"
     elif work.zero_stage == 1:
         why = "fp32: parameters, gradients; masters and moments over the data-parallel ranks"
-    elif work.zero_stage == 3:
-        per, gradients = 4 / d, 4 / d
-        why = "fp32: all five over the data-parallel ranks"
-        if small := _left_gathered(architecture, work, t) if d > 1 else 0.0:
-            per += 4 * small / adapters
-            why += ", small matrices whole besides"
     if work.offload:
         why += "; the optimizer's in the host's memory"
     terms.append(
-        Term(name="adapter", bytes=(per + gradients) * adapters + state,
+        Term(name="adapter", bytes=(4 + gradients) * adapters + state,
              within=0.03 if work.family == "lora" else 0.2, why=why)
     )  # fmt: skip
     return terms
 
 
-def _left_gathered(architecture: Architecture, work: Workload, t: int) -> float:
-    """Elements of the adapter's matrices that are so small that ZeRO-3 keeps them whole, too."""
-    found = 0.0
-    for linear in adapted(architecture, work):
-        inputs = work.r * architecture.part(linear.inputs, "rows", linear, t)
-        outputs = work.r * architecture.part(linear.outputs, "columns", linear, t)
-        found += sum(size for size in (inputs, outputs) if size <= PERSISTENT)
-    return architecture.num_layers * found
+def shards(work: Workload, d: int) -> int:
+    """Ranks over which the base is cut: by ZeRO-3 those of data parallelism, or of a part of it."""
+    return min(d, work.zero_hpz_partition_size or d) if work.zero_stage == 3 else 1
 
 
 def _bits(work: Workload, *, whole: bool = False) -> float:
@@ -237,9 +225,7 @@ def _head(architecture: Architecture, work: Workload, *, on_gpu: bool) -> float:
     T, D = work.tokens, architecture.hidden_size
     v = architecture.vocab_size / work.tensor_parallel_degree
     chunk = chunk_rows(architecture, work, on_gpu=on_gpu)
-    gathered = (
-        work.compute_bytes * v * D if work.zero_stage == 3 and not architecture.is_tied else 0
-    )
+    gathered = work.compute_bytes * v * D if work.zero_stage == 3 else 0
     if not on_gpu or work.compute_bytes == 4:
         # fp32 logits of each model; hidden states, their gradient and what is made of them.
         return (2 if both else 1) * 4 * chunk * v + (22 if both else 16) * T * D + gathered

@@ -59,6 +59,7 @@ class Workload:
         cached_reference: the base's hidden states are kept.
         cached_by_sample: one record per sample, not one per epoch.
         zero_stage: of DeepSpeed.
+        zero_hpz_partition_size: data-parallel ranks over which stage 3 cuts the base; None: all.
         tensor_parallel_degree: ranks that share a model.
         sequence_parallel: also by tokens.
         offload: the optimizer's state is in the host's memory.
@@ -114,6 +115,7 @@ class Workload:
     selects_targets: bool = False
     anchors_alone: bool = False
     oft_block_size: int = 32
+    zero_hpz_partition_size: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -180,6 +182,7 @@ class Workload:
             cached_reference=config.reference.cache,
             cached_by_sample=config.reference.match == "sample",
             zero_stage=parallel.zero_stage,
+            zero_hpz_partition_size=parallel.zero_hpz_partition_size,
             tensor_parallel_degree=parallel.tensor_parallel_degree,
             sequence_parallel=parallel.tensor_parallel_degree > 1
             and (by_tokens if parallel.sequence_parallel == "auto" else parallel.sequence_parallel),

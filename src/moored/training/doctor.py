@@ -55,6 +55,7 @@ def run(config: Config | None) -> None:
             wait_seconds=config.parallel.rendezvous_seconds,
             folder=config.output.dir,
             context_parallel_degree=degree_for(config.parallel.context_parallel_degree),
+            zero_hpz_partition_size=config.parallel.zero_hpz_partition_size,
         )
     try:
         if mesh.is_main:

@@ -45,6 +45,7 @@ def join_mesh(config: Config) -> Mesh:
         wait_seconds=config.parallel.rendezvous_seconds,
         folder=config.output.dir,
         context_parallel_degree=config.parallel.context_parallel_degree,
+        zero_hpz_partition_size=config.parallel.zero_hpz_partition_size,
     )
 
 

@@ -924,3 +924,67 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path, cache, caplog,
     assert "the quantised weights are not kept" in caplog.text
     assert not list(cache.glob("model-*"))
     assert not list(cache.glob(".*.tmp"))
+
+
+# ---------------------------------------------------------------- files that cannot be mapped
+
+
+@pytest.mark.parametrize("kind", list(weights._KINDS.values()), ids=str)
+def test_what_is_read_by_place_is_what_is_mapped(tmp_path, kind):
+    values = torch.arange(5 * 6 * 2).remainder(100)
+    stored = {
+        "cube": values.view(5, 6, 2).to(kind),
+        "row": values[:7].clone().to(kind),
+        "one": values[3].clone().to(kind),
+        "none": torch.empty(0, 4, dtype=kind),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(stored, path)
+    cuts = (slice(None), slice(1, 3), slice(4, 4), slice(0, 9), (slice(None), slice(1, 2)))
+    cuts = (*cuts, (slice(2, 4), slice(1, 3)), ...)
+    with safe_open(path, framework="pt") as mapped, weights._ReadByPlace(path) as read:
+        assert sorted(read.keys()) == sorted(mapped.keys())
+        for name in stored:
+            expected, found = mapped.get_slice(name), read.get_slice(name)
+            assert found.get_shape() == expected.get_shape()
+            assert found.get_dtype() == expected.get_dtype()
+            for cut in cuts:
+                if name == "one" and cut is not ...:
+                    continue
+                if name == "row" and isinstance(cut, tuple):
+                    continue
+                exact = stored[name][cut]
+                assert found[cut].shape == exact.shape, (name, cut)
+                bits = [x.reshape(-1).view(torch.uint8) for x in (found[cut], exact)]
+                assert torch.equal(*bits), (name, cut)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"x",
+        lambda data: data[:5],
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: data[:8] + b"[" + data[9:],
+        lambda data: data.replace(b"[3,4]", b"[3,5]"),
+        lambda data: data.replace(b'"F32"', b'"F99"'),
+    ],
+)
+def test_a_broken_file_is_not_read_by_place(tmp_path, broken):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3, 4)}, path)
+    data = path.read_bytes()
+    assert data != broken(data)
+    path.write_bytes(broken(data))
+    with pytest.raises(OSError, match=r"header"):
+        weights._ReadByPlace(path)
+
+
+def test_a_file_that_ends_while_it_is_read_is_said(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(3, 4)}, path)
+    with weights._ReadByPlace(path) as read:
+        os.truncate(path, path.stat().st_size - 8)
+        with pytest.raises(OSError, match="8 too early"):
+            read.get_slice("a")[:]

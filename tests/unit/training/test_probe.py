@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from moored.plan.calibration import Calibration, calibration_file, keep, kept
 from moored.plan.memory_terms import torch_peak, total
 from moored.plan.step_time import step_time
 from moored.plan.workload import Workload
-from moored.training.probe import Probed, _batch, calibration_of
-from moored.training.step import objective_of, train_step
+from moored.training import probe
+from moored.training.probe import WARMUP, Probed, _batch, calibration_of
+from moored.training.step import StepStats, train_step
 from moored.utils.errors import UserError
 from tiny import ALONE, ARCHITECTURES, SMALLEST
 
@@ -344,6 +346,56 @@ def test_a_job_probes_and_keeps_it_with_its_site(tmp_path):
     assert f"--out {tmp_path}/runs/eight/probe.json --site {site}" in said
 
 
-def test_the_probe_descends_what_the_recipe_does(tmp_path):
-    config = Config.model_validate(probed_recipe(tmp_path))
-    assert objective_of(config.regularizer).mask_target
+Steps = list[tuple[float, float]]
+
+
+def steps_of(rank: int, world: int, recipe: dict, folder: Path) -> tuple[Steps, Steps]:
+    """(loss, gradient's norm) of each step: of a plain train, and of what the probe timed."""
+    plain = Config.model_validate(recipe | {"regularizer": recipe["regularizer"] | {"every": 1}})
+    mesh = start_mesh(1)
+    engine = Engine(load_policy(resolve_model(plain.model).path, plain, mesh), plain, mesh)
+    expected = [
+        train_step(
+            engine,
+            [_batch((2, 32), 300, seed) for seed in (0, 1)],
+            mesh,
+            step=step,
+            regularizer=plain.regularizer,
+            learning_rate=plain.optim.learning_rate,
+            seed=plain.train.seed,
+        )
+        for step in range(WARMUP + 3)
+    ]
+    engine.close()
+    seen: list[StepStats] = []
+
+    def stepping(*arguments: Any, **named: Any) -> StepStats:
+        seen.append(train_step(*arguments, **named))
+        return seen[-1]
+
+    probe.train_step = stepping
+    try:
+        probed = probe.run(Config.model_validate(recipe), steps=3, out=folder / "probe.json")
+    finally:
+        probe.train_step = train_step
+    assert probed.loss == seen[len(expected) - 1].loss
+    return (
+        [(stats.loss, stats.grad_norm) for stats in expected],
+        [(stats.loss, stats.grad_norm) for stats in seen[: len(expected)]],
+    )
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        {"kind": "tmkl", "weight": 0.7, "every": 3, "temperature": 2.0, "target_weight": 0.5},
+        pytest.param({"kind": "kl", "weight": 2.0, "direction": "jsd"}, marks=pytest.mark.long),
+    ],
+    ids=lambda one: one["kind"],
+)
+def test_the_probes_steps_are_those_of_a_plain_train(tmp_path, regularizer):
+    """With random weights and its own rows; its KL in every step, so that each is alike."""
+    recipe = probed_recipe(tmp_path, regularizer=regularizer)
+    [(expected, found)] = run_distributed(steps_of, 1, recipe, tmp_path)
+    assert found == expected
+    assert len({loss for loss, _ in found}) == len(found) == WARMUP + 3, "it descends"
