@@ -29,7 +29,14 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from moored.plan.architecture import Architecture, read_architecture  # noqa: E402
 from moored.plan.gpus import cluster_of  # noqa: E402
-from moored.plan.memory_terms import GIB, gpu_memory, of_a_step, torch_peak, total  # noqa: E402
+from moored.plan.memory_terms import (  # noqa: E402
+    BUCKET,
+    GIB,
+    gpu_memory,
+    of_a_step,
+    torch_peak,
+    total,
+)
 from moored.plan.step_time import counted, head_seconds, step_time  # noqa: E402
 from moored.plan.workload import Workload  # noqa: E402
 
@@ -56,6 +63,7 @@ SHAPES = {
     "3b": (3072, 8192, 28, 24, 8, 128256),
     "1k": (1024, 2816, 2, 8, 4, 4096),
     "70b": (8192, 28672, 2, 64, 8, 128256),
+    "70b-16k": (8192, 28672, 2, 64, 8, 16384),  # where two copies of the words are too many
 }
 PLAIN = Workload(
     nf4=True, double_quantization=True,  cache_quantized=False, compute_bytes=2,
@@ -207,6 +215,7 @@ def wide(size: str, only: list[str] | None, kept: Path | None) -> list[Row]:
                 zero_stage=stage, max_length=TOKENS, micro_batch_size=1, rows_per_step=2,
             )  # fmt: skip
             terms = {t.name: t.bytes for t in gpu_memory(shaped(*SHAPES[size]), work, world)}
+            terms["ZeRO's buffers"] = BUCKET  # between steps no layer is gathered
             for term, measured in found.items():
                 planned = terms.get(term, 0.0) / 2**20
                 rows.append(Row(f"{size}'s width, {name}, {term}", planned, measured, "MiB"))
@@ -411,7 +420,9 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--wide", choices=["1k", "70b"], help="also two layers of this width")
+    parser.add_argument(
+        "--wide", choices=["1k", "70b", "70b-16k"], help="also two layers of this width"
+    )
     parser.add_argument("--meshes", nargs="*", help="of --wide, such as 1x1z0 2x1z3")
     parser.add_argument("--kept", type=Path, help="folder of the model, made if it is not there")
     parser.add_argument("--one", help=argparse.SUPPRESS)

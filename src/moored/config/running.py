@@ -171,6 +171,12 @@ class OptimConfig(Section):
     ] = 1.0
 
 
+def _on_off_or_auto(value: object) -> object:
+    if isinstance(value, bool) or value == "auto":
+        return value
+    raise invalid(f"expected true, false or auto, got {value!r}")
+
+
 class ParallelConfig(Section):
     """How the work is spread over processes."""
 
@@ -187,6 +193,7 @@ class ParallelConfig(Section):
     ] = None
     sequence_parallel: Annotated[
         bool | Literal["auto"],
+        BeforeValidator(_on_off_or_auto),
         about(
             "norms and residuals are spread over those ranks, too, by tokens; auto: where the "
             "architecture lets them"

@@ -227,6 +227,10 @@ BAD_RECIPES = {
         GOOD + "parallel: {sequence_parallel: true}\n",
         ["parallel.sequence_parallel: would be ignored, since tensor_parallel_degree is 1"],
     ),
+    "sequence parallelism of another kind": (
+        GOOD + "parallel: {tensor_parallel_degree: 2, sequence_parallel: maybe}\n",
+        ["parallel.sequence_parallel: expected true, false or auto, got 'maybe'"],
+    ),
     "exact match of nothing": (
         GOOD + "evaluation: {exact_match: true}\n",
         ["evaluation.exact_match: needs prompts and answers in data.eval, but it is empty"],
