@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from peft import PeftModel
 
 from distributed.runner import run_distributed
 from moored.config import load_config
+from moored.config.running import GENERAL_TASKS
 from moored.evaluation import evaluate_command
-from moored.evaluation.task_suite import TaskSuite, open_task_suite
+from moored.evaluation.task_suite import (
+    PREFERRED_FILTER,
+    PREFERRED_METRIC,
+    TaskSuite,
+    open_task_suite,
+)
 from moored.models.base_files import resolve_base
 from moored.prepare.items import find_everything
 from moored.tracking.journal import metrics
@@ -296,6 +304,9 @@ def test_what_the_suite_needs_is_listed_and_found_without_a_network(tmp_path, mo
     halves = items["evaluation.suite.local_halves"]
     assert halves.note == "8 of 10 questions"
     assert halves.identity.startswith("sha256:")
+    assert halves.where == ", ".join(
+        str(tmp_path / "tasks" / f"local_half_{name}.jsonl") for name in ("one", "two")
+    )
     other = tmp_path / "tasks/local_half_two.jsonl"
     other.write_text(other.read_text().replace("jumps", "walks"))
     again = {item.what: item for item in find_everything(config)}
@@ -311,6 +322,33 @@ def test_questions_are_spread_over_all_parts_of_a_group(tmp_path):
     asked = {task.name: task.questions for task in suite.tasks}
     assert asked["local_choice"] == {"local_choice": [1, 3, 5, 7, 9]}
     assert asked["local_halves"] == {"local_half_one": [1, 3, 5], "local_half_two": [1, 3]}
+
+
+def test_the_general_tasks_are_the_harness_s_and_judged_as_documented():
+    """Their data are not opened: only what the harness's own files say of them."""
+    manager = TaskManager()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    for name in GENERAL_TASKS:
+        assert name in manager.all_tasks, name
+        assert f"| `{name}` |" in page
+    index = manager.task_index
+    found = {}
+    for name in GENERAL_TASKS:
+        leaf = "mmlu_anatomy" if name == "mmlu" else name
+        settings = load_yaml(index[leaf].yaml_path, resolve_func=False)
+        metrics = [item["metric"] for item in settings["metric_list"]]
+        filters = [item["name"] for item in settings.get("filter_list") or ()]
+        found[name] = (
+            PREFERRED_METRIC if PREFERRED_METRIC in metrics else metrics[0],
+            (PREFERRED_FILTER if PREFERRED_FILTER in filters else ""),
+        )
+    assert found == {
+        "arc_challenge": ("acc_norm", ""),
+        "hellaswag": ("acc_norm", ""),
+        "mmlu": ("acc", ""),
+        "truthfulqa_mc1": ("acc", ""),
+        "gsm8k": ("exact_match", "flexible-extract"),
+    }
 
 
 ALTERNATING = (

@@ -239,7 +239,7 @@ def _chosen(name: str, leaves: Mapping[str, Any], limit: int) -> SuiteTask:
             digest.update(text)
             num_bytes += len(text)
             guessed += _by_chance(name, task, doc)
-    sources = {str(task.get_config("dataset_path")) for task in leaves.values()}
+    sources = {_source(task) for task in leaves.values()}
     return SuiteTask(
         name=name,
         questions=questions,
@@ -252,6 +252,15 @@ def _chosen(name: str, leaves: Mapping[str, Any], limit: int) -> SuiteTask:
         digest=digest.hexdigest(),
         num_bytes=num_bytes,
     )
+
+
+def _source(task: Any) -> str:
+    """The data set's name on the hub, or of local ones the files."""
+    files = (task.get_config("dataset_kwargs") or {}).get("data_files")
+    if not files:
+        return str(task.get_config("dataset_path"))
+    of_splits = files.values() if isinstance(files, Mapping) else [files]
+    return ", ".join(str(f) for of in of_splits for f in ([of] if isinstance(of, str) else of))
 
 
 def _judge(task: Any) -> tuple[str, str] | None:

@@ -220,6 +220,15 @@ class Engine:
             self.references = kept
         assert not math.isfinite(norm)
 
+    @contextlib.contextmanager
+    def uncached(self) -> Iterator[None]:
+        """What the base makes of a batch is neither read from the reference cache nor kept."""
+        kept, self.references = self.references, None
+        try:
+            yield
+        finally:
+            self.references = kept
+
     def _take_first_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Give a tensor-parallel group one gradient of what it shares: its first rank's.
 

@@ -478,7 +478,9 @@ def _divergence(run: Run) -> dict[str, float | int]:
     """How far the policy went from its base on what it learned: fields of `TrainedRun`."""
     assert run.suite.training is not None
     what, poll = "measuring the divergence on the training data", partial(_stop_if_asked, run)
-    found = measure(run.engine, run.suite.training, run.mesh, poll=poll, what=what)
+    # In micro-batches of its own, which would fill a cache of the training's.
+    with run.engine.uncached():
+        found = measure(run.engine, run.suite.training, run.mesh, poll=poll, what=what)
     run.tracker.metrics(run.step, metric_names.of_learned(found))
     return {
         "train_kl": found.kl,
