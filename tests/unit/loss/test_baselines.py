@@ -144,6 +144,11 @@ def test_baselines_that_weigh_targets_do_so_in_the_policy(tmp_path, kind, weight
         ),
         ({"kind": "asft"}, Objective(mask_target=False, ce_weighting="probability")),
         ({"kind": "eaft"}, Objective(mask_target=False, ce_weighting="entropy")),
+        ({"kind": "stm", "max_perplexity": 4.0}, Objective(mask_target=False)),
+        (
+            {"kind": "mol", "direction": "reverse", "anchors": {"path": "general.txt"}},
+            Objective("reverse", mask_target=False),
+        ),
     ],
 )
 def test_what_a_recipe_says_is_what_is_descended(recipe, expected):
