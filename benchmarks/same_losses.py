@@ -34,8 +34,10 @@ MESHES = {
 TIMED = ("seconds", "per_second", "bytes", "perf/")  # what no two runs have alike
 
 
-def run(recipe: str, processes: int, options: list[str], folder: Path) -> dict[str, str]:
-    """Hashes of what one short run wrote."""
+def run(
+    recipe: str, processes: int, options: list[str], folder: Path, new: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Hashes of what one short run wrote, without metrics named by a word of `new`."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] * (processes > 1)
     command = [sys.executable, *torchrun, "-m", "moored", "train", recipe, "name=same"]
     command += [f"output.dir={folder}", *options]
@@ -48,6 +50,14 @@ def run(recipe: str, processes: int, options: list[str], folder: Path) -> dict[s
         if record["kind"] == "event":
             continue
         values = {k: v for k, v in record.items() if k not in ("time", "seq", "attempt")}
+        for key in {"metrics", "values"} & values.keys():
+            kept = {k: v for k, v in values[key].items() if not any(word in k for word in new)}
+            if values[key] and not kept:
+                values.clear()  # nothing but what is new
+                break
+            values[key] = kept
+        if not values:
+            continue
         text = json.dumps(values, sort_keys=True)
         if not any(word in text for word in TIMED) and "system/" not in text:
             metrics.append(text)
@@ -70,13 +80,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--save", type=Path)
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--new", nargs="*", default=[], help="words of metrics that came since")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     common = [f"train.steps={given.steps}", "track.mlflow=false", *given.set]
     found = {}
     for mesh, (processes, options) in MESHES.items():
         with tempfile.TemporaryDirectory() as folder:
-            found[mesh] = run(given.recipe, processes, [*common, *options], Path(folder))
+            found[mesh] = run(
+                given.recipe, processes, [*common, *options], Path(folder), tuple(given.new)
+            )
         shown = "  ".join(f"{name} {value}" for name, value in found[mesh].items())
         print(f"{mesh:24} {shown}", flush=True)
     if given.save:

@@ -148,11 +148,13 @@ def _budgets(data: str, seed: int) -> Iterator[Spec]:
 
 def _adapters(data: str, seed: int) -> Iterator[Spec]:
     """Each adapter without and with TMKL."""
-    for method in ("dora", "randlora", "sinelora"):
+    for method in ("dora", "randlora", "sinelora", "oft"):
         for label, kind in (("none", _kind("none")), ("tmkl-0.3", _kind("tmkl", 0.3))):
             own: dict[str, Any] = {"adapter.method": method}
             if method == "sinelora":  # its small updates are 8 times LoRA's
                 own["optim.learning_rate"] = 2e-4
+            if method == "oft":
+                own["adapter.oft_block_size"] = 32
             yield Spec(data=data, label=f"{method}-{label}", seed=seed, overrides=kind | own)
 
 
@@ -169,6 +171,12 @@ def _baselines(data: str, seed: int) -> Iterator[Spec]:
         "replay": _kind("replay", 0.3, replay=replay, replay_fraction=0.5),
     }
     yield Spec(data=data, label="eaft", seed=seed, overrides=_kind("eaft"))
+    for perplexity in (2.5, 10.0):
+        overrides = _kind("stm", max_perplexity=perplexity)
+        yield Spec(data=data, label=f"stm-{perplexity:g}", seed=seed, overrides=overrides)
+    for weight in (0.3, 1.0, 3.0):
+        overrides = _kind("mol", anchors=ANCHORS | {"fraction": 1.0, "weight": weight})
+        yield Spec(data=data, label=f"mol-{weight:g}", seed=seed, overrides=overrides)
     for label, overrides in found.items():
         overrides |= {"regularizer.budget": _budget(3.0, every=5, max_tokens=4096)}
         yield Spec(data=data, label=f"under-3-{label}", seed=seed, overrides=overrides)
@@ -427,4 +435,6 @@ def recipe(spec: Spec, texts: Path) -> dict[str, Any]:
         found.setdefault(section, {})[option] = value
     if found["adapter"].get("method") == "randlora":
         del found["adapter"]["alpha"]  # its own default
+    if found["adapter"].get("method") == "oft":  # has a block size in their place
+        del found["adapter"]["alpha"], found["adapter"]["r"]
     return found

@@ -327,11 +327,11 @@ def main() -> None:
     }
     parts["verdicts"] = verdicts(every)
     parts["budgets"] = budgets(every)
-    methods = ("dora", "randlora", "sinelora")
+    methods = ("dora", "randlora", "sinelora", "oft")
     parts["adapters"] = table(
         every, "headers", lambda s: s in ("none", "tmkl-0.3") or s.split("-")[0] in methods
     )
-    rivals = re.compile(r"eaft|under-.*")
+    rivals = re.compile(r"eaft|(stm|mol)-.*|under-.*")
     parts["baselines"] = table(
         every, "headers-long", lambda s: s == "none" or bool(rivals.fullmatch(s))
     )
