@@ -7,6 +7,7 @@ has to be generated for it is in `generate.py`.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -229,7 +230,11 @@ def build_suite(
 
 
 def _some(samples: SampleSet) -> list[Sample]:
-    """At most `LEARNED_SAMPLES`, spread evenly over all sources; of what is streamed the start."""
+    """At most `LEARNED_SAMPLES`, spread evenly over all sources; of what is streamed the start.
+
+    None is more than twice as long as half of them: one that training meets alone, if at all, must
+    not be what the memory has no room for when all is learned.
+    """
     parts = samples.at_hand()
     total = sum(map(len, parts))
     count = min(total, LEARNED_SAMPLES)
@@ -239,7 +244,8 @@ def _some(samples: SampleSet) -> list[Sample]:
     for part in parts:
         found += [part[n - first] for n in wanted if 0 <= n - first < len(part)]
         first += len(part)
-    return found
+    longest = 2 * statistics.median_low([len(sample) for sample in found]) if found else 0
+    return [sample for sample in found if len(sample) <= longest]
 
 
 def evaluate(
