@@ -71,7 +71,7 @@ def test_the_steps_make_a_whole_installation(tmp_path: Path) -> None:
 
 def test_installed_versions_are_the_constraints() -> None:
     assert check.version_problems(CONSTRAINTS) == []
-    needed = check.closure("moored")
+    needed = check.closure("moored", "train")
     assert len(needed) > 50
     assert {"torch", "deepspeed", "mlflow", "numpy"} <= needed.keys()
 

@@ -285,7 +285,8 @@ def _partition(config: Config, mesh: Mesh) -> Partition | None:
 
 def _is_dora(config: Config, adapter: Path | None) -> bool:
     if adapter is not None:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # `open_adapter` says it
+        # `open_adapter` says what is wrong with one.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             return bool(getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False))
     return config.adapter.method == "dora"
 
