@@ -427,41 +427,34 @@ def _arranged(
 ) -> Mesh:
     """The mesh of the group that is there."""
     world = Axis(name="world", rank=dist.get_rank(), size=dist.get_world_size())
-    hpz = _zero_hpz(world, tensor_parallel_degree, hpz_size)
+    shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
     if tensor_parallel_degree == 1:
         dp, tp = Axis(name="dp", rank=world.rank, size=world.size), Axis(name="tp")
-        cp = _neighbours(dp, 1, context_parallel_degree)
-        return Mesh(
-            world=world,
-            dp=dp,
-            tp=tp,
-            device=device,
-            first_on_machine=first,
-            cp=cp,
-            zero_hpz=hpz,
+    else:
+        grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+        dp, tp = (
+            Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
+            for name, size in zip(("dp", "tp"), shape, strict=True)
         )
-    shape = (world.size // tensor_parallel_degree, tensor_parallel_degree)
-    grid = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
-    dp, tp = (
-        Axis(name=name, rank=grid.get_local_rank(name), size=size, group=grid.get_group(name))
-        for name, size in zip(("dp", "tp"), shape, strict=True)
-    )
-    cp = _neighbours(dp, tensor_parallel_degree, context_parallel_degree)
     return Mesh(
         world=world,
         dp=dp,
         tp=tp,
         device=device,
         first_on_machine=first,
-        cp=cp,
-        zero_hpz=hpz,
+        cp=_neighbours("cp", dp, tensor_parallel_degree, context_parallel_degree),
+        zero_hpz=(
+            _neighbours("zero_hpz", dp, tensor_parallel_degree, hpz_size)
+            if hpz_size < dp.size
+            else None
+        ),
     )
 
 
-def _neighbours(dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
-    """This process's group of so many neighbours along the data-parallel axis."""
+def _neighbours(name: str, dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
+    """This process's group of so many neighbours along the data-parallel axis. Collective."""
     if degree == 1:
-        return Axis(name="cp")
+        return Axis(name=name)
     groups = [
         [tensor_parallel_degree * (first + i) + tp for i in range(degree)]
         for first in range(0, dp.size, degree)
@@ -470,22 +463,7 @@ def _neighbours(dp: Axis, tensor_parallel_degree: int, degree: int) -> Axis:
     made = [dist.new_group(ranks) for ranks in groups]  # all processes make all of them
     mine = next(i for i, ranks in enumerate(groups) if dist.get_rank() in ranks)
     group = cast("dist.ProcessGroup", made[mine])
-    return Axis(name="cp", rank=dp.rank % degree, size=degree, group=group)
-
-
-def _zero_hpz(world: Axis, tp_size: int, size: int) -> Axis | None:
-    """The data-parallel ranks that share one base under ZeRO-3, if that is not all. Collective."""
-    if size * tp_size >= world.size:
-        return None
-    own: Axis | None = None
-    for first in range(0, world.size, size * tp_size):
-        for slice_ in range(tp_size):  # every rank takes part in making every group
-            ranks = [first + slice_ + tp_size * i for i in range(size)]
-            group: Any = dist.new_group(ranks)
-            if world.rank in ranks:
-                rank = ranks.index(world.rank)
-                own = Axis(name="zero_hpz", rank=rank, size=size, group=group)
-    return own
+    return Axis(name=name, rank=dp.rank % degree, size=degree, group=group)
 
 
 def degree_for(wanted: int) -> int:

@@ -206,18 +206,15 @@ class Engine:
             l2_scale: as of `forward`.
         """
         device = self.mesh.device
-        kept, self.references = self.references, None
         if not self._adam_state.get(self._flat_parameters[0]):
             self._create_optimizer_state(0.0)
-        try:
+        with self.uncached():
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 reference = self.reference(batch) if with_kl else None
                 scales = Scales(1.0, float(with_kl))
                 loss, _ = self.forward(batch.to(device), reference, objective, scales, l2_scale)
                 self.backward(loss * float("nan"), last=True)
             norm = self.step(0.0)
-        finally:
-            self.references = kept
         assert not math.isfinite(norm)
 
     @contextlib.contextmanager

@@ -5,7 +5,6 @@ Nothing here knows ZeRO, optimizers or files of a run.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,7 +30,12 @@ from moored.models.attention import attend_by_sample, share_rows
 from moored.models.base_files import resolve_dtype
 from moored.models.forward import final_hidden, probe_batch
 from moored.models.loading import load_base
-from moored.models.open_adapters import open_adapter, require_language_model, require_measurable
+from moored.models.open_adapters import (
+    open_adapter,
+    read_settings,
+    require_language_model,
+    require_measurable,
+)
 from moored.models.partition import Partition
 from moored.models.reference import Reference, of_base, require_identity
 from moored.models.tensor_parallel import Sharding
@@ -285,9 +289,7 @@ def _partition(config: Config, mesh: Mesh) -> Partition | None:
 
 def _is_dora(config: Config, adapter: Path | None) -> bool:
     if adapter is not None:
-        # `open_adapter` says what is wrong with one.
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            return bool(getattr(PeftConfig.from_pretrained(str(adapter)), "use_dora", False))
+        return bool(read_settings(adapter).get("use_dora"))
     return config.adapter.method == "dora"
 
 

@@ -28,7 +28,7 @@ from moored.adapted import Switches, logit_factors
 from moored.loss.chunks import Chunked, run_chunks
 from moored.loss.divergence import NO_TARGET, Scales
 from moored.loss.logits import Logits
-from moored.loss.rows import RowPlan, precomputed
+from moored.loss.rows import RowPlan, compute_dtype, precomputed
 from moored.plugin.plugin_options import Options
 
 IGNORED = -100  # a label of which nothing is learned, as everywhere in the field
@@ -321,7 +321,7 @@ class Attached:
         with self._switches.adapters_off():
             own = self._forward(**few, use_cache=False).logits[0].float()
             hidden = self._hidden(few)[0]
-        ours = self.by_head(lambda logits: _plain_logits(logits, hidden))
+        ours = self.by_head(lambda logits: plain_logits(logits, hidden))
         half = torch.finfo(hidden.dtype).eps
         bound = 8 * half * max(1.0, own.abs().max().item()) + 1e-5 * hidden.shape[-1] ** 0.5
         difference = (ours - own).abs().max().item()
@@ -392,11 +392,10 @@ def _whole(tensor: Tensor | None) -> Tensor | None:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
 
 
-def _plain_logits(logits: Logits, hidden_ND: Tensor) -> Tensor:
-    weight, bias = logits.weight_vD.float(), logits.bias_v
-    plain = nn.functional.linear(hidden_ND.float(), weight, None if bias is None else bias.float())
-    plain = plain * logits.scale
-    return plain if logits.softcap is None else logits.softcap * torch.tanh(plain / logits.softcap)
+def plain_logits(logits: Logits, hidden_ND: Tensor) -> Tensor:
+    """What the model says of some hidden states, [N, V], in at least fp32."""
+    dtype = compute_dtype(hidden_ND, logits.weight_vD)
+    return logits.project(hidden_ND, None, dtype, logits.new_buffer(len(hidden_ND), dtype))[0]
 
 
 # ---------------------------------------------------------------- whether there is a base

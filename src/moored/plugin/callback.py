@@ -7,6 +7,7 @@ it out without a word.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ class TMKL(TrainerCallback):
 
     def __init__(self, weight: float = Options.weight, **options: Any):
         self.options = Options(weight, **options)
-        self._options = {"weight": weight} | options
         self._attached: Attached | None = None
         self._trainer: Any = None
         self._num_losses = 0
@@ -39,7 +39,7 @@ class TMKL(TrainerCallback):
         """Look at the trainer, and give the model its other forward."""
         self._trainer = trainer = _calling_trainer()
         _require_own_loss(args, trainer)
-        self._attached = attach(kwargs["model"], **self._options)
+        self._attached = attach(kwargs["model"], **asdict(self.options))
         self._attached.step, self._attached.num_steps = state.global_step, state.max_steps
         if trainer is not None:
             handler = trainer.callback_handler  # first, so that others report what it adds

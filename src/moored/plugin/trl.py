@@ -6,19 +6,15 @@ divergence; entropy and accuracy are of the model alone. Legend: as in attached.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moored.loss.chunks import Chunked
 from moored.loss.logits import Logits
 from moored.loss.rows import default_chunk_tokens, precomputed
-
-if TYPE_CHECKING:
-    from moored.plugin.attached import Attached
-
-IGNORED = -100
+from moored.plugin.attached import IGNORED, Attached, plain_logits
 
 
 def output(
@@ -50,12 +46,8 @@ def _seen(logits: Logits, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor,
     index_N = (targets_T != IGNORED).nonzero().squeeze(1)
     size = default_chunk_tokens(len(index_N), logits.shard, on_gpu=hidden_TD.is_cuda)
     for rows in index_N.split(max(1, size)):
-        h_CD = hidden_TD.detach()[rows].to(logits.weight_vD.dtype)
-        bias = logits.bias_v
-        s_CV = nn.functional.linear(h_CD, logits.weight_vD, bias).float() * logits.scale
-        if logits.softcap is not None:
-            s_CV = logits.softcap * torch.tanh(s_CV / logits.softcap)
+        s_CV = plain_logits(logits, hidden_TD.detach()[rows])
         is_top1_T[rows] = s_CV.argmax(dim=-1) == targets_T[rows]
         log_p_CV = s_CV.log_softmax(dim=-1)
-        entropy_T[rows] = -(log_p_CV.exp() * log_p_CV).sum(dim=-1)
+        entropy_T[rows] = -(log_p_CV.exp() * log_p_CV).sum(dim=-1).float()
     return entropy_T, is_top1_T
